@@ -1,0 +1,262 @@
+"""Data sets, transforms and loaders. Every image a step sees depends on seed, epoch and total batch only."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sklearn.datasets
+import torch
+import torchvision.datasets
+from PIL import Image
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+    create_transform,
+)
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+
+from utils import InputError, main_first, seed_everything
+
+# ---------------------------------------------------------------------------------------------------------
+# Data sets
+
+
+class Digits(Dataset):
+    """scikit-learn's handwritten digits: 1797 images of 8x8, grey, as RGB; the first 1000 train, the last 797 test.
+
+    The order of the set is kept: it was collected in rounds, so the test writers are other people.
+    """
+
+    classes = list(range(10))
+    train_images = 1000
+
+    def __init__(self, train, transform):
+        images, targets = sklearn.datasets.load_digits(return_X_y=True)
+        part = slice(None, self.train_images) if train else slice(self.train_images, None)
+        self.images = (images[part].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+        self.targets = targets[part].tolist()
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.targets[index]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that ``--data_set`` can name.
+
+    Attributes:
+        build: ``build(root, train, transform, download)`` gives a map-style dataset of (image, label).
+        layout: what must lie below ``--data_path``; None for a data set that needs no files.
+        downloads: torchvision can fetch it.
+        folders: class folders, so that ``--eval_data_path`` may name the test images.
+    """
+
+    build: Callable
+    layout: str | None
+    downloads: bool = False
+    folders: bool = False
+
+
+def _torchvision(cls):
+    return lambda root, train, transform, download: cls(root, train=train, transform=transform, download=download)
+
+
+def _flowers(root, train, transform, download):
+    splits = ("train", "val") if train else ("test",)
+    parts = [torchvision.datasets.Flowers102(root, split, transform=transform, download=download) for split in splits]
+    return ConcatDataset(parts) if train else parts[0]
+
+
+def _folder(root, train, transform, download):
+    return torchvision.datasets.ImageFolder(root, transform)
+
+
+FOLDERS = "train/CLASS/IMAGE and val/CLASS/IMAGE"
+SOURCES = {
+    "CIFAR10": Source(_torchvision(torchvision.datasets.CIFAR10), "cifar-10-batches-py/", downloads=True),
+    "CIFAR100": Source(_torchvision(torchvision.datasets.CIFAR100), "cifar-100-python/", downloads=True),
+    "IMNET": Source(_folder, FOLDERS, folders=True),
+    "flowers": Source(_flowers, "flowers-102/ with jpg/, imagelabels.mat and setid.mat", downloads=True),
+    "image_folder": Source(_folder, FOLDERS, folders=True),
+    "digits": Source(lambda root, train, transform, download: Digits(train, transform), None),
+}
+CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "flowers": 102, "digits": 10}
+
+
+def build_dataset(args, train: bool) -> tuple:
+    """Build the training or the test set that the options describe.
+
+    Returns:
+        (dataset, number of classes).
+
+    Raises:
+        InputError: the files are not there and cannot be downloaded; class folders are empty or differ.
+    """
+    source = SOURCES[args.data_set]
+    transform = build_transform(args, train)
+    if source.layout is None:
+        return source.build(None, train, transform, False), CLASSES[args.data_set]
+    if args.data_path is None:
+        raise InputError(f"--data_path is missing: the directory that holds {source.layout} of {args.data_set}")
+    if source.folders:
+        roots = [Path(args.data_path) / "train", Path(args.data_path) / "val"]
+        if args.eval_data_path is not None:
+            roots = [Path(args.data_path), Path(args.eval_data_path)]
+        dataset = _open_folder(source, roots[not train], transform, args.data_set)
+        if not train and dataset.classes != (other := _class_folders(roots[0])):
+            odd = sorted(set(dataset.classes) ^ set(other))[0]
+            raise InputError(f"--data_path {args.data_path}: class folder {odd} is in only one of {roots[0]} and {roots[1]}")
+        return dataset, len(dataset.classes)
+    return main_first(lambda: _open_or_download(args, source, train, transform)), CLASSES[args.data_set]
+
+
+def _class_folders(root):
+    return sorted(path.name for path in root.iterdir() if path.is_dir())
+
+
+def _open_folder(source, root, transform, name):
+    if not root.is_dir():
+        raise InputError(f"--data_path: no directory {root}; {name} needs {source.layout}, or --eval_data_path")
+    try:
+        return source.build(root, None, transform, None)
+    except FileNotFoundError as error:  # torchvision's word for no class folders and for empty ones
+        raise InputError(f"--data_path: {root} must hold class folders with images in them: {error}") from error
+
+
+def _open_or_download(args, source, train, transform):
+    if not Path(args.data_path).is_dir():
+        raise InputError(
+            f"--data_path {args.data_path}: no such directory; make it, and {args.data_set} is downloaded into it, "
+            f"or name the one that holds {source.layout}"
+        )
+    try:
+        return source.build(args.data_path, train, transform, False)
+    except RuntimeError:  # torchvision's word for missing or damaged files
+        pass
+    try:
+        return source.build(args.data_path, train, transform, True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"--data_path {args.data_path}: holds no complete {source.layout} of {args.data_set}, and downloading "
+            f"failed ({error})"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Transforms
+
+
+def build_transform(args, train: bool):
+    """timm's transform from a PIL image to a normalised (3, input_size, input_size) tensor.
+
+    Training: random resized crop, flip, RandAugment, random erasing (Table 13). Test: resize to 256/224 of the input
+    size and crop the centre; from 384 pixels on, squash the whole image, as ConvNeXt does.
+    """
+    inception = not args.imagenet_default_mean_and_std
+    common = {
+        "input_size": args.input_size,
+        "mean": IMAGENET_INCEPTION_MEAN if inception else IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_INCEPTION_STD if inception else IMAGENET_DEFAULT_STD,
+    }
+    if train:
+        return create_transform(
+            **common,
+            is_training=True,
+            scale=tuple(args.scale),
+            hflip=args.hflip,
+            color_jitter=args.color_jitter,
+            auto_augment=None if args.aa == "none" else args.aa,
+            interpolation=args.train_interpolation,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+        )
+    squash = args.crop_pct is None and args.input_size >= 384
+    return create_transform(
+        **common,
+        is_training=False,
+        interpolation="bicubic",
+        crop_pct=1.0 if squash else args.crop_pct or 224 / 256,
+        crop_mode="squash" if squash else "center",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Loaders
+
+
+class Augmented(Dataset):
+    """A data set whose item (index, epoch) is augmented with randomness from (seed, epoch, index) alone."""
+
+    def __init__(self, dataset, seed):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, item):
+        index, epoch = item
+        seed_everything(self.seed, epoch, index)
+        return self.dataset[index]
+
+
+class TrainBatches(Sampler):
+    """One process's micro-batches of an epoch, as lists of (index, epoch).
+
+    An epoch is one permutation of the images, cut into micro-batches numbered 0, 1, ...; process r takes r, r + world
+    size, ... So a step of the optimiser sees the same micro-batches on any number of processes; images that do not
+    fill a total batch wait for another epoch's order.
+
+    Args:
+        images: number of images in the set.
+        batch_size: images in a micro-batch.
+        steps: optimiser steps in an epoch.
+        update_freq: micro-batches per process and step.
+        rank, world_size: this process among all.
+        seed: of the run.
+    """
+
+    def __init__(self, images, batch_size, steps, update_freq, rank, world_size, seed):
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.numbers = range(rank, steps * update_freq * world_size, world_size)
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        """Choose the epoch the next iteration goes through."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __iter__(self):
+        order = np.random.RandomState(np.random.SeedSequence((self.seed, self.epoch)).generate_state(4))
+        order = order.permutation(self.images).tolist()
+        for number in self.numbers:
+            yield [(i, self.epoch) for i in order[number * self.batch_size : (number + 1) * self.batch_size]]
+
+
+def train_loader(dataset, batches: TrainBatches, args) -> DataLoader:
+    """Loader of (images, labels) micro-batches."""
+    return DataLoader(
+        Augmented(dataset, args.seed),
+        batch_sampler=batches,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and args.device == "cuda",
+        persistent_workers=args.num_workers > 0,
+    )
+
+
+def eval_loader(dataset, args, rank: int, world_size: int) -> DataLoader:
+    """Loader of every ``world_size``-th test image from ``rank`` on: together the processes see each image once."""
+    return DataLoader(
+        dataset,
+        sampler=range(rank, len(dataset), world_size),
+        batch_size=int(1.5 * args.batch_size),
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and args.device == "cuda",
+        generator=torch.Generator(),  # the default one is the training's
+    )

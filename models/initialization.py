@@ -1,0 +1,30 @@
+"""Classic initialisations that weight selection is compared with (Table 3)."""
+
+import torch.nn as nn
+
+from utils import InputError
+
+SCHEMES = ("timm", "xavier", "kaiming")
+
+
+def initialize(model: nn.Module, scheme: str) -> None:
+    """Draw the weights of a freshly created model anew, in place.
+
+    ``timm`` keeps what timm gave (truncated normal, std 0.02, for the paper's models). ``xavier`` is the uniform
+    distribution of Glorot & Bengio (2010), eq. 16; ``kaiming`` the normal one of He et al. (2015), eq. 10 (fan-in,
+    ReLU gain). Both apply to every linear and convolution weight, with zero biases; tokens, position embeddings,
+    normalisations and LayerScale have no fan and stay as they are.
+
+    Raises:
+        InputError: unknown scheme.
+    """
+    if scheme not in SCHEMES:
+        raise InputError(f"--init {scheme}: choose one of {', '.join(SCHEMES)}")
+    if scheme == "timm":
+        return
+    draw = nn.init.xavier_uniform_ if scheme == "xavier" else nn.init.kaiming_normal_
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            draw(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

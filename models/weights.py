@@ -1,0 +1,217 @@
+"""Weights on disk: reading files that may come from strangers, writing ours, and loading that asserts every key."""
+
+import json
+import re
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn as nn
+from timm.models import clean_state_dict
+
+from models.families import Family, classifier_pattern
+from utils import InputError, load_torch, new_file, save_torch, sha256
+
+# Entries under which training scripts nest a state_dict, in the order in which timm's own loader looks for them.
+NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
+SUFFIXES = (".pth", ".pt", ".safetensors")
+
+
+def read_weights(path, option: str, nested=NESTED) -> dict:
+    """Read a state_dict from a .safetensors file or any file of ``torch.save``, without running code from it.
+
+    Args:
+        path: the file.
+        option: the command-line option that named it, for errors.
+        nested: keys under which the state_dict may be nested; the first that is there and not None is taken.
+
+    Returns:
+        {key: tensor}, with the prefixes of DDP and torch.compile removed.
+
+    Raises:
+        InputError: missing, empty, truncated, with code in it, or no state_dict.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise InputError(f"{option} {path}: no such file")
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{option} {path}: not a readable safetensors file ({error})") from error
+    content = load_torch(path, option)
+    if isinstance(content, dict):
+        content = next((content[key] for key in nested if content.get(key) is not None), content)
+    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise InputError(
+            f"{option} {path}: holds no state_dict (names with a tensor each), at the top or under {nested}"
+        )
+    return clean_state_dict(content)
+
+
+def write_weights(state_dict: dict, path) -> None:
+    """Write a plain state_dict as .safetensors or, by any other suffix, with ``torch.save``; all of it or nothing."""
+    if Path(path).suffix == ".safetensors":
+        with new_file(path) as temporary:
+            try:
+                safetensors.torch.save_file({key: value.contiguous() for key, value in state_dict.items()}, temporary)
+            except safetensors.SafetensorError as error:
+                raise OSError(str(error)) from error
+    else:
+        save_torch(state_dict, path)
+
+
+def first_mismatch(state_dict: dict, model: nn.Module, may_be_missing=lambda key: False) -> str | None:
+    """Compare keys and shapes of a state_dict with a model's; describe the first that differs, or None."""
+    expected = model.state_dict()
+    for key, value in expected.items():
+        if key not in state_dict:
+            if not may_be_missing(key):
+                return f"{key} is missing"
+        elif state_dict[key].shape != value.shape:
+            return f"{key} is {tuple(state_dict[key].shape)}, the model's is {tuple(value.shape)}"
+    extra = next((key for key in state_dict if key not in expected), None)
+    return None if extra is None else f"{extra} is not a key of the model"
+
+
+def read_teacher(path, model: nn.Module, family: Family, option: str) -> dict:
+    """Read a teacher's weights in any layout timm accepts for this architecture (foreign names, .npz of JAX).
+
+    Args:
+        path: .pth, .pt, .bin, .safetensors or .npz file.
+        model: the architecture; only a .npz file needs it off the meta device, and is loaded into it.
+        family: the family the model belongs to.
+        option: the option that named the file, for errors.
+
+    Returns:
+        {timm key: tensor}. Classifier keys are as the file has them: of any number of classes, or absent.
+
+    Raises:
+        InputError: unreadable, or other keys or shapes than the architecture's; names the first.
+    """
+    if Path(path).suffix == ".npz":
+        state_dict = _read_npz(path, model, option)
+    else:
+        state_dict = read_weights(path, option)
+        try:
+            state_dict = family.filter_fn(state_dict, model)
+        except (KeyError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            # timm's conversions assume one of the layouts they know, and fail in their own ways on any other
+            raise InputError(
+                f"{option} {path}: timm cannot convert it for a {family.name} model ({error!r})"
+            ) from error
+    backbone = {key: value for key, value in state_dict.items() if not re.search(family.classifier, key)}
+    problem = first_mismatch(backbone, model, lambda key: re.search(family.classifier, key))
+    if problem:
+        raise InputError(f"{option} {path}: not the weights of this teacher: {problem}")
+    return state_dict
+
+
+def _read_npz(path, model, option):
+    if not Path(path).is_file():
+        raise InputError(f"{option} {path}: no such file")
+    if not hasattr(model, "load_pretrained"):
+        raise InputError(
+            f"{option} {path}: timm reads no .npz for a {type(model).__name__}; convert it to .safetensors"
+        )
+    try:
+        np.load(path, allow_pickle=False).close()
+        model.load_pretrained(str(path))
+    except Exception as error:  # the zip, numpy and timm layers each have their own errors for a file that is not one
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{option} {path}: timm cannot read it for this model ({reason})") from error
+    return model.state_dict()
+
+
+def downloaded_file(pretrained_cfg: dict) -> Path | None:
+    """The file in the local cache that timm took the pretrained weights from, or None if timm kept no such file."""
+    repository = pretrained_cfg.get("hf_hub_id")
+    for name in (pretrained_cfg.get("hf_hub_filename"), "model.safetensors", "pytorch_model.bin"):
+        if repository and name:
+            path = huggingface_hub.try_to_load_from_cache(repository, name)
+            if isinstance(path, str):
+                return Path(path)
+    return None
+
+
+def provenance_path(path) -> Path:
+    """The .json beside an initial state_dict that says where it came from."""
+    return Path(path).with_suffix(".json")
+
+
+def load_initial(model: nn.Module, path, option: str) -> list:
+    """Load first weights into a student and assert which keys the file may lack.
+
+    Lacking may be the classifier, and what the .json of ``weight_selection.py`` beside the file says was left out.
+
+    Args:
+        model: the student, changed in place.
+        path: file of a state_dict.
+        option: the option that named the file.
+
+    Returns:
+        The keys that keep the model's own initialisation.
+
+    Raises:
+        InputError: unreadable, of another family or shape (names the first offending key), changed since its
+            .json was written.
+    """
+    state_dict = read_weights(path, option)
+    left_out = _left_out(path, option)
+    classifier = classifier_pattern(model)
+    problem = first_mismatch(state_dict, model, lambda key: re.search(classifier, key) or key in left_out)
+    if problem:
+        raise InputError(f"{option} {path}: does not fit this model: {problem}")
+    return list(model.load_state_dict(state_dict, strict=False).missing_keys)
+
+
+def load_finetune(model: nn.Module, path, option: str, nested) -> list:
+    """Load the weights of a trained model; a classifier of another shape keeps the model's own initialisation.
+
+    Args, Returns, Raises: as ``load_initial``; ``nested`` as in ``read_weights``.
+    """
+    state_dict = read_weights(path, option, nested)
+    classifier = classifier_pattern(model)
+    for key, value in model.state_dict().items():
+        if re.search(classifier, key) and key in state_dict and state_dict[key].shape != value.shape:
+            del state_dict[key]
+    problem = first_mismatch(state_dict, model, lambda key: re.search(classifier, key))
+    if problem:
+        raise InputError(f"{option} {path}: does not fit this model: {problem}")
+    return list(model.load_state_dict(state_dict, strict=False).missing_keys)
+
+
+def _left_out(path, option):
+    record = provenance_path(path)
+    if not record.is_file():
+        return set()
+    try:
+        content = json.loads(record.read_text())
+        left_out, digest = set(content["left_out"]), content["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{option} {path}: the {record.name} beside it is not weight_selection.py's; move it"
+        ) from error
+    if digest != sha256(path):
+        raise InputError(f"{option} {path}: changed since {record.name} beside it was written; make both anew")
+    return left_out
+
+
+def find_weights(path, model_type: str, option: str) -> Path:
+    """A weights file itself, or in a directory the file ``weight_selection.py`` wrote for this model type.
+
+    Raises:
+        InputError: nothing there.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"{option} {path}: no such file or directory")
+        return path
+    found = [path / f"{model_type}{suffix}" for suffix in SUFFIXES if (path / f"{model_type}{suffix}").is_file()]
+    if not found:
+        raise InputError(f"{option} {path}: no {model_type}.pth in that directory; name the file")
+    return found[0]
