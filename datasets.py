@@ -112,7 +112,9 @@ def build_dataset(args, train: bool) -> tuple:
         dataset = _open_folder(source, roots[not train], transform, args.data_set)
         if not train and dataset.classes != (other := _class_folders(roots[0])):
             odd = sorted(set(dataset.classes) ^ set(other))[0]
-            raise InputError(f"--data_path {args.data_path}: class folder {odd} is in only one of {roots[0]} and {roots[1]}")
+            raise InputError(
+                f"--data_path {args.data_path}: class folder {odd} is in only one of {roots[0]} and {roots[1]}"
+            )
         return dataset, len(dataset.classes)
     return main_first(lambda: _open_or_download(args, source, train, transform)), CLASSES[args.data_set]
 

@@ -61,8 +61,8 @@ class Trainer:
             if group["weight_decay"] > 0:
                 group["weight_decay"] = self.weight_decay[step]
 
-    def backward(self, images, targets, number: int, last: bool) -> torch.Tensor:
-        """Add the gradient of micro-batch ``number`` of the epoch; returns its loss, on the device.
+    def backward(self, images, targets, last: bool) -> torch.Tensor:
+        """Add the gradient of a micro-batch; returns its loss, on the device.
 
         Processes exchange gradients only at the last micro-batch of a step.
         """
@@ -130,7 +130,7 @@ def train_one_epoch(trainer: Trainer, loader, epoch: int) -> dict:
                 batch = next(batches)
                 number = ((done - 1) * trainer.update_freq + part) * trainer.world_size + trainer.rank
                 seed_everything(trainer.seed, epoch, number, 1)  # the 1: not the numbers that image `number` gets
-                loss_sum += trainer.backward(*batch, number, last=part == trainer.update_freq - 1)
+                loss_sum += trainer.backward(*batch, last=part == trainer.update_freq - 1)
                 images += len(batch[0])
             norm_sum += trainer.update()
             progress.step(describe)
@@ -163,7 +163,7 @@ def evaluate(model: nn.Module, loader, device: torch.device, dtype: torch.dtype 
     """
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    with Progress("test", len(loader), lines=1) as progress:
+    with Progress("test", len(loader), lines=0) as progress:
         for images, targets in loader:
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             with autocast(device, dtype):
@@ -171,8 +171,10 @@ def evaluate(model: nn.Module, loader, device: torch.device, dtype: torch.dtype 
             logits = logits.float()
             hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
             loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-            totals += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum(), torch.tensor(len(targets), device=device)])
-            progress.step(lambda: "")
+            totals += torch.stack(
+                [loss.double(), hits[:, 0].sum(), hits.sum(), torch.tensor(len(targets), device=device)]
+            )
+            progress.step(str)
     if shared and dist.is_initialized():
         all_reduce_sum(totals)
     loss, top1, top5, count = totals.tolist()

@@ -1,11 +1,9 @@
 """Optimiser, parameter groups and schedules of the recipe (paper, Table 13)."""
 
-import inspect
-
 import numpy as np
 import torch
 import torch.nn as nn
-from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info
+from timm.optim import create_optimizer_v2, get_optimizer_info
 
 from utils import InputError
 
@@ -29,7 +27,9 @@ def create_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
         kwargs["eps"] = args.opt_eps
     if args.opt_betas is not None:
         if not info.has_betas or len(args.opt_betas) != info.num_betas:
-            raise InputError(f"--opt_betas {args.opt_betas}: {args.opt} takes {info.num_betas if info.has_betas else 0}")
+            raise InputError(
+                f"--opt_betas {args.opt_betas}: {args.opt} takes {info.num_betas if info.has_betas else 0}"
+            )
         kwargs["betas"] = tuple(args.opt_betas)
     return create_optimizer_v2(
         model,
@@ -39,11 +39,6 @@ def create_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
         layer_decay=args.layer_decay if args.layer_decay < 1 else None,
         **kwargs,
     )
-
-
-def takes(opt: str, argument: str) -> bool:
-    """Whether the optimiser's class has an argument of that name."""
-    return argument in inspect.signature(get_optimizer_class(opt, bind_defaults=False)).parameters
 
 
 def cosine_schedule(base: float, final: float, steps: int, warmup_steps: int = 0) -> np.ndarray:

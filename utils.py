@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import math
 import os
 import random
 import subprocess
@@ -351,10 +352,11 @@ def duration(seconds):
 
 
 class Progress:
-    """Progress through ``total`` steps: a bar with the time left on a terminal, else a line with it now and then."""
+    """Progress through ``total`` steps: a bar with the time left on a terminal, else ``lines`` lines with it."""
 
     def __init__(self, header, total, lines=5):
-        self.header, self.total, self.every = header, total, max(1, total // lines)
+        self.header, self.total = header, total
+        self.every = max(1, total // lines) if lines else math.inf
         self.done, self.start = 0, time.monotonic()
         self.bar = None
         if is_main() and sys.stderr.isatty():
@@ -363,7 +365,7 @@ class Progress:
     def step(self, describe):
         """Count one step. ``describe()`` gives the text; it is called only when something is shown."""
         self.done += 1
-        shown = self.done % self.every == 0 or self.done == self.total
+        shown = self.done % self.every == 0 or (self.done == self.total and self.every <= self.total)
         if self.bar is not None:
             if shown or self.done % 10 == 0:
                 self.bar.set_postfix_str(describe(), refresh=False)
@@ -380,13 +382,56 @@ class Progress:
             self.bar.close()
 
 
-def read_log(path):
-    """Rows of a ``log.txt``: one dict per epoch. Empty when there is no such file."""
-    path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def describe(figures):
+    """Names and values in one line."""
+    words = (
+        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
+    )
+    return ", ".join(words)
 
 
-def write_log(path, rows):
-    """Write all rows of ``log.txt`` anew, one JSON object per line."""
-    with new_file(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+class Board:
+    """Where the figures of each epoch go: ``log.txt`` in the output directory, TensorBoard, Weights & Biases.
+
+    Args:
+        args: uses output_dir, log_dir, enable_wandb, project and wandb_ckpt.
+        first_epoch: rows of earlier epochs in an existing ``log.txt`` are kept, later ones are trained again.
+        options: plain dict of all options, for Weights & Biases.
+    """
+
+    def __init__(self, args, first_epoch, options):
+        self.path = Path(args.output_dir) / "log.txt" if args.output_dir and is_main() else None
+        rows = map(json.loads, self.path.read_text().splitlines()) if self.path and self.path.exists() else ()
+        self.rows = [row for row in rows if row["epoch"] < first_epoch]
+        self.board = self.wandb = None
+        if args.log_dir and is_main():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(args.log_dir, purge_step=first_epoch)
+        if args.enable_wandb and is_main():
+            import wandb
+
+            self.wandb = wandb.init(project=args.project, config=options)
+        self.upload = args.wandb_ckpt
+
+    def add(self, row):
+        """Log one epoch's figures."""
+        self.rows.append(row)
+        if self.path:
+            with new_file(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        for name, value in row.items() if self.board else ():
+            self.board.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+        if self.wandb:
+            self.wandb.log(row, step=row["epoch"])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            if self.upload and self.rows:
+                self.wandb.log_model(str(checkpoint_path(self.path.parent, self.rows[-1]["epoch"])))
+            self.wandb.finish(exit_code=int(exception[0] is not None))

@@ -356,7 +356,7 @@ def select_weights(
         **plan_options: of ``make_plan``: layer_selection, exclude, include_head, include_head_norm, allow_unused.
 
     Returns:
-        A state_dict for ``student.load_state_dict(..., strict=False)``; the classifier and what was excluded are absent.
+        A state_dict for ``student.load_state_dict(..., strict=False)``, without classifier and excluded components.
 
     Raises:
         InputError: unknown name, or a student that is no smaller version of the teacher.

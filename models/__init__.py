@@ -29,7 +29,7 @@ PAPER_MODELS = {
 
 
 def check_name(name: str, option: str) -> None:
-    """Raise InputError, with near matches, unless ``create_model`` knows the name (``option`` is where it came from)."""
+    """Raise InputError, with near matches, unless ``create_model`` knows the name that ``option`` gave."""
     if name in PAPER_MODELS or is_model(name):
         return
     known = list(PAPER_MODELS) + timm.list_models()

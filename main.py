@@ -1,0 +1,252 @@
+#!/usr/bin/env python3
+"""Train or evaluate one model, from random weights or from selected ones, in one process or many.
+
+python main.py --model vit_tiny --data_set CIFAR100 --data_path data/ --initialize init/ --output_dir results/
+torchrun --nproc_per_node=8 main.py ...
+"""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import utils
+from datasets import TrainBatches, build_dataset, eval_loader, train_loader
+from engine import Trainer, evaluate, train_one_epoch
+from models import create_model
+from models.families import CONVNEXT, family_of
+from models.initialization import initialize
+from models.weights import find_weights, load_finetune, load_initial
+from optim_factory import cosine_schedule, create_optimizer
+from options import get_args_parser, mixes, parse_args, share_batch
+from utils import InputError, say
+
+
+def check_hardware(args, local_rank: int) -> tuple:
+    """The device and the dtype of mixed precision (None without), after making sure that they work here.
+
+    Raises:
+        InputError: there is no such device, or it has no such arithmetic.
+    """
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.num_workers is None:
+        args.num_workers = max(1, min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if args.device == "cuda" and local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"--device cuda: process {local_rank} of this machine has no GPU ({torch.cuda.device_count()} found); "
+            "start fewer processes or use --device cpu"
+        )
+    device = torch.device("cuda", local_rank) if args.device == "cuda" else torch.device("cpu")
+    if not args.use_amp:
+        return device, None
+    args.amp_dtype = args.amp_dtype or ("float16" if args.device == "cuda" else "bfloat16")
+    if args.device == "cpu" and args.amp_dtype == "float16":
+        raise InputError("--amp_dtype float16: needs a GPU; use bfloat16 on a CPU")
+    if args.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise InputError("--use_amp true: this CPU has no bfloat16 arithmetic; leave it out")
+    if args.device == "cuda" and args.amp_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(False):
+        raise InputError("--amp_dtype bfloat16: this GPU has none; use float16")
+    return device, getattr(torch, args.amp_dtype)
+
+
+def build_model(args, classes: int) -> nn.Module:
+    """The model with the weights that training starts from."""
+    utils.seed_everything(args.seed)
+    kwargs = {"num_classes": classes, "drop_path_rate": args.drop_path, **args.model_kwargs}
+    model = create_model(args.model, input_size=args.input_size, device="meta", **kwargs)
+    if isinstance(model, CONVNEXT.model_class):
+        kwargs.setdefault("ls_init_value", args.layer_scale_init_value)
+    elif args.layer_scale_init_value != get_args_parser().get_default("layer_scale_init_value"):
+        raise InputError(
+            f"--layer_scale_init_value: is ConvNeXt's; for {args.model} use --model_kwargs init_values=VALUE"
+        )
+    model = create_model(args.model, input_size=args.input_size, **kwargs)
+    initialize(model, args.init)
+    if args.head_init_scale != 1:
+        with torch.no_grad():
+            for parameter in model.get_classifier().parameters():
+                parameter.mul_(args.head_init_scale)
+    if args.initialize:
+        path = Path(args.initialize)
+        args.initialize = str(
+            find_weights(path, family_of(model, args.model).name, "--initialize") if path.is_dir() else path
+        )
+        kept = load_initial(model, args.initialize, "--initialize")
+        say(f"initialised from {args.initialize}; random: {', '.join(kept) or 'nothing'}")
+    elif args.finetune:
+        kept = load_finetune(model, args.finetune, "--finetune", args.model_key.split("|"))
+        say(f"fine-tuning {args.finetune}; random: {', '.join(kept) or 'nothing'}")
+    return model
+
+
+def build_trainer(args, model, device, dtype, launch, steps_per_epoch, classes) -> Trainer:
+    """Optimiser, schedules, loss and everything else a step needs, around a model."""
+    model.to(device)
+    ema = None
+    if args.model_ema:
+        ema = ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+    forward = model
+    if launch.world_size > 1:
+        forward = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    mixup = None
+    if mixes(args):
+        mixup = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=classes,
+        )
+    steps = args.epochs * steps_per_epoch
+    warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
+    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    return Trainer(
+        model=model,
+        forward=forward,
+        optimizer=create_optimizer(model, args),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        ema=ema,
+        lr=cosine_schedule(args.lr, args.min_lr, steps, warmup),
+        weight_decay=cosine_schedule(args.weight_decay, end, steps),
+        update_freq=args.update_freq,
+        mixup=mixup,
+        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing),  # mixup smooths its own
+        autocast=dtype,
+        clip_grad=args.clip_grad,
+        device=device,
+        seed=args.seed,
+        rank=launch.rank,
+        world_size=launch.world_size,
+    )
+
+
+def test(args, trainer: Trainer, loader) -> dict:
+    """Evaluate the model, and its moving average when asked for, whose figures end in ``_ema``."""
+    stats = evaluate(trainer.model, loader, trainer.device, trainer.autocast, args.dist_eval)
+    if args.model_ema_eval:
+        device = next(trainer.ema.module.parameters()).device
+        dtype = trainer.autocast if device == trainer.device else None
+        average = evaluate(trainer.ema.module, loader, device, dtype, args.dist_eval)
+        stats.update({f"{key}_ema": value for key, value in average.items() if key != "images"})
+    return stats
+
+
+def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: utils.Board) -> None:
+    """Train from where ``progress`` stands to the last epoch; keep log and checkpoints, and ``progress`` up to date."""
+    training, testing = loaders
+    first, before, start = progress["epoch"] + 1, progress["seconds"], time.monotonic()
+    for epoch in range(first, args.epochs):
+        training.batch_sampler.set_epoch(epoch)
+        row = {f"train_{key}": value for key, value in train_one_epoch(trainer, training, epoch).items()}
+        last = epoch == args.epochs - 1
+        better = []
+        if last or (not args.disable_eval and (epoch + 1) % args.eval_interval == 0):
+            stats = test(args, trainer, testing)
+            row |= {f"test_{key}": value for key, value in stats.items() if key != "images"}
+            better = note_accuracy(progress, stats, epoch)
+        progress["epoch"], progress["seconds"] = epoch, before + time.monotonic() - start
+        board.add(row | {"epoch": epoch, "n_parameters": sum(p.numel() for p in trainer.model.parameters())})
+        if args.output_dir and args.save_ckpt:
+            if last or (epoch + 1) % args.save_ckpt_freq == 0:
+                checkpoint.save(args, trainer, epoch, progress)
+                utils.prune_checkpoints(args.output_dir, args.save_ckpt_num)
+            for name in better:
+                checkpoint.save(args, trainer, name, progress)
+        left = (time.monotonic() - start) / (epoch + 1 - first) * (args.epochs - 1 - epoch)
+        say(f"epoch {epoch}: {utils.describe(row)}, {utils.duration(left)} left")
+
+
+def note_accuracy(progress: dict, stats: dict, epoch: int) -> list:
+    """Note an evaluation in ``progress``; the names of the checkpoints (best, best-ema) that it is better than."""
+    better = []
+    for name, suffix in (("best", ""), ("best-ema", "_ema")):
+        if f"acc1{suffix}" not in stats:
+            continue
+        figures = {"epoch": epoch} | {key: stats[key + suffix] for key in ("acc1", "acc5", "loss")}
+        progress[name.replace("best", "last")] = figures
+        if progress.get(name) is None or figures["acc1"] > progress[name]["acc1"]:
+            progress[name] = figures
+            better.append(name)
+    return better
+
+
+def results(args, progress: dict, facts: dict) -> dict:
+    """What ``results.json`` holds: accuracies (percent), what was run on what, and with which versions."""
+    figures = {key.replace("-", "_"): progress[key] for key in progress if key.startswith(("best", "last"))}
+    return {
+        **figures,
+        "epochs": args.epochs,
+        "seed": args.seed,
+        "model": args.model,
+        "initialize": args.initialize,
+        "initialize_sha256": args.initialize and utils.sha256(args.initialize),
+        "data_set": args.data_set,
+        **facts,
+        "wall_time": progress["seconds"],
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "versions": utils.versions(),
+        "args": checkpoint.plain(args),
+    }
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    launch = utils.find_launch(os.environ, args.dist_on_itp)
+    if args.world_size not in (None, launch.world_size):
+        raise InputError(f"--world_size {args.world_size}: the launcher started {launch.world_size} processes")
+    device, dtype = check_hardware(args, launch.local_rank)
+    share_batch(args, launch.world_size)
+    utils.init_distributed(launch, device, args.dist_url)
+
+    train_set, classes = build_dataset(args, train=True)
+    test_set, test_classes = build_dataset(args, train=False)
+    if test_classes != classes or args.nb_classes not in (None, classes):
+        raise InputError(f"--nb_classes {args.nb_classes}: {args.data_set} has {classes} classes; leave it out")
+    steps = len(train_set) // args.total_batch_size
+    if steps < 1:
+        raise InputError(
+            f"--batch_size {args.batch_size}: the {len(train_set)} training images are fewer than one batch of "
+            f"{args.total_batch_size}; lower it, --update_freq or --total_batch_size"
+        )
+    model = build_model(args, classes)
+    found = None if args.eval else checkpoint.open_output(args)
+    trainer = build_trainer(args, model, device, dtype, launch, steps, classes)
+    progress = {"epoch": args.start_epoch - 1, "seconds": 0.0}
+    if found or args.resume:
+        progress = checkpoint.resume(args, trainer, found or Path(args.resume))
+
+    testing = eval_loader(test_set, args, *((launch.rank, launch.world_size) if args.dist_eval else (0, 1)))
+    if args.eval:
+        say(f"{args.model}: {utils.describe(test(args, trainer, testing))}")
+        return
+    batches = TrainBatches(
+        len(train_set), args.batch_size, steps, args.update_freq, launch.rank, launch.world_size, args.seed
+    )
+    facts = {
+        "train_images": len(train_set),
+        "test_images": len(test_set),
+        "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "total_batch_size": args.total_batch_size,
+        "processes": launch.world_size,
+    }
+    say(f"{args.model}: " + utils.describe(facts))
+    if progress["epoch"] == args.epochs - 1:
+        say("all epochs are done; nothing left to train")
+    with utils.Board(args, progress["epoch"] + 1, checkpoint.plain(args)) as board:
+        train(args, trainer, (train_loader(train_set, batches, args), testing), progress, board)
+    if args.output_dir and utils.is_main():
+        utils.write_json(Path(args.output_dir) / "results.json", results(args, progress, facts))
+    say("; ".join(f"{key} {utils.describe(progress[key])}" for key in progress if key.startswith(("best", "last"))))
+
+
+if __name__ == "__main__":
+    utils.run_program("main.py", main)
