@@ -57,9 +57,9 @@ class Trainer:
     def set_schedule(self, step: int) -> None:
         """Give every parameter group its learning rate and weight decay of a step."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr[step] * group.get("lr_scale", 1.0)
+            group["lr"] = float(self.lr[step]) * group.get("lr_scale", 1.0)
             if group["weight_decay"] > 0:
-                group["weight_decay"] = self.weight_decay[step]
+                group["weight_decay"] = float(self.weight_decay[step])
 
     def backward(self, images, targets, last: bool) -> torch.Tensor:
         """Add the gradient of a micro-batch; returns its loss, on the device.

@@ -1,0 +1,36 @@
+"""Shared by several test files: small real data and the options of a run that takes a second."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+# The models of the tests are so small that threads cost more than they bring; on a busy machine, twenty times more.
+torch.set_num_threads(1)
+
+# Class folders, each of one colour under noise: easy to learn. Test images are an odd number, so that two processes
+# cannot share them evenly.
+COLOURS = {"blue": (40, 60, 200), "green": (60, 190, 70), "red": (200, 50, 50)}
+TRAIN_IMAGES, TEST_IMAGES = 48, 13
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Directory of train/CLASS/IMAGE.png (48 images) and val/CLASS/IMAGE.png (13), three classes. Copy it to change."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for part, images in (("train", TRAIN_IMAGES), ("val", TEST_IMAGES)):
+        for number in range(images):
+            name, colour = list(COLOURS.items())[number % len(COLOURS)]
+            pixels = np.array(colour) + rng.normal(0, 40, (20, 20, 3))
+            (root / part / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / part / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_run(image_folder):
+    """Options of main.py for two epochs of three steps of a very small ViT; options that follow them win."""
+    model = "--model vit_tiny --model_kwargs embed_dim=32 depth=2 num_heads=2 patch_size=4 --input_size 16"
+    run = "--epochs 2 --warmup_steps 0 --batch_size 16 --lr 1e-3 --num_workers 0 --device cpu"
+    return f"--data_set image_folder {model} {run}".split() + ["--data_path", str(image_folder)]
