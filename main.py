@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from timm.data import Mixup
+from timm.layers import set_fused_attn
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
@@ -204,6 +205,7 @@ def main(argv=None) -> None:
     if args.world_size not in (None, launch.world_size):
         raise InputError(f"--world_size {args.world_size}: the launcher started {launch.world_size} processes")
     device, dtype = check_hardware(args, launch.local_rank)
+    set_fused_attn(device.type == "cuda")  # on a CPU, PyTorch's fused attention is slow in the backward pass
     share_batch(args, launch.world_size)
     utils.init_distributed(launch, device, args.dist_url)
 

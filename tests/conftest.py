@@ -5,6 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+import main
+
 # The models of the tests are so small that threads cost more than they bring; on a busy machine, twenty times more.
 torch.set_num_threads(1)
 
@@ -34,3 +36,37 @@ def tiny_run(image_folder):
     model = "--model vit_tiny --model_kwargs embed_dim=32 depth=2 num_heads=2 patch_size=4 --input_size 16"
     run = "--epochs 2 --warmup_steps 0 --batch_size 16 --lr 1e-3 --num_workers 0 --device cpu"
     return f"--data_set image_folder {model} {run}".split() + ["--data_path", str(image_folder)]
+
+
+@pytest.fixture(scope="session")
+def train(tiny_run):
+    """Run main.py with further options, given as words in strings or as paths."""
+
+    def run(*options):
+        main.main([*tiny_run, *(word for option in options for word in str(option).split())])
+
+    return run
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def interrupted(train, monkeypatch):
+    """Run main.py with further options until it would begin ``epoch``."""
+
+    def run(epoch, *options):
+        train_one_epoch = main.train_one_epoch
+
+        def until(trainer, loader, number):
+            if number == epoch:
+                raise Interrupted
+            return train_one_epoch(trainer, loader, number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(main, "train_one_epoch", until)
+            with pytest.raises(Interrupted):
+                train(*options)
+
+    return run

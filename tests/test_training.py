@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import TEST_IMAGES, TRAIN_IMAGES
+from helpers import assert_same, differ, read_checkpoint, read_log, read_results
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
@@ -19,39 +20,6 @@ PLAIN = "--aa none --color_jitter 0 --reprob 0 --mixup 0 --cutmix 0 --hflip 0 --
 BFLOAT16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 arithmetic"
 )
-
-
-@pytest.fixture(scope="session")
-def train(tiny_run):
-    """Run main.py with further options, given as words in strings or as paths."""
-
-    def run(*options):
-        main.main([*tiny_run, *(word for option in options for word in str(option).split())])
-
-    return run
-
-
-def read_log(directory):
-    return [json.loads(row) for row in (directory / "log.txt").read_text().splitlines()]
-
-
-def read_results(directory):
-    return json.loads((directory / "results.json").read_text())
-
-
-def read_checkpoint(directory, name):
-    return torch.load(directory / f"checkpoint-{name}.pth", weights_only=True)
-
-
-def assert_same(ours, theirs, **tolerance):
-    """Equal keys and tensors; equal bit for bit unless a tolerance is given."""
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        torch.testing.assert_close(ours[key], theirs[key], **(tolerance or {"rtol": 0, "atol": 0}), msg=key)
-
-
-def differ(ours, theirs):
-    return any(not torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def tiny_state(seed=3, **kwargs):
@@ -127,6 +95,7 @@ def test_checkpoints_hold_plain_types_under_the_documented_keys(finished):
         checkpoint = read_checkpoint(finished / "run", name)
         assert {"model", "optimizer", "epoch", "scaler", "args", "model_ema"} <= checkpoint.keys()
         assert type(checkpoint["args"]) is dict
+        assert {type(group["lr"]) for group in checkpoint["optimizer"]["param_groups"]} == {float}
         assert checkpoint["args"]["seed"] == 5
         assert checkpoint["model"].keys() == checkpoint["model_ema"].keys() == tiny_state().keys()
         assert checkpoint["model"]["pos_embed"].shape == (1, 1 + 16, 32), "--input_size reaches the ViT"
@@ -319,36 +288,12 @@ def test_seed_decides_the_first_weights_and_the_run(train, tmp_path):
 # Going on
 
 
-class Interrupted(Exception):
-    pass
-
-
-@pytest.fixture
-def interrupted(train, monkeypatch):
-    """Run main.py until it would begin ``epoch``."""
-
-    def run(epoch, *options):
-        train_one_epoch = main.train_one_epoch
-
-        def until(trainer, loader, number):
-            if number == epoch:
-                raise Interrupted
-            return train_one_epoch(trainer, loader, number)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(main, "train_one_epoch", until)
-            with pytest.raises(Interrupted):
-                train(*options)
-
-    return run
-
-
 def without_speed(rows):
     return [{key: value for key, value in row.items() if key != "train_images_per_second"} for row in rows]
 
 
 def test_interrupted_run_ends_like_an_uninterrupted_one(train, interrupted, tmp_path):
-    """With all that is random switched on, and the last epoch before the interruption not in any numbered checkpoint."""
+    """With all that is random switched on, and with an epoch in the log that is in no numbered checkpoint."""
     options = "--epochs 4 --drop_path 0.2 --model_ema true --model_ema_decay 0.8 --model_ema_eval true"
     options += " --save_ckpt_freq 2 --update_freq 2 --batch_size 8"
     train(options, "--output_dir", tmp_path / "whole")
