@@ -1,17 +1,26 @@
-"""Shared by several test files: small real data and the options of a run that takes a second."""
+"""Shared by several test files: small real data, the options of a run that takes a second, a program as a call."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when timm is imported; a test that needs the network fails at once
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 import main
+from utils import InputError
+
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=50)
+settings.load_profile("repeatable")
 
 # The models of the tests are so small that threads cost more than they bring; on a busy machine, twenty times more.
 torch.set_num_threads(1)
 
-# Class folders, each of one colour under noise: easy to learn. Test images are an odd number, so that two processes
-# cannot share them evenly.
+# Class folders, each around one colour: learnt in a few epochs, but not in the first. Test images are an odd number,
+# so that two processes cannot share them evenly.
 COLOURS = {"blue": (40, 60, 200), "green": (60, 190, 70), "red": (200, 50, 50)}
 TRAIN_IMAGES, TEST_IMAGES = 48, 13
 
@@ -24,7 +33,7 @@ def image_folder(tmp_path_factory):
     for part, images in (("train", TRAIN_IMAGES), ("val", TEST_IMAGES)):
         for number in range(images):
             name, colour = list(COLOURS.items())[number % len(COLOURS)]
-            pixels = np.array(colour) + rng.normal(0, 40, (20, 20, 3))
+            pixels = np.array(colour) + rng.normal(0, 50, 3) + rng.normal(0, 30, (20, 20, 3))
             (root / part / name).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / part / name / f"{number}.png")
     return root
@@ -68,5 +77,21 @@ def interrupted(train, monkeypatch):
             patch.setattr(main, "train_one_epoch", until)
             with pytest.raises(Interrupted):
                 train(*options)
+
+    return run
+
+
+@pytest.fixture
+def cli():
+    """``cli(main, *words)`` runs a program in this process: None, or its message if it refuses what it was given."""
+
+    def run(main, *words):
+        try:
+            main([str(word) for word in words])
+        except InputError as error:
+            message = str(error)
+            assert "\n" not in message, message
+            return message
+        return None
 
     return run

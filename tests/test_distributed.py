@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -115,15 +114,13 @@ def environment(**more):
 
 
 @pytest.fixture
-def train_by_two(tiny_run):
-    """Run main.py in two processes that a launcher starts; their output must end well."""
+def by_two(tiny_run):
+    """Run main.py with further options in two processes that a launcher starts."""
 
     def run(launcher, *options):
         words = [word for option in options for word in str(option).split()]
         command = [sys.executable, *LAUNCHERS[launcher], str(ROOT / "main.py"), *tiny_run, *words]
-        ended = subprocess.run(command, capture_output=True, text=True, env=environment())
-        assert ended.returncode == 0, ended.stderr
-        return ended.stdout
+        return subprocess.run(command, capture_output=True, text=True, env=environment())
 
     return run
 
@@ -137,10 +134,11 @@ def assert_same_run(ours, theirs, last):
             assert row[key] == pytest.approx(expected[key], rel=1e-4)
 
 
-def test_two_processes_train_as_one_does_with_mixup_and_accumulation(train, train_by_two, tmp_path):
+def test_two_processes_train_as_one_does_with_mixup_and_accumulation(train, by_two, tmp_path):
     """Momentum instead of AdamW, which would blow up the rounding of gradients that are nearly zero."""
     options = "--total_batch_size 16 --batch_size 4 --drop_path 0.2 --opt momentum --lr 0.1"
-    output = train_by_two("launch", options, "--output_dir", tmp_path / "two")
+    ended = by_two("launch", options, "--output_dir", tmp_path / "two")
+    assert ended.returncode == 0, ended.stderr
     train(options, "--output_dir", tmp_path / "one")
     assert_same_run(tmp_path / "two", tmp_path / "one", last=1)
 
@@ -148,18 +146,18 @@ def test_two_processes_train_as_one_does_with_mixup_and_accumulation(train, trai
     assert (results["processes"], results["total_batch_size"]) == (2, 16)
     assert TEST_IMAGES % 2 == results["test_images"] % 2 == 1
     for epoch in (0, 1):
-        assert len(re.findall(f"^epoch {epoch}: ", output, re.MULTILINE)) == 1, "the first process prints"
-    lines = output.splitlines()
+        assert len(re.findall(f"^epoch {epoch}: ", ended.stdout, re.MULTILINE)) == 1, "the first process prints"
+    lines = ended.stdout.splitlines()
     assert len(lines) == len(set(lines))
 
 
-def test_two_processes_go_on_with_the_run_of_one(train, train_by_two, interrupted, tmp_path):
+def test_two_processes_go_on_with_the_run_of_one(train, by_two, interrupted, tmp_path):
     options = "--total_batch_size 24 --batch_size 12 --mixup 0 --cutmix 0 --opt momentum --lr 0.1 --epochs 3"
     train(options, "--output_dir", tmp_path / "whole")
     interrupted(1, options, "--output_dir", tmp_path / "parts")
-    shutil.copytree(tmp_path / "parts", tmp_path / "alone")
-    output = train_by_two("torchrun", options, "--output_dir", tmp_path / "parts")
-    assert "checkpoint-0.pth, written after epoch 0" in output
+    ended = by_two("torchrun", options, "--output_dir", tmp_path / "parts")
+    assert ended.returncode == 0, ended.stderr
+    assert "checkpoint-0.pth, written after epoch 0" in ended.stdout
     assert_same_run(tmp_path / "parts", tmp_path / "whole", last=2)
     results = [read_results(tmp_path / name) for name in ("parts", "whole")]
     assert results[0]["best"] == pytest.approx(results[1]["best"], rel=1e-4)
@@ -197,3 +195,10 @@ def test_two_slurm_tasks_share_the_test_images_and_one_prints(train, tiny_run, t
     assert figures["acc1"] == pytest.approx(row["test_acc1"], rel=1e-4)
     assert figures["loss"] == pytest.approx(row["test_loss"], rel=1e-4)
     assert silence == ""
+
+
+def test_loss_that_is_not_finite_ends_both_processes_with_one_line(by_two):
+    ended = by_two("torchrun", "--lr 1e20 --opt momentum --total_batch_size 16")
+    assert ended.returncode == 1
+    assert ended.stderr.count("main.py: error: loss is ") == 1
+    assert "[rank1]: Traceback" not in ended.stderr

@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Draw docs/method.png: the three steps of weight selection."""
+
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyArrowPatch, Rectangle
+
+TEACHER, STUDENT, REST = "#8ecae6", "#fb8500", "#e9eef2"
+
+
+def box(axes, x, y, width, height, color, text="", size=8):
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="#44546a", linewidth=0.8))
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size)
+
+
+def arrow(axes, start, end):
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=8, linewidth=0.9, color="#44546a"))
+
+
+def panel(axes, title):
+    axes.set(xlim=(0, 10), ylim=(0, 10), aspect="equal")
+    axes.set_title(title, fontsize=10)
+    axes.axis("off")
+    axes.text(2.25, 9.45, "teacher", ha="center", fontsize=8)
+    axes.text(8.0, 9.45, "student", ha="center", fontsize=8)
+
+
+def layers(axes):
+    panel(axes, "1. Select layers: the first N")
+    for i in range(6):
+        y = 0.6 + 1.45 * i
+        box(axes, 0.5, y, 3.5, 1.05, TEACHER if i < 3 else REST, f"layer {i}")
+        if i < 3:
+            box(axes, 7.0, y, 2.0, 1.05, STUDENT, f"layer {i}")
+            arrow(axes, (4.1, y + 0.52), (6.9, y + 0.52))
+
+
+def components(axes):
+    panel(axes, "2. Match components by name")
+    for i, name in enumerate(("fc2", "fc1", "norm2", "proj", "qkv", "norm1")):
+        y = 0.6 + 1.45 * i
+        box(axes, 0.5, y, 3.5, 1.05, TEACHER, name)
+        box(axes, 7.0, y, 2.0, 1.05, STUDENT, name)
+        arrow(axes, (4.1, y + 0.52), (6.9, y + 0.52))
+
+
+def elements(axes):
+    panel(axes, "3. Select elements: evenly spaced")
+    rows, columns, side = 8, 6, 0.72
+    for row in range(rows):
+        for column in range(columns):
+            kept = row % 2 == 0 and column % 2 == 0
+            y = 8.3 - side * (row + 1) + side / 2
+            box(axes, 0.1 + side * column, y, side, side, STUDENT if kept else REST)
+    for row in range(rows // 2):
+        for column in range(columns // 2):
+            box(axes, 6.9 + side * column, 6.5 - side * (row + 1), side, side, STUDENT)
+    arrow(axes, (4.7, 5.1), (6.7, 5.1))
+    axes.text(
+        5.0,
+        1.2,
+        "the same neurons in every tensor:\nwhat residual connections add up still matches",
+        ha="center",
+        fontsize=8,
+    )
+
+
+def main():
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.7), layout="constrained")
+    for draw, panel_axes in zip((layers, components, elements), axes, strict=True):
+        draw(panel_axes)
+    figure.savefig(sys.argv[1] if len(sys.argv) > 1 else "docs/method.png", dpi=120, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()
