@@ -34,13 +34,17 @@ def open_output(args) -> Path | None:
     Raises:
         InputError: unwritable, or it holds another run, or one that cannot go on.
     """
-    if args.output_dir is None or args.resume:
+    if args.output_dir is None:
         return Path(args.resume) if args.resume else None
     directory = Path(args.output_dir)
     utils.check_writable(directory, "--output_dir")
     held = [directory / name for name in ("args.json", "log.txt", "results.json") if (directory / name).exists()]
     held += sorted(directory.glob("checkpoint-*.pth"))
     utils.barrier()  # nobody writes before everybody has looked
+    if args.resume:
+        if held and Path(args.resume).resolve().parent != directory.resolve():
+            raise InputError(f"--output_dir {directory}: holds another run than --resume {args.resume}; choose another")
+        return Path(args.resume)
     if args.overwrite:
         for path in held if utils.is_main() else []:
             path.unlink()

@@ -16,6 +16,9 @@ from torch.nn.utils import clip_grad_norm_
 from utils import Progress, RunError, all_reduce_sum, seed_everything
 
 
+CHECK_INTERVAL = 50  # steps from one look at whether the loss is finite to the next: each look waits for the device
+
+
 @dataclass
 class Trainer:
     """All that a step of training needs.
@@ -117,8 +120,6 @@ def train_one_epoch(trainer: Trainer, loader, epoch: int) -> dict:
 
     def describe():
         mean = loss_sum.item() / (done * trainer.update_freq)
-        if not math.isfinite(mean):
-            raise RunError(f"loss is {mean} by step {done} of epoch {epoch}; lower --lr, or train without --use_amp")
         speed = images * trainer.world_size / (time.monotonic() - start)
         return f"loss {mean:.4f} lr {trainer.lr[epoch * steps + done - 1]:.2e} {speed:.0f} images/s"
 
@@ -132,11 +133,15 @@ def train_one_epoch(trainer: Trainer, loader, epoch: int) -> dict:
                 seed_everything(trainer.seed, epoch, number, 1)  # the 1: not the numbers that image `number` gets
                 loss_sum += trainer.backward(*batch, last=part == trainer.update_freq - 1)
                 images += len(batch[0])
-            norm_sum += trainer.update()
+            norm_sum += trainer.update().nan_to_num(0, 0, 0)  # not finite where the loss scaler skips a step
             progress.step(describe)
-    loss = all_reduce_sum(loss_sum).item() / (steps * trainer.update_freq * trainer.world_size)
-    if not math.isfinite(loss):
-        raise RunError(f"loss is {loss} in epoch {epoch}; lower --lr, or train without --use_amp")
+            if done % CHECK_INTERVAL == 0 or done == steps:
+                loss = all_reduce_sum(loss_sum.clone()).item() / (done * trainer.update_freq * trainer.world_size)
+                if not math.isfinite(loss):
+                    lr = trainer.lr[epoch * steps + done - 1]
+                    raise RunError(
+                        f"loss is {loss} by step {done} of epoch {epoch}, at lr {lr:.2e}; lower --lr, or leave out --use_amp"
+                    )
     last = (epoch + 1) * steps - 1
     return {
         "loss": loss,

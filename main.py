@@ -157,11 +157,11 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: utils.B
         progress["epoch"], progress["seconds"] = epoch, before + time.monotonic() - start
         board.add(row | {"epoch": epoch, "n_parameters": sum(p.numel() for p in trainer.model.parameters())})
         if args.output_dir and args.save_ckpt:
+            for name in better:  # before the numbered one: a run killed in between does this epoch again, this too
+                checkpoint.save(args, trainer, name, progress)
             if last or (epoch + 1) % args.save_ckpt_freq == 0:
                 checkpoint.save(args, trainer, epoch, progress)
                 utils.prune_checkpoints(args.output_dir, args.save_ckpt_num)
-            for name in better:
-                checkpoint.save(args, trainer, name, progress)
         left = (time.monotonic() - start) / (epoch + 1 - first) * (args.epochs - 1 - epoch)
         say(f"epoch {epoch}: {utils.describe(row)}, {utils.duration(left)} left")
 
@@ -219,6 +219,8 @@ def main(argv=None) -> None:
             f"--batch_size {args.batch_size}: the {len(train_set)} training images are fewer than one batch of "
             f"{args.total_batch_size}; lower it, --update_freq or --total_batch_size"
         )
+    if args.log_dir:
+        utils.check_writable(args.log_dir, "--log_dir")
     model = build_model(args, classes)
     found = None if args.eval else checkpoint.open_output(args)
     trainer = build_trainer(args, model, device, dtype, launch, steps, classes)

@@ -1,6 +1,7 @@
 """The options of main.py: what they are, what they may be, and which contradict each other."""
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 import yaml
@@ -195,6 +196,9 @@ def check_options(args, given: set) -> None:
     if args.eval_data_path is not None and not SOURCES[args.data_set].folders:
         raise InputError(f"--eval_data_path {args.eval_data_path}: has no effect with --data_set {args.data_set}")
 
+    if args.enable_wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError("--enable_wandb true: the package is not installed; run: python -m pip install wandb")
+
     without_effect = (
         (not args.model_ema, "--model_ema false", ("model_ema_decay", "model_ema_force_cpu", "model_ema_eval")),
         (not args.use_amp, "--use_amp false", ("amp_dtype",)),
@@ -206,8 +210,12 @@ def check_options(args, given: set) -> None:
         (bool(args.finetune or args.resume) and not args.eval, "--finetune or --resume", ("init",)),
         (args.total_batch_size is not None, "--total_batch_size, which sets it", ("update_freq",)),
         (args.warmup_steps >= 0, "--warmup_steps", ("warmup_epochs",)),
-        (args.disable_eval, "--disable_eval true", ("eval_interval", "model_ema_eval")),
-        (args.output_dir is None, "no --output_dir", ("overwrite", "save_ckpt", "save_ckpt_freq", "save_ckpt_num")),
+        (args.disable_eval, "--disable_eval true", ("eval_interval",)),
+        (
+            args.output_dir is None,
+            "no --output_dir",
+            ("overwrite", "save_ckpt", "save_ckpt_freq", "save_ckpt_num", "wandb_ckpt"),
+        ),
         (not args.save_ckpt, "--save_ckpt false", ("save_ckpt_freq", "save_ckpt_num", "wandb_ckpt")),
         (not args.enable_wandb, "--enable_wandb false", ("project", "wandb_ckpt")),
     )

@@ -59,6 +59,7 @@ def test_unknown_model_is_answered_with_near_matches(refused):
         "--smoothing 2",
         "--layer_decay 0",
         "--clip_grad 0",
+        "--crop_pct 0",
         "--num_workers -1",
         "--start_epoch 2",
         "--world_size 4",
@@ -90,6 +91,21 @@ def test_unknown_option_and_abbreviation_are_refused(refused, options):
 
 def test_model_kwargs_that_timm_does_not_take_are_refused(refused):
     assert refused("--model_kwargs embed_dimension=32").startswith("--model vit_tiny: timm cannot build it")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--input_size 15",  # not a multiple of the patch size
+        "--model convnext_femto --model_kwargs dims=(8,8,8,8) --input_size 16",  # nothing is left for the last stage
+    ],
+)
+def test_input_size_that_the_model_cannot_take_is_refused(refused, options):
+    assert "--input_size" in refused(options)
+
+
+def test_number_of_classes_is_not_a_model_option(refused):
+    assert "num_classes" in refused("--model_kwargs num_classes=2")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -242,6 +258,11 @@ def test_config_file_that_is_missing(refused, tmp_path):
     assert refused("--config", tmp_path / "none.yaml").startswith(f"--config {tmp_path}/none.yaml: cannot be read")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipe_that_comes_with_the_project_is_accepted(path):
+    parse_args(["--config", str(path)])
+
+
 def test_recipe_may_set_what_a_command_switches_off(tiny_run, tmp_path):
     """A recipe that also evaluates its moving average, run without one."""
     path = write_config(tmp_path, "model_ema: true\nmodel_ema_eval: true\namp_dtype: bfloat16\n")
@@ -249,7 +270,7 @@ def test_recipe_may_set_what_a_command_switches_off(tiny_run, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Hardware
+# What is not there
 
 
 def test_cuda_without_a_gpu(refused, monkeypatch):
@@ -272,6 +293,11 @@ def test_bfloat16_on_a_gpu_without_it(monkeypatch):
     args = parse_args(["--device", "cuda", "--use_amp", "true", "--amp_dtype", "bfloat16"])
     with pytest.raises(InputError, match="--amp_dtype bfloat16: "):
         main.check_hardware(args, local_rank=0)
+
+
+def test_weights_and_biases_that_is_not_installed(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "--enable_wandb true" in refused("--enable_wandb true")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -378,9 +404,10 @@ def test_damaged_run_is_not_continued(refused, held, name):
     assert name in message
 
 
-def test_output_dir_that_cannot_be_a_directory(refused, tmp_path):
+@pytest.mark.parametrize("option", ["--output_dir", "--log_dir"])
+def test_directory_that_cannot_be_one(refused, tmp_path, option):
     (tmp_path / "x.pth").write_text("")
-    assert refused("--output_dir", tmp_path / "x.pth").startswith(f"--output_dir {tmp_path}/x.pth: cannot write there")
+    assert refused(option, tmp_path / "x.pth").startswith(f"{option} {tmp_path}/x.pth: cannot write there")
 
 
 def test_overwrite_starts_anew_and_deletes_only_the_run(tiny_run, held):
@@ -394,6 +421,26 @@ def test_overwrite_starts_anew_and_deletes_only_the_run(tiny_run, held):
 
 # ---------------------------------------------------------------------------------------------------------
 # How errors end
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "lines"),
+    [
+        (InputError("--a b:\nc"), 2, "main.py: error: --a b: c\n"),
+        (utils.RunError("no"), 1, "main.py: error: no\n"),
+        (KeyboardInterrupt(), 130, "\nmain.py: interrupted\n"),
+        (None, 0, ""),
+    ],
+)
+def test_status_and_line_of_each_way_to_end(error, status, lines, capsys):
+    def program():
+        if error:
+            raise error
+
+    with pytest.raises(SystemExit) as ended:
+        utils.run_program("main.py", program)
+    assert ended.value.code == status
+    assert capsys.readouterr().err == lines
 
 
 def test_error_is_one_line_and_status_2():

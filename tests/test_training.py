@@ -147,6 +147,12 @@ def test_evaluation_of_a_checkpoint_gives_the_logged_figures(finished, train, ca
     assert found["images"] == TEST_IMAGES
 
 
+def test_evaluation_needs_no_full_batch_of_training_images(finished, train, capsys):
+    assert TRAIN_IMAGES < 64
+    path = finished / "run" / "checkpoint-best.pth"
+    assert evaluated(train, capsys, "--batch_size 64 --resume", path)["images"] == TEST_IMAGES
+
+
 def test_moving_average_is_kept_and_evaluated(finished, train, capsys):
     path = finished / "run" / "checkpoint-3.pth"
     checkpoint, row = read_checkpoint(finished / "run", 3), read_log(finished / "run")[3]
@@ -276,6 +282,19 @@ def test_xavier_draws_linear_weights_between_its_bounds(train, tmp_path):
     assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
+def test_layer_scale_and_classifier_start_as_told(train, tmp_path):
+    model = "--model convnext_femto --input_size 32 --model_kwargs depths=(1,1,1,1) dims=(8,8,8,8)"
+    train(f"{STAND_STILL} {model} --output_dir {tmp_path}/default")
+    train(f"{STAND_STILL} {model} --layer_scale_init_value 0.5 --head_init_scale 3 --output_dir {tmp_path}/told")
+    default, told = (read_checkpoint(tmp_path / name, 0)["model"] for name in ("default", "told"))
+    gammas = [key for key in told if key.endswith(".gamma")]
+    assert len(gammas) == 4
+    for key in gammas:
+        assert default[key].unique().tolist() == pytest.approx([1e-6])
+        assert told[key].unique().tolist() == [0.5]
+    assert torch.equal(told["head.fc.weight"], 3 * default["head.fc.weight"])
+
+
 def test_seed_decides_the_first_weights_and_the_run(train, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(f"--epochs 1 --seed {seed} --output_dir {tmp_path / name}")
@@ -326,6 +345,21 @@ def test_best_accuracy_outlives_an_interruption(train, interrupted, tmp_path):
     assert results["best"]["epoch"] == read_checkpoint(tmp_path, "best")["epoch"] == 0
     assert results["last"]["epoch"] == 2
     assert results["best"]["acc1"] == results["last"]["acc1"]
+
+
+def test_checkpoint_that_cannot_be_written_leaves_the_one_before(train, tmp_path, monkeypatch):
+    def full_disk(value, file):
+        file.write(b"half of it")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    train(f"--epochs 1 --output_dir {tmp_path}")
+    files = {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(utils.InputError, match=f"cannot write {tmp_path}/checkpoint-best.pth: .*disk full"):
+            utils.save_torch({}, tmp_path / "checkpoint-best.pth")
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")} == files
+    assert not list(tmp_path.glob(".*")), "no temporary files"
 
 
 def test_run_whose_model_options_are_tuples_goes_on(train, interrupted, tmp_path):
