@@ -15,7 +15,6 @@ from torch.nn.utils import clip_grad_norm_
 
 from utils import Progress, RunError, all_reduce_sum, seed_everything
 
-
 CHECK_INTERVAL = 50  # steps from one look at whether the loss is finite to the next: each look waits for the device
 
 
@@ -140,7 +139,7 @@ def train_one_epoch(trainer: Trainer, loader, epoch: int) -> dict:
                 if not math.isfinite(loss):
                     lr = trainer.lr[epoch * steps + done - 1]
                     raise RunError(
-                        f"loss is {loss} by step {done} of epoch {epoch}, at lr {lr:.2e}; lower --lr, or leave out --use_amp"
+                        f"loss is {loss} by step {done} of epoch {epoch}, at lr {lr:.2e}; lower --lr, or drop --use_amp"
                     )
     last = (epoch + 1) * steps - 1
     return {

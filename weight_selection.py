@@ -390,7 +390,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--pretrained_path",
         metavar="FILE",
-        help="teacher's weights from disk instead of the hub: .pth .safetensors .npz ... (of a checkpoint the moving average, if it has one)",
+        help="teacher's weights from disk instead of the hub: .pth .safetensors .npz ...; the moving average if it has one",
     )
     add("--student", metavar="NAME", help="vit_tiny, convnext_femto, another model of the paper, or any timm name")
     add(
