@@ -129,4 +129,5 @@ def save(args, trainer: Trainer, name, progress: dict) -> None:
         "args": plain(args),
         **progress,
     }
-    utils.save_torch(checkpoint, utils.checkpoint_path(args.output_dir, name))
+    with utils.new_file(utils.checkpoint_path(args.output_dir, name)) as temporary:
+        utils.save_torch(checkpoint, temporary)

@@ -287,16 +287,12 @@ def versions():
 
 
 def save_torch(value, path):
-    """``torch.save`` that never leaves half a file behind.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    with new_file(path) as temporary, open(temporary, "wb") as file:
-        try:
+    """``torch.save``, with an OSError whatever the reason that the file cannot be written. Use within ``new_file``."""
+    try:
+        with open(path, "wb") as file:
             torch.save(value, file)
-        except RuntimeError as error:  # torch hides a full disk behind a message about its archive writer
-            raise OSError(f"{str(error).splitlines()[0]} (is the disk full?)") from error
+    except RuntimeError as error:  # torch hides a full disk behind a message about its archive writer
+        raise OSError(f"is the disk full? {str(error).splitlines()[0]}") from error
 
 
 def load_torch(path, option):

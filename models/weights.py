@@ -13,7 +13,7 @@ import torch.nn as nn
 from timm.models import clean_state_dict
 
 from models.families import Family, classifier_pattern
-from utils import InputError, load_torch, new_file, save_torch, sha256
+from utils import InputError, load_torch, save_torch, sha256
 
 # Entries under which training scripts nest a state_dict, in the order in which timm's own loader looks for them.
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -53,15 +53,17 @@ def read_weights(path, option: str, nested=NESTED) -> dict:
 
 
 def write_weights(state_dict: dict, path) -> None:
-    """Write a plain state_dict as .safetensors or, by any other suffix, with ``torch.save``; all of it or nothing."""
-    if Path(path).suffix == ".safetensors":
-        with new_file(path) as temporary:
-            try:
-                safetensors.torch.save_file({key: value.contiguous() for key, value in state_dict.items()}, temporary)
-            except safetensors.SafetensorError as error:
-                raise OSError(str(error)) from error
-    else:
+    """Write a plain state_dict as .safetensors or, by any other suffix, with ``torch.save``.
+
+    Use within ``utils.new_file``, which turns the OSError of a full disk into an InputError and leaves no half a file.
+    """
+    if Path(path).suffix != ".safetensors":
         save_torch(state_dict, path)
+        return
+    try:
+        safetensors.torch.save_file(state_dict, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def first_mismatch(state_dict: dict, model: nn.Module, may_be_missing=lambda key: False) -> str | None:
