@@ -481,15 +481,16 @@ def pretrained_teacher(name: str, kwargs: dict) -> nn.Module:
 
 def load_teacher(args, teacher: nn.Module, family: Family) -> tuple:
     """The teacher's weights and where they came from: (state_dict, provenance)."""
-    origin = {"name": args.pretrained_model, "kwargs": args.teacher_kwargs}
+    cfg = teacher.pretrained_cfg
+    model = ".".join(filter(None, (cfg["architecture"], args.pretrained_path is None and cfg.get("tag"))))
+    origin = {"name": args.pretrained_model, "model": model, "kwargs": args.teacher_kwargs}
     if args.pretrained_path is not None:
         if Path(args.pretrained_path).suffix == ".npz":  # timm converts these only into a real model
             teacher = create_model(args.pretrained_model, option="--pretrained_model", **args.teacher_kwargs)
         weights = read_teacher(args.pretrained_path, teacher, family, "--pretrained_path")
         file, source = Path(args.pretrained_path), str(args.pretrained_path)
     else:
-        teacher = pretrained_teacher(args.pretrained_model, args.teacher_kwargs)
-        weights, cfg = teacher.state_dict(), teacher.pretrained_cfg
+        weights = pretrained_teacher(args.pretrained_model, args.teacher_kwargs).state_dict()
         file, source = downloaded_file(cfg), cfg.get("hf_hub_id") or cfg.get("url")
     return weights, {**origin, "source": source, "sha256": file and utils.sha256(file)}
 

@@ -1,6 +1,7 @@
 """Models: timm's, under the paper's names as well as timm's own."""
 
 import difflib
+import warnings
 from functools import partial
 
 import timm
@@ -59,7 +60,8 @@ def create_model(
     try:
         if input_size is not None and timm.get_pretrained_cfg(architecture).fixed_input_size:
             kwargs.setdefault("img_size", input_size)
-        with torch.device(device):
+        with torch.device(device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Mapping deprecated model name")  # timm's old names are welcome here
             return timm.create_model(architecture, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:  # timm's ways of refusing arguments and tags
         given = " ".join(f"{key}={value}" for key, value in kwargs.items())
