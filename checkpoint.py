@@ -25,7 +25,7 @@ WAYS_OUT = "choose another directory, or add --overwrite true to delete it"
 
 def plain(args) -> dict:
     """All options as a dict of plain types, for checkpoints and JSON."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in sorted(vars(args).items())}
+    return json.loads(json.dumps(vars(args), sort_keys=True))
 
 
 def open_output(args) -> Path | None:
@@ -91,11 +91,14 @@ def resume(args, trainer: Trainer, path: Path) -> dict:
     """
     option = "--resume" if args.resume else "--output_dir"
     checkpoint = utils.load_torch(path, option)
-    missing = [key for key in ("model", "optimizer", "epoch", "scaler", "args") if key not in checkpoint]
+    keys = checkpoint if isinstance(checkpoint, dict) else ()
+    missing = [key for key in ("model", "optimizer", "epoch", "scaler", "args") if key not in keys]
     if missing:
         raise InputError(f"{option} {path}: not a checkpoint of main.py: it has no {missing[0]}")
     if not args.resume:
         check_same_run(args, checkpoint["args"], path.name)
+    if checkpoint["epoch"] >= args.epochs and not args.eval:
+        raise InputError(f"{option} {path}: written after epoch {checkpoint['epoch']}, beyond --epochs {args.epochs}")
     problem = first_mismatch(checkpoint["model"], trainer.model)
     if problem:
         raise InputError(f"{option} {path}: of another model ({checkpoint['args'].get('model')}): {problem}")

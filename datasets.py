@@ -110,7 +110,7 @@ def build_dataset(args, train: bool) -> tuple:
         if args.eval_data_path is not None:
             roots = [Path(args.data_path), Path(args.eval_data_path)]
         dataset = _open_folder(source, roots[not train], transform, args.data_set)
-        if not train and dataset.classes != (other := _class_folders(roots[0])):
+        if not train and not args.eval and dataset.classes != (other := _class_folders(roots[0])):
             odd = sorted(set(dataset.classes) ^ set(other))[0]
             raise InputError(
                 f"--data_path {args.data_path}: class folder {odd} is in only one of {roots[0]} and {roots[1]}"
@@ -168,18 +168,21 @@ def build_transform(args, train: bool):
         "std": IMAGENET_INCEPTION_STD if inception else IMAGENET_DEFAULT_STD,
     }
     if train:
-        return create_transform(
-            **common,
-            is_training=True,
-            scale=tuple(args.scale),
-            hflip=args.hflip,
-            color_jitter=args.color_jitter,
-            auto_augment=None if args.aa == "none" else args.aa,
-            interpolation=args.train_interpolation,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
-        )
+        try:
+            return create_transform(
+                **common,
+                is_training=True,
+                scale=tuple(args.scale),
+                hflip=args.hflip,
+                color_jitter=args.color_jitter,
+                auto_augment=None if args.aa == "none" else args.aa,
+                interpolation=args.train_interpolation,
+                re_prob=args.reprob,
+                re_mode=args.remode,
+                re_count=args.recount,
+            )
+        except (AssertionError, ValueError, KeyError) as error:  # timm's ways of refusing a policy
+            raise InputError(f"--aa {args.aa}: no policy of timm's; such as rand-m9-mstd0.5-inc1, or none") from error
     squash = args.crop_pct is None and args.input_size >= 384
     return create_transform(
         **common,

@@ -38,9 +38,10 @@ def check_hardware(args, local_rank: int) -> tuple:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.num_workers is None:
         args.num_workers = max(1, min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if args.device == "cuda" and local_rank >= torch.cuda.device_count():
+    local_processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if args.device == "cuda" and local_processes > torch.cuda.device_count():
         raise InputError(
-            f"--device cuda: process {local_rank} of this machine has no GPU ({torch.cuda.device_count()} found); "
+            f"--device cuda: {local_processes} processes on a machine with {torch.cuda.device_count()} GPUs; "
             "start fewer processes or use --device cpu"
         )
     device = torch.device("cuda", local_rank) if args.device == "cuda" else torch.device("cpu")
@@ -61,6 +62,10 @@ def build_model(args, classes: int) -> nn.Module:
     utils.seed_everything(args.seed)
     kwargs = {"num_classes": classes, "drop_path_rate": args.drop_path, **args.model_kwargs}
     model = create_model(args.model, input_size=args.input_size, device="meta", **kwargs)
+    try:
+        model(torch.empty(1, 3, args.input_size, args.input_size, device="meta"))
+    except (RuntimeError, AssertionError, ValueError) as error:  # too small for the last stage, no multiple of a patch
+        raise InputError(f"--input_size {args.input_size}: {args.model} cannot take it: {error}") from error
     if isinstance(model, CONVNEXT.model_class):
         kwargs.setdefault("ls_init_value", args.layer_scale_init_value)
     elif args.layer_scale_init_value != get_args_parser().get_default("layer_scale_init_value"):
@@ -133,7 +138,7 @@ def build_trainer(args, model, device, dtype, launch, steps_per_epoch, classes) 
 def test(args, trainer: Trainer, loader) -> dict:
     """Evaluate the model, and its moving average when asked for, whose figures end in ``_ema``."""
     stats = evaluate(trainer.model, loader, trainer.device, trainer.autocast, args.dist_eval)
-    if args.model_ema_eval:
+    if args.model_ema_eval and trainer.ema is not None:
         device = next(trainer.ema.module.parameters()).device
         dtype = trainer.autocast if device == trainer.device else None
         average = evaluate(trainer.ema.module, loader, device, dtype, args.dist_eval)
@@ -209,11 +214,11 @@ def main(argv=None) -> None:
     share_batch(args, launch.world_size)
     utils.init_distributed(launch, device, args.dist_url)
 
-    train_set, classes = build_dataset(args, train=True)
-    test_set, test_classes = build_dataset(args, train=False)
-    if test_classes != classes or args.nb_classes not in (None, classes):
+    train_set = None if args.eval else build_dataset(args, train=True)[0]
+    test_set, classes = build_dataset(args, train=False)
+    if args.nb_classes not in (None, classes):
         raise InputError(f"--nb_classes {args.nb_classes}: {args.data_set} has {classes} classes; leave it out")
-    steps = len(train_set) // args.total_batch_size
+    steps = 1 if args.eval else len(train_set) // args.total_batch_size
     if steps < 1:
         raise InputError(
             f"--batch_size {args.batch_size}: the {len(train_set)} training images are fewer than one batch of "

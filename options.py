@@ -22,7 +22,11 @@ def get_args_parser() -> Parser:
         help="images in a process's micro-batch (with --total_batch_size: at most)",
     )
     add("--update_freq", type=int, default=1, help="micro-batches per step: gradient accumulation")
-    add("--total_batch_size", type=int, help="images per step over all processes; sets micro-batch and accumulation")
+    add(
+        "--total_batch_size",
+        type=int,
+        help="images per step over all processes; sets accumulation (and micro-batch: mixup pairs within it)",
+    )
     add("--epochs", type=int, default=300)
 
     group = parser.add_argument_group("model").add_argument
@@ -179,6 +183,16 @@ def check_options(args, given: set) -> None:
     for name in ("drop_path", "smoothing", "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
         if not 0 <= getattr(args, name) <= 1:
             raise InputError(f"--{name} {getattr(args, name)}: give a number from 0 to 1")
+    for name in ("clip_grad", "crop_pct"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise InputError(f"--{name} {getattr(args, name)}: give a number above 0, or leave it out")
+    if args.crop_pct is not None and args.crop_pct > 1:
+        raise InputError(f"--crop_pct {args.crop_pct}: give a number above 0 and up to 1")
+    if args.num_workers is not None and args.num_workers < 0:
+        raise InputError(f"--num_workers {args.num_workers}: give a number from 0 up")
+    for key, option in (("num_classes", "--data_set"), ("drop_path_rate", "--drop_path"), ("img_size", "--input_size")):
+        if key in args.model_kwargs:
+            raise InputError(f"--model_kwargs {key}={args.model_kwargs[key]}: {option} sets it; leave it out")
     if not 0 < args.layer_decay <= 1:
         raise InputError(f"--layer_decay {args.layer_decay}: give a number above 0 and up to 1")
     if args.warmup_steps < 0 and args.warmup_epochs > args.epochs:
@@ -202,6 +216,7 @@ def check_options(args, given: set) -> None:
     without_effect = (
         (not args.model_ema, "--model_ema false", ("model_ema_decay", "model_ema_force_cpu", "model_ema_eval")),
         (not args.use_amp, "--use_amp false", ("amp_dtype",)),
+        (args.weight_decay == 0, "--weight_decay 0", ("weight_decay_end",)),
         (not mixes(args), "--mixup 0 --cutmix 0", ("mixup_prob", "mixup_switch_prob", "mixup_mode")),
         (args.cutmix_minmax is not None, "--cutmix_minmax", ("cutmix",)),
         (args.aa != "none", f"--aa {args.aa}", ("color_jitter",)),

@@ -69,17 +69,18 @@ def run_program(name, main):
 
     0: done. 1: ``RunError``. 2: ``InputError``. 130: Ctrl-C. 141: who read the output has gone.
 
-    Of several processes only the first prints the line; all of them exit with the status.
+    Of several processes only the first of each machine prints the line; all of them exit with the status.
     """
+    prints = find_launch(os.environ).local_rank == 0
     try:
         main()
         status = 0
     except (InputError, RunError) as error:
-        if is_main():
+        if prints:
             print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
-        if is_main():
+        if prints:
             print(f"\n{name}: interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:
@@ -123,7 +124,8 @@ def find_launch(environ, mpi=False):
     if "RANK" in environ and "WORLD_SIZE" in environ:  # torchrun, python -m torch.distributed.launch
         return Launch(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0)))
     # A step's own count first: inside an allocation of 8 tasks, a plain `python main.py` is still one process.
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS"))
+    # srun sets it. Where somebody else played srun's part, MASTER_ADDR tells that several processes were meant.
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS") if "MASTER_ADDR" in environ else None)
     if "SLURM_PROCID" in environ and tasks is not None and int(tasks) > 1:
         return Launch(int(environ["SLURM_PROCID"]), int(tasks), int(environ.get("SLURM_LOCALID", 0)))
     return Launch()

@@ -97,7 +97,7 @@ def test_only_the_first_process_prints_an_error_found_before_they_meet(tiny_run,
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
-        utils.run_program("main.py", lambda: main.main([*tiny_run, "--total_batch_size", "33"]))
+        utils.run_program("main.py", lambda: main.main([*tiny_run, "--epochs", "0"]))
     assert ended.value.code == 2
     assert capsys.readouterr().err == ""
 

@@ -347,19 +347,21 @@ def test_best_accuracy_outlives_an_interruption(train, interrupted, tmp_path):
     assert results["best"]["acc1"] == results["last"]["acc1"]
 
 
-def test_checkpoint_that_cannot_be_written_leaves_the_one_before(train, tmp_path, monkeypatch):
+def test_full_disk_leaves_the_checkpoints_before_and_the_run_goes_on_later(train, interrupted, tmp_path, monkeypatch):
     def full_disk(value, file):
         file.write(b"half of it")
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
-    train(f"--epochs 1 --output_dir {tmp_path}")
+    interrupted(1, "--output_dir", tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full_disk)
-        with pytest.raises(utils.InputError, match=f"cannot write {tmp_path}/checkpoint-best.pth: .*disk full"):
-            utils.save_torch({}, tmp_path / "checkpoint-best.pth")
+        with pytest.raises(utils.InputError, match=f"cannot write {tmp_path}/checkpoint-.*disk full"):
+            train("--output_dir", tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")} == files
     assert not list(tmp_path.glob(".*")), "no temporary files"
+    train("--output_dir", tmp_path)
+    assert [row["epoch"] for row in read_log(tmp_path)] == [0, 1]
 
 
 def test_run_whose_model_options_are_tuples_goes_on(train, interrupted, tmp_path):

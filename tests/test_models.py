@@ -1,0 +1,260 @@
+"""Models by name, classic initialisations, and the declarations of families compared with real models."""
+
+import math
+import re
+
+import pytest
+import timm
+import torch
+
+from models import PAPER_MODELS, create_model
+from models.families import FAMILIES, classifier_pattern, family_of
+from models.initialization import SCHEMES, initialize
+from utils import InputError
+
+FAMILY_NAMES = sorted(FAMILIES)
+PAPER_SIZES = {  # width and depth
+    "vit_tiny": (192, 12),
+    "vit_small": (384, 12),
+    "vit_base": (768, 12),
+    "vit_large": (1024, 24),
+    "vit_a": (192, 6),
+    "vit_tiny_clip": (192, 12),
+    "vit_base_clip": (768, 12),
+    "convnext_femto": ((48, 96, 192, 384), (2, 2, 6, 2)),
+    "convnext_tiny": ((96, 192, 384, 768), (3, 3, 9, 3)),
+}
+
+
+def shapes(name, **kwargs):
+    return {k: tuple(v.shape) for k, v in create_model(name, device="meta", **kwargs).state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def family_shapes():
+    """{family: [shapes of the student, shapes of the teacher]} of the paper's main experiments."""
+    return {name: [shapes(family.student), shapes(family.teacher)] for name, family in FAMILIES.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Names
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("vit_tiny", 5_717_416), ("convnext_femto", 5_217_784)])
+def test_students_have_the_parameters_of_the_release(name, parameters):
+    assert (
+        sum(value.numel() for value in create_model(name, device="meta", num_classes=1000).parameters()) == parameters
+    )
+
+
+@pytest.mark.parametrize("name", sorted(PAPER_MODELS))
+def test_paper_models_have_the_paper_sizes(name):
+    model = create_model(name, device="meta", num_classes=100)
+    if name.startswith("vit"):
+        sizes = model.embed_dim, len(model.blocks)
+    else:
+        widths = tuple(stage.blocks[0].conv_dw.in_channels for stage in model.stages)
+        sizes = widths, tuple(len(stage.blocks) for stage in model.stages)
+    assert sizes == PAPER_SIZES[name]
+    assert model.get_classifier().out_features == 100
+
+
+def test_clip_student_is_laid_out_as_the_clip_teacher():
+    assert shapes("vit_tiny_clip").keys() == shapes("vit_base_clip").keys()
+    assert "norm_pre.weight" in shapes("vit_tiny_clip")
+    assert {m.eps for m in create_model("vit_tiny_clip", device="meta").modules() if hasattr(m, "eps")} == {1e-5}
+
+
+def test_timm_keeps_its_own_meaning_of_every_name():
+    # convnext_femto is a name of both: ours has linear layers, timm's must keep its 1x1 convolutions.
+    assert not any(timm.is_model(name) for name in PAPER_MODELS if name.startswith("vit"))
+    fc1 = "stages.0.blocks.0.mlp.fc1.weight"
+    assert shapes("convnext_femto")[fc1] == (192, 48)
+    assert tuple(timm.create_model("convnext_femto").state_dict()[fc1].shape) == (192, 48, 1, 1)
+    assert create_model("convnext_tiny_in22k", device="meta").num_classes == 21841
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "vit_small_patch16_224_in21k", "vit_small_patch16_224.augreg_in21k"])
+def test_input_size_reaches_the_position_embedding(name):
+    assert shapes(name, input_size=96)["pos_embed"][1] == 1 + 6 * 6
+
+
+def test_input_size_changes_nothing_in_a_model_without_positions():
+    assert shapes("convnext_femto", input_size=96) == shapes("convnext_femto")
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "named"),
+    [
+        ("vit_tinny", {}, ["--student vit_tinny", "vit_tiny"]),
+        ("vit_small_patch16_224.in99k", {}, ["--student vit_small_patch16_224.in99k", "in99k"]),
+        ("vit_tiny", {"embed_dim": 100}, ["--student vit_tiny", "embed_dim=100"]),
+        ("vit_tiny", {"embed_dmi": 96}, ["--student vit_tiny", "embed_dmi"]),
+        ("convnext_femto", {"depths": (1, 1)}, ["--student convnext_femto", "depths=(1, 1)"]),
+    ],
+)
+def test_names_and_arguments_that_cannot_be_built_are_refused(name, kwargs, named):
+    with pytest.raises(InputError) as refusal:
+        create_model(name, option="--student", device="meta", **kwargs)
+    assert all(word in str(refusal.value) for word in named), refusal.value
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Initialisations
+
+
+@pytest.fixture(scope="module", params=["vit_tiny", "convnext_femto"])
+def initialized(request):
+    """{scheme: state_dict after it}, from the same random initialisation, and that one itself."""
+    sizes = {"depth": 2} if request.param.startswith("vit") else {"depths": (1, 1, 1, 1)}
+    model = create_model(request.param, num_classes=10, **sizes)
+    for value in model.parameters():  # so that a bias set to zero shows, and a norm left alone
+        if value.ndim == 1:
+            torch.nn.init.normal_(value)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    after = {}
+    for scheme in SCHEMES:
+        model.load_state_dict(before)
+        torch.manual_seed(0)
+        initialize(model, scheme)
+        after[scheme] = {key: value.clone() for key, value in model.state_dict().items()}
+    layers = {name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+    return before, after, layers
+
+
+def test_timm_initialisation_stays_as_it_is(initialized):
+    before, after, _ = initialized
+    assert all(torch.equal(before[key], after["timm"][key]) for key in before)
+
+
+@pytest.mark.parametrize("scheme", ["xavier", "kaiming"])
+def test_classic_initialisations_have_their_variance_in_every_layer(initialized, scheme):
+    _, after, layers = initialized
+    for layer in layers:
+        weight = after[scheme][f"{layer}.weight"]
+        fan_in, fan_out = weight[0].numel(), weight.shape[0] * weight[0, 0].numel()
+        variance = 2 / (fan_in + fan_out) if scheme == "xavier" else 2 / fan_in
+        assert weight.std().item() == pytest.approx(math.sqrt(variance), rel=0.1), layer
+        if scheme == "xavier":
+            assert weight.abs().max().item() <= math.sqrt(3 * variance), layer
+
+
+@pytest.mark.parametrize("scheme", ["xavier", "kaiming"])
+def test_classic_initialisations_zero_the_biases_and_leave_the_rest(initialized, scheme):
+    before, after, layers = initialized
+    for key, value in after[scheme].items():
+        layer, _, kind = key.rpartition(".")
+        if layer in layers and kind == "bias":
+            assert not value.any(), key
+        elif layer not in layers:
+            assert torch.equal(value, before[key]), key
+
+
+def test_unknown_initialisation_is_refused():
+    with pytest.raises(InputError, match="--init he.*kaiming"):
+        initialize(torch.nn.Linear(1, 1), "he")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Declarations
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_every_pattern_of_a_family_matches_keys_of_its_models(family_shapes, name):
+    family = FAMILIES[name]
+    single = ("layers", "classifier", "head_norm", "patch_kernel", "pos_embed", "tokens")
+    patterns = [getattr(family, field) for field in single if getattr(family, field) is not None]
+    for keys in family_shapes[name]:
+        for pattern in (*patterns, *family.stacked, *family.components.values()):
+            assert any(re.search(pattern, key) for key in keys), pattern
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_layers_of_a_family_are_the_blocks_of_its_models(name):
+    for model_name in (FAMILIES[name].student, FAMILIES[name].teacher):
+        model = create_model(model_name, device="meta")
+        matches = (re.search(FAMILIES[name].layers, key) for key in model.state_dict())
+        found = {(match[1], int(match[2])) for match in matches if match}
+        if name == "vit":
+            expected = {("blocks", i) for i in range(len(model.blocks))}
+        else:
+            expected = {(f"stages.{s}.blocks", i) for s in range(4) for i in range(len(model.stages[s].blocks))}
+        assert found == expected
+
+
+def test_stacked_tensors_are_query_key_and_value(family_shapes):
+    for keys, width in zip(family_shapes["vit"], (192, 384), strict=True):
+        stacked = {
+            key: parts for key in keys for pattern, parts in FAMILIES["vit"].stacked.items() if re.search(pattern, key)
+        }
+        assert len(stacked) == 2 * 12
+        assert all(keys[key][0] == parts * width for key, parts in stacked.items())
+        assert all(key in stacked for key, shape in keys.items() if shape[0] == 3 * width)
+    assert not FAMILIES["convnext"].stacked
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_patch_kernel_is_the_only_convolution_over_pixels(family_shapes, name):
+    for keys in family_shapes[name]:
+        matches = [key for key in keys if re.search(FAMILIES[name].patch_kernel, key)]
+        assert matches == [key for key, shape in keys.items() if len(shape) == 4 and shape[1] == 3]
+
+
+def test_positions_and_tokens_are_what_has_a_leading_one(family_shapes):
+    family = FAMILIES["vit"]
+    for keys in family_shapes["vit"]:
+        declared = [key for key in keys if re.search(family.pos_embed, key) or re.search(family.tokens, key)]
+        assert declared == [key for key, shape in keys.items() if len(shape) == 3]
+
+
+@pytest.mark.parametrize("model_name", ["vit_tiny", "convnext_femto", "deit_tiny_distilled_patch16_224", "resnet18"])
+def test_classifier_is_what_timm_calls_so(model_name):
+    model = create_model(model_name, device="meta")
+    declared = {key for key in model.state_dict() if re.search(classifier_pattern(model), key)}
+    names = model.pretrained_cfg["classifier"]
+    expected = {
+        f"{name}.{kind}" for name in ([names] if isinstance(names, str) else names) for kind in ("weight", "bias")
+    }
+    norm = {"head.norm.weight", "head.norm.bias"} if model_name == "convnext_femto" else set()  # as in the release
+    assert declared == expected | norm
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_no_key_belongs_to_two_components(family_shapes, name):
+    for key in family_shapes[name][1]:
+        owners = [component for component, pattern in FAMILIES[name].components.items() if re.search(pattern, key)]
+        assert len(owners) <= 1, f"{key}: {owners}"
+
+
+def test_components_of_vit_leave_out_nothing_but_the_class_token(family_shapes):
+    family = FAMILIES["vit"]
+    patterns = [family.classifier, *family.components.values()]
+    left = [key for key in family_shapes["vit"][1] if not any(re.search(pattern, key) for pattern in patterns)]
+    assert left == ["cls_token"]
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("deit_small_distilled_patch16_224", "vit"),
+        ("convnextv2_tiny", "convnext"),
+        ("vit_base_patch16_siglip_224", "vit"),
+    ],
+)
+def test_other_models_of_timms_class_belong_to_the_family(name, family):
+    assert family_of(create_model(name, device="meta"), name) is FAMILIES[family]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_giant_patch14_dinov2",  # gate and value of the MLP stacked
+        "vit_small_plus_patch16_dinov3",  # another class, rotary positions
+        "vit_pwee_patch16_reg1_gap_256",  # MLP and attention stacked in one projection of unequal parts
+        "vit_dpwee_patch16_reg1_gap_256",  # likewise, with differential attention
+        "resnet18",
+    ],
+)
+def test_models_that_no_declaration_describes_are_refused(name):
+    with pytest.raises(InputError, match=f"--student {name}"):
+        family_of(create_model(name, device="meta"), f"--student {name}")
