@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from datasets import SOURCES
+from models import check_kwargs
 from models.initialization import SCHEMES
 from utils import InputError, Kwargs, Parser, boolean
 
@@ -190,9 +191,8 @@ def check_options(args, given: set) -> None:
         raise InputError(f"--crop_pct {args.crop_pct}: give a number above 0 and up to 1")
     if args.num_workers is not None and args.num_workers < 0:
         raise InputError(f"--num_workers {args.num_workers}: give a number from 0 up")
-    for key, option in (("num_classes", "--data_set"), ("drop_path_rate", "--drop_path"), ("img_size", "--input_size")):
-        if key in args.model_kwargs:
-            raise InputError(f"--model_kwargs {key}={args.model_kwargs[key]}: {option} sets it; leave it out")
+    setters = {"num_classes": "--data_set", "drop_path_rate": "--drop_path", "img_size": "--input_size"}
+    check_kwargs(args.model_kwargs, "--model_kwargs", {key: f"{option} sets it" for key, option in setters.items()})
     if not 0 < args.layer_decay <= 1:
         raise InputError(f"--layer_decay {args.layer_decay}: give a number above 0 and up to 1")
     if args.warmup_steps < 0 and args.warmup_epochs > args.epochs:

@@ -26,7 +26,7 @@ import torch.nn as nn
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 import utils
-from models import create_model
+from models import check_kwargs, create_model
 from models.families import COMPONENTS, FAMILIES, Family, family_of
 from models.weights import (
     SUFFIXES,
@@ -57,6 +57,8 @@ def uniform_indices(t: int, s: int) -> torch.Tensor:
 
 def layer_indices(method: str, t: int, s: int) -> list:
     """The teacher layer, of ``t``, that each of the student's ``s`` layers starts from (section 3.1, Appendix B)."""
+    if method not in LAYER_SELECTION:
+        raise InputError(f"--layer_selection {method}: choose one of {', '.join(LAYER_SELECTION)}")
     if method == "uniform":
         return uniform_indices(t, s).tolist()
     start = {"first_n": 0, "mid_n": (t - s) // 2, "last_n": t - s}[method]
@@ -76,6 +78,8 @@ def element_indices(method: str, weight: torch.Tensor, dim: int, s: int, seed: i
     keep the same neurons: the paper's consistency. ``random_inconsistent`` draws anew for every ``name`` and ``dim``;
     ``l1`` keeps the slices of largest L1 norm.
     """
+    if method not in ELEMENT_SELECTION or method == "magnitude":
+        raise InputError(f"{method}: does not select slices; choose one of uniform, consecutive, random, l1")
     t = weight.shape[dim]
     if t == s:
         return torch.arange(t)
@@ -87,7 +91,7 @@ def element_indices(method: str, weight: torch.Tensor, dim: int, s: int, seed: i
         return random_indices(t, s, seed)
     if method == "random_inconsistent":
         return random_indices(t, s, seed, zlib.crc32(name.encode()), dim)
-    norms = weight.abs().sum(dim=[d for d in range(weight.ndim) if d != dim], dtype=torch.float64)
+    norms = weight.movedim(dim, 0).reshape(t, -1).double().abs().sum(dim=1)
     return norms.argsort(descending=True, stable=True)[:s].sort().values
 
 
@@ -96,6 +100,8 @@ def select_elements(method: str, weight: torch.Tensor, shape, seed: int = 0, nam
 
     ``magnitude`` keeps the largest entries wherever they are, in their order, and reshapes them (Table 7).
     """
+    if method not in ELEMENT_SELECTION:
+        raise InputError(f"--element_selection {method}: choose one of {', '.join(ELEMENT_SELECTION)}")
     if method == "magnitude":
         largest = weight.abs().flatten().argsort(descending=True, stable=True)
         kept = largest[: int(np.prod(shape))].sort().values
@@ -188,6 +194,12 @@ def make_plan(
     if include_head_norm and family.head_norm is None:
         raise InputError(f"--include_head_norm: no normalisation in the head of {family.name}; leave the option out")
 
+    classes = [
+        key for key in student.state_dict() if re.search(family.classifier, key) and not _in_head_norm(family, key)
+    ]
+    if include_head and not classes:
+        raise InputError("--include_head: the student has no classifier; leave the option out")
+
     teacher_shapes = {key: tuple(value.shape) for key, value in teacher.state_dict().items()}
     student_shapes = {key: tuple(value.shape) for key, value in student.state_dict().items()}
     layers = _map_layers(family, teacher_shapes, student_shapes, layer_selection)
@@ -196,7 +208,7 @@ def make_plan(
     plan = []
     for key, shape in student_shapes.items():
         source = _source_key(family, key, layers)
-        kept_norm = include_head_norm and re.search(family.head_norm, key)
+        kept_norm = include_head_norm and _in_head_norm(family, key)
         if re.search(family.classifier, key) and not include_head and not kept_norm:
             plan.append(Entry(key, shape, "classifier"))
         elif any(re.search(family.components[component], key) for component in exclude):
@@ -227,6 +239,10 @@ def _map_layers(family: Family, teacher_shapes, student_shapes, method):
             raise InputError(f"{container}: teacher has {t} layers, student {s}: a teacher must be at least as deep")
         layers.update({(container, i): j for i, j in enumerate(layer_indices(method, t, s))})
     return layers
+
+
+def _in_head_norm(family, key):
+    return family.head_norm is not None and re.search(family.head_norm, key) is not None
 
 
 def _source_key(family, key, layers):
@@ -270,7 +286,7 @@ def _entry(family, key, shape, source, source_shape, teacher, student, allow_unu
     expected = shape + (1, 1) if (len(source_shape), len(shape)) == (4, 2) else shape  # 1x1 convolution = linear layer
     if len(compared) != len(expected):
         raise InputError(f"{key}: teacher's shape is {source_shape}, student's {shape}: not the same kind of tensor")
-    if re.search(family.classifier, key) and not re.search(family.head_norm or "$^", key) and compared[0] != shape[0]:
+    if re.search(family.classifier, key) and not _in_head_norm(family, key) and compared[0] != shape[0]:
         raise InputError(
             f"--include_head: teacher has {compared[0]} classes, student {shape[0]} ({key}); give both the same "
             "(--student_kwargs num_classes=N)"
@@ -490,22 +506,39 @@ def load_teacher(args, teacher: nn.Module, family: Family) -> tuple:
         weights = read_teacher(args.pretrained_path, teacher, family, "--pretrained_path")
         file, source = Path(args.pretrained_path), str(args.pretrained_path)
     else:
-        weights = pretrained_teacher(args.pretrained_model, args.teacher_kwargs).state_dict()
+        published = pretrained_teacher(args.pretrained_model, args.teacher_kwargs)
+        if args.include_head and published.num_classes != cfg["num_classes"]:  # timm has dropped the published one
+            raise InputError(
+                f"--include_head: the published classifier has {cfg['num_classes']} classes; leave num_classes out of "
+                "--teacher_kwargs"
+            )
+        weights = published.state_dict()
         file, source = downloaded_file(cfg), cfg.get("hf_hub_id") or cfg.get("url")
     return weights, {**origin, "source": source, "sha256": file and utils.sha256(file)}
 
 
-def check_teacher_head(plan: list, weights: dict, path) -> None:
-    """Refuse a teacher file whose classifier, when it is to be selected, is absent or of other classes."""
+def check_teacher(plan: list, weights: dict, option: str) -> None:
+    """Refuse a teacher without the classifier that is asked for, or with broken values.
+
+    Args:
+        plan: says what is needed.
+        weights: the teacher's state_dict.
+        option: the option and value that the weights came from.
+
+    Raises:
+        InputError: names the first tensor.
+    """
     for entry in plan:
-        if entry.role == "selected" and (
-            entry.source not in weights or weights[entry.source].shape != entry.source_shape
-        ):
+        if entry.role != "selected":
+            continue
+        if entry.source not in weights or tuple(weights[entry.source].shape) != entry.source_shape:
             found = tuple(weights[entry.source].shape) if entry.source in weights else "absent"
             raise InputError(
-                f"--pretrained_path {path}: {entry.source} is {found}, {entry.source_shape} is needed; "
-                "set --teacher_kwargs num_classes=N to the file's, or leave its head out"
+                f"{option}: {entry.source} is {found}, {entry.source_shape} is needed; set --teacher_kwargs "
+                "num_classes=N to the file's, or leave out --include_head"
             )
+        if not weights[entry.source].isfinite().all():
+            raise InputError(f"{option}: {entry.source} has values that are not finite")
 
 
 def verify(path: Path, state_dict: dict, student_name: str, student_kwargs: dict, left_out: list) -> None:
@@ -524,10 +557,11 @@ def verify(path: Path, state_dict: dict, student_name: str, student_kwargs: dict
     student.load_state_dict(written, strict=False)
     size = getattr(student.patch_embed, "img_size", None) if hasattr(student, "patch_embed") else None
     size = size or student.pretrained_cfg["input_size"][1:]
-    images = torch.randn(1, student.pretrained_cfg["input_size"][0], *size, generator=torch.Generator().manual_seed(0))
+    channels = next(module for module in student.modules() if isinstance(module, nn.Conv2d)).in_channels
+    images = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         if not student(images).isfinite().all():
-            raise InputError("the student's output is not finite: does the teacher's file hold broken values?")
+            raise InputError(f"--student {student_name}: its output with the selected weights is not finite")
 
 
 def print_plan(plan: list, element_selection: str) -> None:
@@ -546,6 +580,8 @@ def print_plan(plan: list, element_selection: str) -> None:
 def main(argv=None) -> None:
     args = get_args_parser().parse_args(argv)
     check_options(args)
+    check_kwargs(args.student_kwargs, "--student_kwargs", {})
+    check_kwargs(args.teacher_kwargs, "--teacher_kwargs", {})
     student = create_model(args.student, option="--student", device="meta", **args.student_kwargs)
     teacher = create_model(args.pretrained_model, option="--pretrained_model", device="meta", **args.teacher_kwargs)
     family = family_of(student, f"--student {args.student}")
@@ -569,7 +605,10 @@ def main(argv=None) -> None:
 
     path = output_file(args.output_dir, family.name, args.overwrite)
     weights, origin = load_teacher(args, teacher, family)
-    check_teacher_head(plan, weights, args.pretrained_path)
+    from_file = args.pretrained_path is not None
+    check_teacher(
+        plan, weights, f"--pretrained_path {origin['source']}" if from_file else f"--pretrained_model {origin['name']}"
+    )
     state_dict = apply_plan(plan, weights, element_selection=args.element_selection, seed=args.seed)
     left_out = [entry.key for entry in plan if entry.role != "selected"]
     with utils.new_file(provenance_path(path)) as record, utils.new_file(path) as temporary:

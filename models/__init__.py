@@ -58,11 +58,31 @@ def create_model(
     architecture, defaults = PAPER_MODELS.get(name, (name, {}))
     kwargs = {**defaults, **kwargs}
     try:
-        if input_size is not None and timm.get_pretrained_cfg(architecture).fixed_input_size:
-            kwargs.setdefault("img_size", input_size)
         with torch.device(device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Mapping deprecated model name")  # timm's old names are welcome here
+            if input_size is not None and "img_size" not in kwargs:
+                with torch.device("meta"):
+                    config = timm.create_model(architecture, **{**kwargs, "pretrained": False}).pretrained_cfg
+                if config.get("fixed_input_size"):
+                    kwargs["img_size"] = input_size
             return timm.create_model(architecture, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:  # timm's ways of refusing arguments and tags
+    except (TypeError, ValueError, AssertionError, RuntimeError, IndexError) as error:  # timm's ways of refusing
         given = " ".join(f"{key}={value}" for key, value in kwargs.items())
         raise InputError(f"{option} {name}: timm cannot build it with {given or 'no arguments'}: {error}") from error
+
+
+def check_kwargs(kwargs: dict, option: str, taken: dict) -> None:
+    """Refuse model arguments that are set in another way.
+
+    Args:
+        kwargs: what the user gave.
+        option: the option it was given with.
+        taken: {argument: what to do instead}, beside the arguments of ``create_model`` itself.
+
+    Raises:
+        InputError: names the first.
+    """
+    own = dict.fromkeys(("name", "option", "device", "input_size", "pretrained"), "it is not the model's")
+    for key, value in kwargs.items():
+        if key in own | taken:
+            raise InputError(f"{option} {key}={value}: leave it out; {(own | taken)[key]}")

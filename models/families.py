@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+import timm.layers
 import torch.nn as nn
-from timm.layers import GluMlp, SwiGLU
 from timm.models import convnext, vision_transformer
 
 from utils import InputError
@@ -34,7 +34,7 @@ class Family:
         tokens: learned tokens, (1, number of tokens, embed_dim): their number is not a number of neurons.
         components: pattern of each component that ``--exclude`` can name (Table 10).
         filter_fn: timm's conversion of foreign checkpoints, ``filter_fn(state_dict, model)``.
-        unsupported: module classes whose weights are laid out in ways this declaration does not describe.
+        modules: the module classes whose weights this declaration describes, beside PyTorch's own.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Family:
     classifier: str
     components: dict
     filter_fn: Callable
+    modules: tuple
     patch_kernel: str
     head_norm: str | None = None
     stacked: dict = field(default_factory=dict)
     pos_embed: str | None = None
     tokens: str | None = None
-    unsupported: tuple = ()
 
 
 VIT = Family(
@@ -60,10 +60,20 @@ VIT = Family(
     teacher="vit_small_patch16_224.augreg_in21k",
     layers=r"^(blocks)\.(\d+)\.",
     classifier=r"^head(_dist)?\.",
-    stacked={r"\.qkv\.(weight|bias)$": 3},
+    modules=(
+        vision_transformer.VisionTransformer,
+        vision_transformer.Block,
+        vision_transformer.LayerScale,
+        timm.layers.Attention,
+        timm.layers.AttentionPoolLatent,
+        timm.layers.Mlp,
+        timm.layers.PatchEmbed,
+        timm.layers.RmsNorm,
+    ),
+    stacked={r"\.qkv\.(weight|bias)$": 3, r"\.kv\.(weight|bias)$": 2},
     patch_kernel=r"^patch_embed\.proj\.weight$",
     pos_embed=r"^pos_embed$",
-    tokens=r"^(cls|reg|dist)_token$",
+    tokens=r"^((cls|reg|dist)_token|attn_pool\.latent)$",
     components={
         "patch_embed": r"^patch_embed\.",
         "pos_embed": r"^pos_embed$",
@@ -72,7 +82,6 @@ VIT = Family(
         "mlp": r"\.mlp\.",
     },
     filter_fn=partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True),  # DeiT-3's gamma_1, gamma_2
-    unsupported=(GluMlp, SwiGLU, vision_transformer.ParallelScalingBlock),
 )
 
 CONVNEXT = Family(
@@ -82,6 +91,17 @@ CONVNEXT = Family(
     teacher="convnext_tiny.fb_in22k",
     layers=r"^(stages\.\d+\.blocks)\.(\d+)\.",
     classifier=r"^head\.",
+    modules=(
+        convnext.ConvNeXt,
+        convnext.ConvNeXtStage,
+        convnext.ConvNeXtBlock,
+        timm.layers.Mlp,
+        timm.layers.GlobalResponseNormMlp,
+        timm.layers.grn.GlobalResponseNorm,
+        timm.layers.NormMlpClassifierHead,
+        timm.layers.RmsNorm,
+        timm.layers.RmsNorm2d,
+    ),
     head_norm=r"^head\.norm\.",
     patch_kernel=r"^stem\.0\.weight$",
     components={
@@ -108,12 +128,18 @@ def family_of(model: nn.Module, name: str) -> Family:
     """
     for family in FAMILIES.values():
         if isinstance(model, family.model_class):
-            odd = {type(module).__name__ for module in model.modules() if isinstance(module, family.unsupported)}
+            with_weights = [module for module in model.modules() if next(module.parameters(), None) is not None]
+            odd = {type(m).__name__ for m in with_weights if not isinstance(m, family.modules) and not _is_torchs(m)}
             if odd:
                 raise InputError(f"{name}: weight selection cannot take apart {', '.join(sorted(odd))} yet")
             return family
     known = ", ".join(f"{family.name} ({family.model_class.__name__})" for family in FAMILIES.values())
     raise InputError(f"{name}: a {type(model).__name__} belongs to no family that weight selection knows: {known}")
+
+
+def _is_torchs(module):
+    """Whether a module is one of PyTorch's, or timm's variant of one of its normalisations."""
+    return type(module).__module__.startswith("torch.nn.") or isinstance(module, (nn.LayerNorm, nn.GroupNorm))
 
 
 def classifier_pattern(model: nn.Module) -> str:

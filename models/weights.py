@@ -34,22 +34,27 @@ def read_weights(path, option: str, nested=NESTED) -> dict:
     Raises:
         InputError: missing, empty, truncated, with code in it, or no state_dict.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise InputError(f"{option} {path}: no such file")
-        try:
-            return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{option} {path}: not a readable safetensors file ({error})") from error
-    content = load_torch(path, option)
+    content = _read_safetensors(Path(path), option) if Path(path).suffix == ".safetensors" else load_torch(path, option)
     if isinstance(content, dict):
         content = next((content[key] for key in nested if content.get(key) is not None), content)
-    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not content or not all(map(_is_named_tensor, content.items())):
         raise InputError(
             f"{option} {path}: holds no state_dict (names with a tensor each), at the top or under {nested}"
         )
     return clean_state_dict(content)
+
+
+def _read_safetensors(path, option):
+    if not path.is_file():
+        raise InputError(f"{option} {path}: no such file")
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{option} {path}: not a readable safetensors file ({error})") from error
+
+
+def _is_named_tensor(item):
+    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
 
 
 def write_weights(state_dict: dict, path) -> None:
@@ -120,12 +125,16 @@ def _read_npz(path, model, option):
             f"{option} {path}: timm reads no .npz for a {type(model).__name__}; convert it to .safetensors"
         )
     try:
-        np.load(path, allow_pickle=False).close()
+        with np.load(path, allow_pickle=False) as arrays:
+            classes = arrays["head/bias"].shape[0] if "head/bias" in arrays else 0
         model.load_pretrained(str(path))
     except Exception as error:  # the zip, numpy and timm layers each have their own errors for a file that is not one
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{option} {path}: timm cannot read it for this model ({reason})") from error
-    return model.state_dict()
+    state_dict = model.state_dict()
+    if classes != model.num_classes:  # then timm has left the classifier as it was: random
+        state_dict = {key: value for key, value in state_dict.items() if not re.search(classifier_pattern(model), key)}
+    return state_dict
 
 
 def downloaded_file(pretrained_cfg: dict) -> Path | None:

@@ -434,6 +434,15 @@ def test_distilled_teacher_is_refused_unless_its_token_may_go():
     assert torch.equal(chosen, source["pos_embed"][:, [0, 2, 3, 4, 5], ::2])  # 1 is the distillation token's
 
 
+def test_position_of_the_class_token_is_lost_only_on_request():
+    teacher, student = VIT.models(no_embed_class=True)
+    with pytest.raises(InputError, match=r"pos_embed.* 1 prefix tokens, student's 0.*--allow_unused"):
+        make_plan(teacher, student)
+    source = random_weights(teacher)
+    chosen = apply_plan(make_plan(teacher, student, allow_unused=True), source)["pos_embed"]
+    assert torch.equal(chosen, source["pos_embed"][:, 1:, ::2])
+
+
 def test_deit3_teacher_needs_a_student_with_its_layer_scale_and_positions():
     teacher = meta("deit3_small_patch16_224", **VIT.large)
     with pytest.raises(InputError, match=r"blocks\.0\.ls1\.gamma.*--student_kwargs"):
