@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from weight_selection import (
+from selection.rules import (
     ELEMENT_SELECTION,
     LAYER_SELECTION,
     SEEDED,

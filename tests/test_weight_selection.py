@@ -21,8 +21,10 @@ from timm.layers import resample_patch_embed
 import weight_selection
 from models import create_model
 from models.weights import load_initial
+from selection.plan import apply_plan, make_plan
+from selection.rules import ELEMENT_SELECTION
 from utils import InputError
-from weight_selection import ELEMENT_SELECTION, apply_plan, make_plan, select_weights
+from weight_selection import select_weights
 
 ROOT = Path(weight_selection.__file__).parent
 
