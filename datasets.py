@@ -14,6 +14,7 @@ from timm.data import (
     IMAGENET_DEFAULT_STD,
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
+    auto_augment,
     create_transform,
 )
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
@@ -169,7 +170,7 @@ def build_transform(args, train: bool):
     }
     if train:
         try:
-            return create_transform(
+            transform = create_transform(
                 **common,
                 is_training=True,
                 scale=tuple(args.scale),
@@ -183,6 +184,7 @@ def build_transform(args, train: bool):
             )
         except (AssertionError, ValueError, KeyError) as error:  # timm's ways of refusing a policy
             raise InputError(f"--aa {args.aa}: no policy of timm's; such as rand-m9-mstd0.5-inc1, or none") from error
+        return _with_posterize_to_black(transform)
     squash = args.crop_pct is None and args.input_size >= 384
     return create_transform(
         **common,
@@ -191,6 +193,21 @@ def build_transform(args, train: bool):
         crop_pct=1.0 if squash else args.crop_pct or 224 / 256,
         crop_mode="squash" if squash else "center",
     )
+
+
+def _with_posterize_to_black(transform):
+    """Let RandAugment posterize to 0 bits, which the paper's policy draws and Pillow refuses from some version on."""
+    for step in transform.transforms:
+        operations = getattr(step, "ops", None) or [op for group in getattr(step, "policy", ()) for op in group]
+        for operation in operations:
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image, bits, **_):
+    """timm's operation; no bits leave a black image, as they always did."""
+    return image.point(lambda value: 0) if bits == 0 else auto_augment.posterize(image, bits)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -72,5 +72,5 @@ def select_elements(method: str, weight: torch.Tensor, shape, seed: int = 0, nam
         return weight.flatten()[kept].reshape(shape)
     picks = [element_indices(method, weight, dim, size, seed, name) for dim, size in enumerate(shape)]
     for dim, pick in enumerate(picks):
-        weight = weight.index_select(dim, pick)
+        weight = weight.index_select(dim, pick.to(weight.device))
     return weight

@@ -15,7 +15,7 @@ from PIL import Image
 
 from datasets import Digits, TrainBatches, build_dataset, build_transform, eval_loader, train_loader
 from options import parse_args
-from utils import InputError
+from utils import InputError, seed_everything
 
 
 def options(text, data_path=None):
@@ -280,3 +280,16 @@ def test_empty_class_folder_is_named(folders, part):
         image.unlink()
     with pytest.raises(InputError, match=f"--data_path.*{folders}/{part}.*red"):
         build_both(folders)
+
+
+def test_strongest_augmentation_posterizes_to_black():
+    # Level 10 keeps no bits. Pillow once gave a black image for that, and later an error in the middle of a run.
+    args = parse_args(["--data_set", "digits", "--aa", "rand-m10-inc1", "--reprob", "0", "--input_size", "8"])
+    transform = build_transform(args, train=True)
+    (augment,) = [step for step in transform.transforms if hasattr(step, "ops")]
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    images = [operation.aug_fn(image, 0) for operation in augment.ops if operation.name == "PosterizeIncreasing"]
+    assert [image.getextrema() for image in images] == [((0, 0),) * 3]
+    for seed in range(100):
+        seed_everything(seed)
+        assert transform(image).isfinite().all()

@@ -370,6 +370,21 @@ def test_random_inconsistent_draws_anew_for_query_key_and_value():
     assert len({tuple((rows.chunk(3)[part] - 48 * part).tolist()) for part in range(3)}) == 3
 
 
+@pytest.mark.parametrize("method", ["uniform", "random"])
+def test_attention_pooling_keeps_the_neurons_of_the_stream_and_parts_keys_from_values(method):
+    sizes = {"depth": 1, "num_heads": 3, "img_size": 32}
+    teacher = meta("vit_base_patch16_siglip_224", embed_dim=48, **sizes)
+    source = numbered(teacher)
+    plan = make_plan(teacher, meta("vit_base_patch16_siglip_224", embed_dim=24, **sizes))
+    chosen = apply_plan(plan, source, element_selection=method)
+    places = {key: origins(source[key], value) for key, value in chosen.items()}
+    stream = places["norm.bias"][0]
+    assert torch.equal(places["attn_pool.latent"][2].flatten(), stream)
+    keys, values = places["attn_pool.kv.bias"][0].chunk(2)
+    assert torch.equal(keys, stream)
+    assert torch.equal(values - 48, stream)
+
+
 @pytest.mark.parametrize("family", PAIRS)
 def test_a_student_as_large_as_its_teacher_computes_the_same(family):
     pair = PAIRS[family]
@@ -822,7 +837,7 @@ def test_selected_weights_can_be_selected_from_again(family, cli, files, selecte
 def program(*words, **environment):
     return subprocess.run(
         [sys.executable, ROOT / "weight_selection.py", *words],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=120,
