@@ -62,10 +62,6 @@ def build_model(args, classes: int) -> nn.Module:
     utils.seed_everything(args.seed)
     kwargs = {"num_classes": classes, "drop_path_rate": args.drop_path, **args.model_kwargs}
     model = create_model(args.model, input_size=args.input_size, device="meta", **kwargs)
-    try:
-        model(torch.empty(1, 3, args.input_size, args.input_size, device="meta"))
-    except (RuntimeError, AssertionError, ValueError) as error:  # too small for the last stage, no multiple of a patch
-        raise InputError(f"--input_size {args.input_size}: {args.model} cannot take it: {error}") from error
     if isinstance(model, CONVNEXT.model_class):
         kwargs.setdefault("ls_init_value", args.layer_scale_init_value)
     elif args.layer_scale_init_value != get_args_parser().get_default("layer_scale_init_value"):
@@ -73,6 +69,11 @@ def build_model(args, classes: int) -> nn.Module:
             f"--layer_scale_init_value: is ConvNeXt's; for {args.model} use --model_kwargs init_values=VALUE"
         )
     model = create_model(args.model, input_size=args.input_size, **kwargs)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, args.input_size, args.input_size))
+    except (RuntimeError, AssertionError, ValueError) as error:  # too small for the last stage, no multiple of a patch
+        raise InputError(f"--input_size {args.input_size}: {args.model} cannot take it: {error}") from error
     initialize(model, args.init)
     if args.head_init_scale != 1:
         with torch.no_grad():

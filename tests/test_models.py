@@ -265,5 +265,7 @@ def test_other_models_of_timms_class_belong_to_the_family(name, family):
     ],
 )
 def test_models_that_no_declaration_describes_are_refused(name):
+    if not timm.is_model(name):
+        pytest.skip(f"not in timm {timm.__version__}")
     with pytest.raises(InputError, match=f"--student {name}"):
         family_of(create_model(name, device="meta"), f"--student {name}")

@@ -620,7 +620,10 @@ def test_head_that_the_teacher_file_does_not_have_is_refused(cli, weights, tmp_p
 
 def test_head_that_timm_replaced_by_a_random_one_is_refused(cli, files, tmp_path):
     # Asked for another number of classes than the published weights have, timm drops their classifier silently.
-    kwargs = [*words(VIT.large | {"num_classes": 7}), f"pretrained_cfg_overlay={{'file':'{files['vit']}'}}"]
+    kwargs = [
+        *words(VIT.large | {"num_classes": 7}),
+        f"pretrained_cfg_overlay={{'file':'{files['vit']}','custom_load':False}}",
+    ]
     named = ["--pretrained_model", "vit_small_patch16_224", "--teacher_kwargs", *kwargs]
     named += ["--student", "vit_tiny", "--student_kwargs", *words(VIT.small | {"num_classes": 7})]
     message = cli(weight_selection.main, *named, "--output_dir", tmp_path, "--include_head")
