@@ -16,6 +16,7 @@ import json
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import timm
 import torch
 import torch.nn as nn
@@ -261,6 +262,7 @@ def print_plan(plan: list, element_selection: str) -> None:
 
 def main(argv=None) -> None:
     args = get_args_parser().parse_args(argv)
+    huggingface_hub.utils.logging.set_verbosity_error()  # a page of retries would hide the one line of an error
     check_options(args)
     check_kwargs(args.student_kwargs, "--student_kwargs", {})
     check_kwargs(args.teacher_kwargs, "--teacher_kwargs", {})
