@@ -211,7 +211,7 @@ def main(argv=None) -> None:
     if args.world_size not in (None, launch.world_size):
         raise InputError(f"--world_size {args.world_size}: the launcher started {launch.world_size} processes")
     device, dtype = check_hardware(args, launch.local_rank)
-    set_fused_attn(device.type == "cuda")  # on a CPU, PyTorch's fused attention is slow in the backward pass
+    set_fused_attn(device.type == "cuda")  # on a CPU the fused kernel is no faster, and slower in bfloat16
     share_batch(args, launch.world_size)
     utils.init_distributed(launch, device, args.dist_url)
 
