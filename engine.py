@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -179,7 +178,7 @@ def evaluate(model: nn.Module, loader, device: torch.device, dtype: torch.dtype 
                 [loss.double(), hits[:, 0].sum(), hits.sum(), torch.tensor(len(targets), device=device)]
             )
             progress.step(str)
-    if shared and dist.is_initialized():
+    if shared:
         all_reduce_sum(totals)
     loss, top1, top5, count = totals.tolist()
     return {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "images": int(count)}

@@ -21,7 +21,7 @@ import utils
 from datasets import TrainBatches, build_dataset, eval_loader, train_loader
 from engine import Trainer, evaluate, train_one_epoch
 from models import create_model
-from models.families import CONVNEXT, family_of
+from models.families import CONVNEXT
 from models.initialization import initialize
 from models.weights import find_weights, load_finetune, load_initial
 from optim_factory import cosine_schedule, create_optimizer
@@ -80,10 +80,7 @@ def build_model(args, classes: int) -> nn.Module:
             for parameter in model.get_classifier().parameters():
                 parameter.mul_(args.head_init_scale)
     if args.initialize:
-        path = Path(args.initialize)
-        args.initialize = str(
-            find_weights(path, family_of(model, args.model).name, "--initialize") if path.is_dir() else path
-        )
+        args.initialize = str(find_weights(args.initialize, model, "--initialize"))
         kept = load_initial(model, args.initialize, "--initialize")
         say(f"initialised from {args.initialize}; random: {', '.join(kept) or 'nothing'}")
     elif args.finetune:
@@ -136,6 +133,11 @@ def build_trainer(args, model, device, dtype, launch, steps_per_epoch, classes) 
     )
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Number of values in a model's parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def test(args, trainer: Trainer, loader) -> dict:
     """Evaluate the model, and its moving average when asked for, whose figures end in ``_ema``."""
     stats = evaluate(trainer.model, loader, trainer.device, trainer.autocast, args.dist_eval)
@@ -161,7 +163,7 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: utils.B
             row |= {f"test_{key}": value for key, value in stats.items() if key != "images"}
             better = note_accuracy(progress, stats, epoch)
         progress["epoch"], progress["seconds"] = epoch, before + time.monotonic() - start
-        board.add(row | {"epoch": epoch, "n_parameters": sum(p.numel() for p in trainer.model.parameters())})
+        board.add(row | {"epoch": epoch, "n_parameters": count_parameters(trainer.model)})
         if args.output_dir and args.save_ckpt:
             for name in better:  # before the numbered one: a run killed in between does this epoch again, this too
                 checkpoint.save(args, trainer, name, progress)
@@ -244,7 +246,7 @@ def main(argv=None) -> None:
     facts = {
         "train_images": len(train_set),
         "test_images": len(test_set),
-        "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "n_parameters": count_parameters(model),
         "total_batch_size": args.total_batch_size,
         "processes": launch.world_size,
     }

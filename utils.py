@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import torch.distributed as dist
+import torchvision
 from timm.utils import ParseKwargs
 from tqdm import tqdm
 
@@ -213,15 +215,17 @@ def seed_everything(*numbers):
 
 def sha256(path):
     """SHA-256 of a file as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
-
-
-def _sha256(file):
     digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
+
+
+def check_file(path, option):
+    """Raise an InputError that names ``option`` unless ``path`` is a file."""
+    if not Path(path).is_file():
+        raise InputError(f"{option} {path}: no such file")
 
 
 @contextlib.contextmanager
@@ -272,9 +276,6 @@ def check_writable(directory, option):
 
 def versions():
     """Versions of what a result depends on."""
-    import timm
-    import torchvision
-
     return {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -303,9 +304,7 @@ def load_torch(path, option):
     Raises:
         InputError: no such file, or not a file that holds only tensors and plain types.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{option} {path}: no such file")
+    check_file(path, option)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # corrupt input makes torch raise nearly anything; nothing else runs in this block

@@ -142,8 +142,8 @@ def check_options(args) -> None:
         raise InputError(f"--seed {args.seed}: give a number from 0 up")
     if args.output_dir is None and not args.dry_run:
         raise InputError("--output_dir is missing: name a directory or a file, or add --dry_run to only see the plan")
-    if args.pretrained_path is not None and not Path(args.pretrained_path).is_file():
-        raise InputError(f"--pretrained_path {args.pretrained_path}: no such file")
+    if args.pretrained_path is not None:
+        utils.check_file(args.pretrained_path, "--pretrained_path")
 
 
 def output_file(output_dir: str, model_type: str, overwrite: bool) -> Path:

@@ -126,15 +126,19 @@ def family_of(model: nn.Module, name: str) -> Family:
     Raises:
         InputError: no declaration fits the model.
     """
-    for family in FAMILIES.values():
-        if isinstance(model, family.model_class):
-            with_weights = [module for module in model.modules() if next(module.parameters(), None) is not None]
-            odd = {type(m).__name__ for m in with_weights if not isinstance(m, family.modules) and not _is_torchs(m)}
-            if odd:
-                raise InputError(f"{name}: weight selection cannot take apart {', '.join(sorted(odd))} yet")
-            return family
-    known = ", ".join(f"{family.name} ({family.model_class.__name__})" for family in FAMILIES.values())
-    raise InputError(f"{name}: a {type(model).__name__} belongs to no family that weight selection knows: {known}")
+    family = _family_by_class(model)
+    if family is None:
+        known = ", ".join(f"{family.name} ({family.model_class.__name__})" for family in FAMILIES.values())
+        raise InputError(f"{name}: a {type(model).__name__} belongs to no family that weight selection knows: {known}")
+    with_weights = [module for module in model.modules() if next(module.parameters(), None) is not None]
+    odd = {type(m).__name__ for m in with_weights if not isinstance(m, family.modules) and not _is_torchs(m)}
+    if odd:
+        raise InputError(f"{name}: weight selection cannot take apart {', '.join(sorted(odd))} yet")
+    return family
+
+
+def _family_by_class(model):
+    return next((family for family in FAMILIES.values() if isinstance(model, family.model_class)), None)
 
 
 def _is_torchs(module):
@@ -144,9 +148,9 @@ def _is_torchs(module):
 
 def classifier_pattern(model: nn.Module) -> str:
     """Regular expression of a model's classifier keys: its family's, or for any other model what timm records."""
-    for family in FAMILIES.values():
-        if isinstance(model, family.model_class):
-            return family.classifier
+    family = _family_by_class(model)
+    if family is not None:
+        return family.classifier
     names = model.pretrained_cfg["classifier"]
     names = (names,) if isinstance(names, str) else names
     return rf"^({'|'.join(re.escape(name) for name in names)})\."

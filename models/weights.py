@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 from timm.models import clean_state_dict
 
-from models.families import Family, classifier_pattern
-from utils import InputError, load_torch, save_torch, sha256
+from models.families import Family, classifier_pattern, family_of
+from utils import InputError, check_file, load_torch, save_torch, sha256
 
 # Entries under which training scripts nest a state_dict, in the order in which timm's own loader looks for them.
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -45,8 +45,7 @@ def read_weights(path, option: str, nested=NESTED) -> dict:
 
 
 def _read_safetensors(path, option):
-    if not path.is_file():
-        raise InputError(f"{option} {path}: no such file")
+    check_file(path, option)
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -118,8 +117,7 @@ def read_teacher(path, model: nn.Module, family: Family, option: str) -> dict:
 
 
 def _read_npz(path, model, option):
-    if not Path(path).is_file():
-        raise InputError(f"{option} {path}: no such file")
+    check_file(path, option)
     if not hasattr(model, "load_pretrained"):
         raise InputError(
             f"{option} {path}: timm reads no .npz for a {type(model).__name__}; convert it to .safetensors"
@@ -171,12 +169,7 @@ def load_initial(model: nn.Module, path, option: str) -> list:
             .json was written.
     """
     state_dict = read_weights(path, option)
-    left_out = _left_out(path, option)
-    classifier = classifier_pattern(model)
-    problem = first_mismatch(state_dict, model, lambda key: re.search(classifier, key) or key in left_out)
-    if problem:
-        raise InputError(f"{option} {path}: does not fit this model: {problem}")
-    return list(model.load_state_dict(state_dict, strict=False).missing_keys)
+    return _load(model, state_dict, _left_out(path, option), f"{option} {path}")
 
 
 def load_finetune(model: nn.Module, path, option: str, nested) -> list:
@@ -189,9 +182,15 @@ def load_finetune(model: nn.Module, path, option: str, nested) -> list:
     for key, value in model.state_dict().items():
         if re.search(classifier, key) and key in state_dict and state_dict[key].shape != value.shape:
             del state_dict[key]
-    problem = first_mismatch(state_dict, model, lambda key: re.search(classifier, key))
+    return _load(model, state_dict, set(), f"{option} {path}")
+
+
+def _load(model, state_dict, left_out, origin):
+    """Load a state_dict that may lack the classifier and ``left_out``, nothing else; returns the keys it lacks."""
+    classifier = classifier_pattern(model)
+    problem = first_mismatch(state_dict, model, lambda key: re.search(classifier, key) or key in left_out)
     if problem:
-        raise InputError(f"{option} {path}: does not fit this model: {problem}")
+        raise InputError(f"{origin}: does not fit this model: {problem}")
     return list(model.load_state_dict(state_dict, strict=False).missing_keys)
 
 
@@ -211,17 +210,16 @@ def _left_out(path, option):
     return left_out
 
 
-def find_weights(path, model_type: str, option: str) -> Path:
-    """A weights file itself, or in a directory the file ``weight_selection.py`` wrote for this model type.
+def find_weights(path, model: nn.Module, option: str) -> Path:
+    """``path`` itself, or the file that ``weight_selection.py`` wrote into that directory for the model's family.
 
     Raises:
-        InputError: nothing there.
+        InputError: no such file in the directory, or a model without a family.
     """
     path = Path(path)
     if not path.is_dir():
-        if not path.is_file():
-            raise InputError(f"{option} {path}: no such file or directory")
         return path
+    model_type = family_of(model, f"{option} {path}").name
     found = [path / f"{model_type}{suffix}" for suffix in SUFFIXES if (path / f"{model_type}{suffix}").is_file()]
     if not found:
         raise InputError(f"{option} {path}: no {model_type}.pth in that directory; name the file")
