@@ -103,6 +103,11 @@ def resume(args, trainer: Trainer, path: Path) -> dict:
     if problem:
         raise InputError(f"{option} {path}: of another model ({checkpoint['args'].get('model')}): {problem}")
     trainer.model.load_state_dict(checkpoint["model"])
+    if trainer.projector is not None:
+        problem = first_mismatch(checkpoint.get("projector") or {}, trainer.projector)
+        if problem:
+            raise InputError(f"{option} {path}: of another distillation: projector: {problem}")
+        trainer.projector.load_state_dict(checkpoint["projector"])
     if trainer.ema is not None:
         trainer.ema.module.load_state_dict(checkpoint["model_ema"] or checkpoint["model"])
     if not args.eval:
@@ -127,6 +132,7 @@ def save(args, trainer: Trainer, name, progress: dict) -> None:
     checkpoint = {
         "model": trainer.model.state_dict(),
         "model_ema": trainer.ema.module.state_dict() if trainer.ema is not None else None,
+        "projector": trainer.projector.state_dict() if trainer.projector is not None else None,
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "args": plain(args),

@@ -156,18 +156,21 @@ def _open_or_download(args, source, train, transform):
 # Transforms
 
 
+def normalization(imagenet: bool) -> tuple:
+    """Mean and standard deviation, by channel, that images are normalised with: ImageNet's, or 0.5 and 0.5."""
+    if imagenet:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+
+
 def build_transform(args, train: bool):
     """timm's transform from a PIL image to a normalised (3, input_size, input_size) tensor.
 
     Training: random resized crop, flip, RandAugment, random erasing (Table 13). Test: resize to 256/224 of the input
     size and crop the centre; from 384 pixels on, squash the whole image, as ConvNeXt does.
     """
-    inception = not args.imagenet_default_mean_and_std
-    common = {
-        "input_size": args.input_size,
-        "mean": IMAGENET_INCEPTION_MEAN if inception else IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_INCEPTION_STD if inception else IMAGENET_DEFAULT_STD,
-    }
+    mean, std = normalization(args.imagenet_default_mean_and_std)
+    common = {"input_size": args.input_size, "mean": mean, "std": std}
     if train:
         try:
             transform = create_transform(

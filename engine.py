@@ -23,14 +23,16 @@ class Trainer:
 
     Attributes:
         model: the bare model, whose weights are saved.
-        forward: the same model as it is called in training: wrapped in DDP when there are several processes.
-        optimizer: over the model's parameters.
+        projector: trained beside the model for feature distillation, or None.
+        forward: the model as it is called in training: with the projector if there is one, and wrapped in DDP when
+            there are several processes.
+        optimizer: over the parameters of both.
         scaler: loss scaler; disabled unless training in float16.
         ema: timm's ``ModelEmaV3`` of the model, or None.
         lr, weight_decay: value of every step of the run.
         update_freq: micro-batches whose gradients make a step.
         mixup: timm's ``Mixup``, or None.
-        criterion: loss of (logits, targets).
+        criterion: loss of (images, what ``forward`` gives for them, targets).
         autocast: dtype of mixed precision, or None for full precision.
         clip_grad: largest norm of the gradient, or None.
         device: where to compute.
@@ -39,6 +41,7 @@ class Trainer:
     """
 
     model: nn.Module
+    projector: nn.Module | None
     forward: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -47,7 +50,7 @@ class Trainer:
     weight_decay: np.ndarray
     update_freq: int
     mixup: Callable | None
-    criterion: nn.Module
+    criterion: Callable
     autocast: torch.dtype | None
     clip_grad: float | None
     device: torch.device
@@ -74,14 +77,15 @@ class Trainer:
         wait = isinstance(self.forward, DistributedDataParallel) and not last
         with self.forward.no_sync() if wait else contextlib.nullcontext():
             with autocast(self.device, self.autocast):
-                loss = self.criterion(self.forward(images), targets)
+                loss = self.criterion(images, self.forward(images), targets)
             self.scaler.scale(loss / self.update_freq).backward()
         return loss.detach()
 
     def update(self) -> torch.Tensor:
         """Take a step; returns the norm of the gradient before clipping, on the device."""
         self.scaler.unscale_(self.optimizer)
-        norm = clip_grad_norm_(self.model.parameters(), self.clip_grad or math.inf)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = clip_grad_norm_(parameters, self.clip_grad or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -19,10 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import utils
 from datasets import TrainBatches, build_dataset, eval_loader, train_loader
+from distillation import Loss, WithProjector, build_teacher
 from engine import Trainer, evaluate, train_one_epoch
 from models import create_model
 from models.families import CONVNEXT
 from models.initialization import initialize
+from models.probe import make_linear_probe
 from models.weights import find_weights, load_finetune, load_initial
 from optim_factory import cosine_schedule, create_optimizer
 from options import get_args_parser, mixes, parse_args, share_batch
@@ -86,18 +88,25 @@ def build_model(args, classes: int) -> nn.Module:
     elif args.finetune:
         kept = load_finetune(model, args.finetune, "--finetune", args.model_key.split("|"))
         say(f"fine-tuning {args.finetune}; random: {', '.join(kept) or 'nothing'}")
+    if args.linear_probe:
+        make_linear_probe(model, args.model)
     return model
 
 
-def build_trainer(args, model, device, dtype, launch, steps_per_epoch, classes) -> Trainer:
-    """Optimiser, schedules, loss and everything else a step needs, around a model."""
+def build_trainer(args, model, device, dtype, launch, steps_per_epoch, classes, teacher=None) -> Trainer:
+    """Optimiser, schedules, loss and everything else a step needs, around a model and a teacher to distill, or None."""
     model.to(device)
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
-    forward = model
+    forward, projector = model, None
+    if teacher is not None:
+        teacher.to(device)
+        if teacher.features:
+            forward = WithProjector(model, teacher.model.head_hidden_size).to(device)
+            projector = forward.projector
     if launch.world_size > 1:
-        forward = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
     mixup = None
     if mixes(args):
         mixup = Mixup(
@@ -113,17 +122,19 @@ def build_trainer(args, model, device, dtype, launch, steps_per_epoch, classes) 
     steps = args.epochs * steps_per_epoch
     warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    labels = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)  # mixup smooths its own
     return Trainer(
         model=model,
+        projector=projector,
         forward=forward,
-        optimizer=create_optimizer(model, args),
+        optimizer=create_optimizer(model, args, projector),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         ema=ema,
         lr=cosine_schedule(args.lr, args.min_lr, steps, warmup),
         weight_decay=cosine_schedule(args.weight_decay, end, steps),
         update_freq=args.update_freq,
         mixup=mixup,
-        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing),  # mixup smooths its own
+        criterion=Loss(labels, teacher, args.distillation_alpha),
         autocast=dtype,
         clip_grad=args.clip_grad,
         device=device,
@@ -231,7 +242,8 @@ def main(argv=None) -> None:
         utils.check_writable(args.log_dir, "--log_dir")
     model = build_model(args, classes)
     found = None if args.eval else checkpoint.open_output(args)
-    trainer = build_trainer(args, model, device, dtype, launch, steps, classes)
+    teacher = None if args.eval or args.distillation == "none" else build_teacher(args, classes)
+    trainer = build_trainer(args, model, device, dtype, launch, steps, classes, teacher)
     progress = {"epoch": args.start_epoch - 1, "seconds": 0.0}
     if found or args.resume:
         progress = checkpoint.resume(args, trainer, found or Path(args.resume))

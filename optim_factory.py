@@ -3,17 +3,19 @@
 import numpy as np
 import torch
 import torch.nn as nn
-from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_weight_decay
 
+import utils
 from utils import InputError
 
 
-def create_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
-    """timm's optimiser over timm's parameter groups.
+def create_optimizer(model: nn.Module, args, projector: nn.Module | None = None) -> torch.optim.Optimizer:
+    """timm's optimiser over timm's parameter groups of the model, and of the projector of a distillation if any.
 
     No weight decay on 1-D tensors, biases and what the model names in ``no_weight_decay()`` (position embeddings,
     class tokens). With ``layer_decay`` < 1 a layer's learning rate is layer_decay to the number of layers above it,
-    by the model's own ``group_matcher``; each group holds it as ``lr_scale``.
+    by the model's own ``group_matcher``; each group holds it as ``lr_scale``. LARS adapts the rate of matrices, not of
+    vectors, also without weight decay (as in MAE's linear probing; timm's own default is to adapt neither then).
 
     Raises:
         InputError: unknown optimiser, or options it does not take.
@@ -31,14 +33,30 @@ def create_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
                 f"--opt_betas {args.opt_betas}: {args.opt} takes {info.num_betas if info.has_betas else 0}"
             )
         kwargs["betas"] = tuple(args.opt_betas)
-    return create_optimizer_v2(
-        model,
-        opt=args.opt,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        layer_decay=args.layer_decay if args.layer_decay < 1 else None,
-        **kwargs,
-    )
+    try:
+        optimizer = create_optimizer_v2(
+            lars_groups(model) if args.opt == "lars" and args.weight_decay == 0 else model,
+            opt=args.opt,
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            layer_decay=args.layer_decay if args.layer_decay < 1 else None,
+            **kwargs,
+        )
+    except ValueError as error:  # such as Nesterov's momentum of 0
+        raise InputError(f"--opt {args.opt}: cannot be made with {utils.describe(kwargs)}: {error}") from error
+    if projector is not None:
+        for group in param_groups_weight_decay(projector, args.weight_decay):
+            optimizer.add_param_group(group)
+    return optimizer
+
+
+def lars_groups(model: nn.Module) -> list:
+    """Parameter groups for timm's LARS without weight decay: adapted matrices, and vectors."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "always_adapt": True},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1]},
+    ]
 
 
 def cosine_schedule(base: float, final: float, steps: int, warmup_steps: int = 0) -> np.ndarray:

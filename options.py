@@ -41,10 +41,18 @@ def get_args_parser() -> Parser:
     group("--initialize", metavar="PATH", help="weight_selection.py's file, or the directory it is in")
     group("--finetune", metavar="FILE", help="weights of a trained model of this architecture")
     group("--model_key", default="model|module", help="keys of the weights in the --finetune file, in order, by |")
+    group("--linear_probe", type=boolean, default=False, help="train only a new classifier, on frozen features")
     group("--model_ema", type=boolean, default=False, help="keep an exponential moving average of the weights")
     group("--model_ema_decay", type=float, default=0.9999)
     group("--model_ema_force_cpu", type=boolean, default=False, help="keep the average in CPU memory")
     group("--model_ema_eval", type=boolean, default=False, help="evaluate the average after every epoch too")
+
+    group = parser.add_argument_group("distillation").add_argument
+    group("--distillation", choices=("none", "logit", "feature"), default="none", help="what to match of a teacher's")
+    group("--distillation_alpha", type=float, default=1.0, metavar="A", help="weight of the distillation loss")
+    group("--teacher", metavar="NAME", help="a model of the paper, or any timm name")
+    group("--teacher_path", metavar="FILE", help="its weights from disk, not from the hub")
+    group("--teacher_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V", help="such as embed_dim=384")
 
     group = parser.add_argument_group("optimisation").add_argument
     group("--opt", default="adamw", help="any optimiser of timm")
@@ -123,23 +131,43 @@ def read_config(path: str, parser: Parser) -> list:
     Raises:
         InputError: unreadable, or a key that is no option.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {path}: not YAML ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"--config {path}: must be NAME: VALUE lines")
     known = {action.dest for action in parser._actions} - {"help", "config"}
     words = []
-    for key, value in content.items():
+    for key, value in read_yaml(Path(path), ()).items():
         if key not in known:
             raise InputError(f"--config {path}: {key} is not an option of main.py")
         if isinstance(value, dict):
             value = [f"{name}={item}" for name, item in value.items()]
         words += [f"--{key}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
     return words
+
+
+def read_yaml(path: Path, above: tuple) -> dict:
+    """The entries of a YAML file over those of the file that its ``base`` names, relative to itself.
+
+    Args:
+        path: the file.
+        above: the files that led to it, each by its ``base``.
+
+    Raises:
+        InputError: unreadable, no mapping, or its own base.
+    """
+    where = f"--config {path}" + (f", the base of {above[-1]}" if above else "")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{where}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: not YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: must be NAME: VALUE lines")
+    if "base" not in content:
+        return content
+    base = path.parent / str(content.pop("base"))
+    above = (*above, path)
+    if base.resolve() in [other.resolve() for other in above]:
+        raise InputError(f"{where}: is its own base, by {base}")
+    return {**read_yaml(base, above), **content}
 
 
 def parse_args(argv=None):
@@ -178,7 +206,17 @@ def check_options(args, given: set) -> None:
     ):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: give a number from 1 up")
-    for name in ("seed", "warmup_epochs", "start_epoch", "lr", "min_lr", "weight_decay", "mixup", "cutmix"):
+    for name in (
+        "seed",
+        "warmup_epochs",
+        "start_epoch",
+        "lr",
+        "min_lr",
+        "weight_decay",
+        "mixup",
+        "cutmix",
+        "distillation_alpha",
+    ):
         if not getattr(args, name) >= 0:
             raise InputError(f"--{name} {getattr(args, name)}: give a number from 0 up")
     for name in ("drop_path", "smoothing", "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
@@ -193,6 +231,8 @@ def check_options(args, given: set) -> None:
         raise InputError(f"--num_workers {args.num_workers}: give a number from 0 up")
     setters = {"num_classes": "--data_set", "drop_path_rate": "--drop_path", "img_size": "--input_size"}
     check_kwargs(args.model_kwargs, "--model_kwargs", {key: f"{option} sets it" for key, option in setters.items()})
+    setters = {"num_classes": "--data_set", "img_size": "--input_size"}
+    check_kwargs(args.teacher_kwargs, "--teacher_kwargs", {key: f"{option} sets it" for key, option in setters.items()})
     if not 0 < args.layer_decay <= 1:
         raise InputError(f"--layer_decay {args.layer_decay}: give a number above 0 and up to 1")
     if args.warmup_steps < 0 and args.warmup_epochs > args.epochs:
@@ -203,6 +243,14 @@ def check_options(args, given: set) -> None:
         raise InputError(f"--initialize {args.initialize}: give it or --finetune, not both")
     if args.eval and not (args.resume or args.initialize or args.finetune):
         raise InputError("--eval true: name the weights to evaluate with --resume, --initialize or --finetune")
+    if args.distillation != "none" and args.teacher is None:
+        raise InputError(f"--distillation {args.distillation}: name the model to learn from with --teacher")
+    if args.linear_probe and args.drop_path > 0:
+        raise InputError(f"--drop_path {args.drop_path}: features are frozen under --linear_probe true; set it to 0")
+    if args.linear_probe and args.distillation != "none":
+        raise InputError(
+            f"--distillation {args.distillation}: features are frozen under --linear_probe true; leave it out"
+        )
     if args.overwrite and args.resume:
         raise InputError(f"--overwrite true: would delete what --resume {args.resume} continues; leave one out")
     if SOURCES[args.data_set].layout is None and args.data_path is not None:
@@ -223,6 +271,12 @@ def check_options(args, given: set) -> None:
         (args.reprob == 0, "--reprob 0", ("remode", "recount")),
         (not args.finetune, "no --finetune", ("model_key",)),
         (bool(args.finetune or args.resume) and not args.eval, "--finetune or --resume", ("init",)),
+        (
+            args.distillation == "none",
+            "--distillation none",
+            ("distillation_alpha", "teacher", "teacher_path", "teacher_kwargs"),
+        ),
+        (args.linear_probe, "--linear_probe true", ("head_init_scale", "layer_decay")),
         (args.total_batch_size is not None, "--total_batch_size, which sets it", ("update_freq",)),
         (args.warmup_steps >= 0, "--warmup_steps", ("warmup_epochs",)),
         (args.disable_eval, "--disable_eval true", ("eval_interval",)),

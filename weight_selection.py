@@ -26,6 +26,7 @@ from models import check_kwargs, create_model
 from models.families import COMPONENTS, FAMILIES, Family, family_of
 from models.weights import (
     SUFFIXES,
+    create_pretrained,
     downloaded_file,
     first_mismatch,
     provenance_path,
@@ -62,7 +63,7 @@ def select_weights(
         InputError: unknown name, or a student that is no smaller version of the teacher.
     """
     if isinstance(teacher, str):
-        teacher = pretrained_teacher(teacher, {})
+        teacher = create_pretrained(teacher, {}, "teacher", "give a loaded model")
     if isinstance(student, str):
         student = create_model(student, option="student", device="meta")
     plan = make_plan(teacher, student, **plan_options)
@@ -161,23 +162,6 @@ def output_file(output_dir: str, model_type: str, overwrite: bool) -> Path:
     return path
 
 
-def pretrained_teacher(name: str, kwargs: dict) -> nn.Module:
-    """A teacher with its published weights, from the hub or its local cache.
-
-    Raises:
-        InputError: there are none, or they cannot be fetched.
-    """
-    if not create_model(name, option="--pretrained_model", device="meta", **kwargs).pretrained_cfg.get("tag"):
-        raise InputError(f"--pretrained_model {name}: timm has no weights for it; give --pretrained_path FILE")
-    try:
-        return create_model(name, option="--pretrained_model", pretrained=True, **kwargs)
-    except OSError as error:  # what requests, urllib and huggingface_hub raise without a network or such a file
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"--pretrained_model {name}: cannot fetch its weights ({reason}); give --pretrained_path FILE"
-        ) from error
-
-
 def load_teacher(args, teacher: nn.Module, family: Family) -> tuple:
     """The teacher's weights and where they came from: (state_dict, provenance)."""
     cfg = teacher.pretrained_cfg
@@ -189,7 +173,9 @@ def load_teacher(args, teacher: nn.Module, family: Family) -> tuple:
         weights = read_teacher(args.pretrained_path, teacher, family, "--pretrained_path")
         file, source = Path(args.pretrained_path), str(args.pretrained_path)
     else:
-        published = pretrained_teacher(args.pretrained_model, args.teacher_kwargs)
+        published = create_pretrained(
+            args.pretrained_model, args.teacher_kwargs, "--pretrained_model", "give --pretrained_path FILE"
+        )
         if args.include_head and published.num_classes != cfg["num_classes"]:  # timm has dropped the published one
             raise InputError(
                 f"--include_head: the published classifier has {cfg['num_classes']} classes; leave num_classes out of "

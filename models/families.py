@@ -126,7 +126,7 @@ def family_of(model: nn.Module, name: str) -> Family:
     Raises:
         InputError: no declaration fits the model.
     """
-    family = _family_by_class(model)
+    family = family_by_class(model)
     if family is None:
         known = ", ".join(f"{family.name} ({family.model_class.__name__})" for family in FAMILIES.values())
         raise InputError(f"{name}: a {type(model).__name__} belongs to no family that weight selection knows: {known}")
@@ -137,7 +137,8 @@ def family_of(model: nn.Module, name: str) -> Family:
     return family
 
 
-def _family_by_class(model):
+def family_by_class(model: nn.Module) -> Family | None:
+    """The family of a model's class, or None; it says nothing about the modules inside."""
     return next((family for family in FAMILIES.values() if isinstance(model, family.model_class)), None)
 
 
@@ -148,7 +149,7 @@ def _is_torchs(module):
 
 def classifier_pattern(model: nn.Module) -> str:
     """Regular expression of a model's classifier keys: its family's, or for any other model what timm records."""
-    family = _family_by_class(model)
+    family = family_by_class(model)
     if family is not None:
         return family.classifier
     names = model.pretrained_cfg["classifier"]

@@ -12,7 +12,8 @@ import torch
 import torch.nn as nn
 from timm.models import clean_state_dict
 
-from models.families import Family, classifier_pattern, family_of
+from models import create_model
+from models.families import Family, classifier_pattern, family_by_class, family_of
 from utils import InputError, check_file, load_torch, save_torch, sha256
 
 # Entries under which training scripts nest a state_dict, in the order in which timm's own loader looks for them.
@@ -83,13 +84,13 @@ def first_mismatch(state_dict: dict, model: nn.Module, may_be_missing=lambda key
     return None if extra is None else f"{extra} is not a key of the model"
 
 
-def read_teacher(path, model: nn.Module, family: Family, option: str) -> dict:
+def read_teacher(path, model: nn.Module, family: Family | None, option: str) -> dict:
     """Read a teacher's weights in any layout timm accepts for this architecture (foreign names, .npz of JAX).
 
     Args:
         path: .pth, .pt, .bin, .safetensors or .npz file.
         model: the architecture; only a .npz file needs it off the meta device, and is loaded into it.
-        family: the family the model belongs to.
+        family: the family the model belongs to; a file for a model of none must have timm's own names.
         option: the option that named the file, for errors.
 
     Returns:
@@ -103,14 +104,15 @@ def read_teacher(path, model: nn.Module, family: Family, option: str) -> dict:
     else:
         state_dict = read_weights(path, option)
         try:
-            state_dict = family.filter_fn(state_dict, model)
+            state_dict = family.filter_fn(state_dict, model) if family else state_dict
         except (KeyError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             # timm's conversions assume one of the layouts they know, and fail in their own ways on any other
             raise InputError(
                 f"{option} {path}: timm cannot convert it for a {family.name} model ({error!r})"
             ) from error
-    backbone = {key: value for key, value in state_dict.items() if not re.search(family.classifier, key)}
-    problem = first_mismatch(backbone, model, lambda key: re.search(family.classifier, key))
+    classifier = classifier_pattern(model)
+    backbone = {key: value for key, value in state_dict.items() if not re.search(classifier, key)}
+    problem = first_mismatch(backbone, model, lambda key: re.search(classifier, key))
     if problem:
         raise InputError(f"{option} {path}: not the weights of this teacher: {problem}")
     return state_dict
@@ -133,6 +135,42 @@ def _read_npz(path, model, option):
     if classes != model.num_classes:  # then timm has left the classifier as it was: random
         state_dict = {key: value for key, value in state_dict.items() if not re.search(classifier_pattern(model), key)}
     return state_dict
+
+
+def load_into_teacher(model: nn.Module, path, option: str) -> None:
+    """Load a file of ``read_teacher`` into a whole teacher, classifier included unless the model has none.
+
+    Raises:
+        InputError: as ``read_teacher``, or the classifier is absent or of another size.
+    """
+    weights = read_teacher(path, model, family_by_class(model), option)
+    if model.num_classes == 0:
+        weights = {key: value for key, value in weights.items() if key in model.state_dict()}
+    problem = first_mismatch(weights, model)
+    if problem:
+        raise InputError(f"{option} {path}: does not fit a teacher of {model.num_classes} classes: {problem}")
+    model.load_state_dict(weights)
+
+
+def create_pretrained(name: str, kwargs: dict, option: str, remedy: str) -> nn.Module:
+    """A model with its published weights, from the hub or its local cache.
+
+    Args:
+        name: timm name.
+        kwargs: of ``create_model``.
+        option: the command-line option that named it, for errors.
+        remedy: what to do when it cannot be had, for errors.
+
+    Raises:
+        InputError: there are none, or they cannot be fetched.
+    """
+    if not create_model(name, option=option, **{**kwargs, "device": "meta"}).pretrained_cfg.get("tag"):
+        raise InputError(f"{option} {name}: timm has no weights for it; {remedy}")
+    try:
+        return create_model(name, option=option, pretrained=True, **kwargs)
+    except OSError as error:  # what requests, urllib and huggingface_hub raise without a network or such a file
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{option} {name}: cannot fetch its weights ({reason}); {remedy}") from error
 
 
 def downloaded_file(pretrained_cfg: dict) -> Path | None:

@@ -9,7 +9,7 @@ import torch
 
 from models import PAPER_MODELS, create_model
 from models.families import FAMILIES, classifier_pattern, family_of
-from models.initialization import SCHEMES, initialize
+from models.initialization import initialize
 from utils import InputError
 
 FAMILY_NAMES = sorted(FAMILIES)
@@ -113,7 +113,7 @@ def initialized(request):
             torch.nn.init.normal_(value)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     after = {}
-    for scheme in SCHEMES:
+    for scheme in ("timm", "xavier", "kaiming"):
         model.load_state_dict(before)
         torch.manual_seed(0)
         initialize(model, scheme)
@@ -148,6 +148,60 @@ def test_classic_initialisations_zero_the_biases_and_leave_the_rest(initialized,
             assert not value.any(), key
         elif layer not in layers:
             assert torch.equal(value, before[key]), key
+
+
+def off_diagonal(matrix):
+    return matrix[~torch.eye(len(matrix), dtype=torch.bool)]
+
+
+def test_mimetic_initialisation_gives_products_their_diagonals():
+    d, heads = 192, 3
+    model = create_model("vit_tiny", depth=2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    initialize(model, "mimetic")
+    for block in model.blocks:
+        q, k, v = block.attn.qkv.weight.detach().view(3, heads, d // heads, d)
+        for head in range(heads):
+            product = q[head].T @ k[head]
+            assert torch.linalg.matrix_rank(product) == d // heads
+            # the best approximation of rank d/3 keeps the third of the directions with most of the product
+            assert product.diagonal().mean() > 0.35 and abs(off_diagonal(product).mean()) < 0.01
+        product = v.reshape(d, d).T @ block.attn.proj.weight.detach().T
+        assert product.diagonal().mean().item() == pytest.approx(-0.4, abs=0.02)
+        assert off_diagonal(product).std().item() == pytest.approx(0.4 / d**0.5, rel=0.05)
+    assert not torch.equal(model.blocks[0].attn.proj.weight, model.blocks[1].attn.proj.weight)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"pos_embed"} | {f"blocks.{i}.attn.{name}.weight" for i in range(2) for name in ("qkv", "proj")}
+
+
+def test_a_full_rank_head_has_exactly_the_mimetic_product():
+    """With one head nothing is cut off: the product is 0.7 Z + 0.7 I with independent Z of variance 1/d."""
+    model = create_model("vit_tiny", embed_dim=128, num_heads=1, depth=1)
+    initialize(model, "mimetic")
+    q, k, _ = model.blocks[0].attn.qkv.weight.detach().view(3, 128, 128)
+    product = q.T @ k
+    assert product.diagonal().mean().item() == pytest.approx(0.7, abs=0.03)
+    assert off_diagonal(product).std().item() == pytest.approx(0.7 / 128**0.5, rel=0.05)
+
+
+def test_mimetic_position_embeddings_tell_rows_and_columns():
+    model = create_model("vit_tiny", embed_dim=64, num_heads=2, depth=1, reg_tokens=2)
+    initialize(model, "mimetic")
+    prefix, grid = model.pos_embed[0, :3].detach(), model.pos_embed[0, 3:].detach().view(14, 14, 64)
+    assert not prefix.any()
+    of_row = (grid == grid[:, :1]).flatten(0, 1).all(dim=0)  # dimensions that do not change along a row
+    of_column = (grid == grid[:1]).flatten(0, 1).all(dim=0)
+    assert of_row.sum() == of_column.sum() == 32 and not (of_row & of_column).any()
+    assert len(grid.reshape(-1, 64).unique(dim=0)) == 14 * 14
+    # Neighbours are more alike than distant positions.
+    likeness = torch.nn.functional.cosine_similarity(grid[7, 7], grid.reshape(-1, 64), dim=-1).view(14, 14)
+    assert likeness[7, 7] > likeness[7, 8] > likeness[7, 12] and likeness[8, 7] > likeness[12, 7]
+
+
+@pytest.mark.parametrize("name", ["convnext_femto", "resnet18"])
+def test_mimetic_initialisation_is_for_vits(name):
+    with pytest.raises(InputError, match="--init mimetic: is for ViTs"):
+        initialize(create_model(name), "mimetic")
 
 
 def test_unknown_initialisation_is_refused():

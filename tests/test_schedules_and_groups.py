@@ -69,6 +69,12 @@ def test_weight_decay_spares_vectors_position_embedding_and_class_token(name, wi
         assert (decay[key] == 0) == (parameter.ndim == 1 or key in ("pos_embed", "cls_token")), key
 
 
+def test_an_optimiser_that_cannot_be_made_is_refused():
+    model = create_model("vit_tiny", device="meta")
+    with pytest.raises(InputError, match="--opt sgd: cannot be made with momentum 0.0: Nesterov"):
+        create_optimizer(model, parse_args("--opt sgd --momentum 0".split()))
+
+
 def small_trainer(family, options):
     """Trainer of a run of one epoch of ten steps, four of them warm-up."""
     args = parse_args(f"{SMALL_MODELS[family]} --device cpu --epochs 1 --warmup_steps 4 {options}".split())
