@@ -143,16 +143,16 @@ def read_config(path: str, parser: Parser) -> list:
 
 
 def read_yaml(path: Path, above: tuple) -> dict:
-    """The entries of a YAML file over those of the file that its ``base`` names, relative to itself.
+    """The entries of a YAML file, over those of the files that its ``base`` names, relative to itself.
 
     Args:
-        path: the file.
+        path: the file. Its ``base`` is a file or a list of them, of which a later one goes over an earlier one.
         above: the files that led to it, each by its ``base``.
 
     Raises:
         InputError: unreadable, no mapping, or its own base.
     """
-    where = f"--config {path}" + (f", the base of {above[-1]}" if above else "")
+    where = f"--config {path}" + (f", a base of {above[-1]}" if above else "")
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
@@ -161,13 +161,13 @@ def read_yaml(path: Path, above: tuple) -> dict:
         raise InputError(f"{where}: not YAML ({error})") from error
     if not isinstance(content, dict):
         raise InputError(f"{where}: must be NAME: VALUE lines")
-    if "base" not in content:
-        return content
-    base = path.parent / str(content.pop("base"))
-    above = (*above, path)
-    if base.resolve() in [other.resolve() for other in above]:
-        raise InputError(f"{where}: is its own base, by {base}")
-    return {**read_yaml(base, above), **content}
+    if path.resolve() in [other.resolve() for other in above]:
+        raise InputError(f"{where}: is its own base")
+    bases = content.pop("base", [])
+    merged = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        merged |= read_yaml(path.parent / str(base), (*above, path))
+    return merged | content
 
 
 def parse_args(argv=None):

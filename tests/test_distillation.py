@@ -215,9 +215,8 @@ def test_an_interrupted_distillation_ends_like_an_uninterrupted_one(kind, train,
 def test_gradient_norm_and_clipping_cover_the_projector(train, teacher_file, tmp_path):
     """With a huge alpha the projector's gradient is nearly all of it."""
     distill = f"{TEACHER} --teacher_path {teacher_file} --distillation feature --distillation_alpha 1e4"
-    train(
-        f"{distill} --opt momentum --momentum 0 --weight_decay 0 --clip_grad 1e-4 --lr 1 --min_lr 1 --output_dir {tmp_path}"
-    )
+    sgd = "--opt momentum --momentum 0 --weight_decay 0 --lr 1 --min_lr 1 --clip_grad 1e-4"
+    train(f"{distill} {sgd} --output_dir {tmp_path}")
     first, second = (read_checkpoint(tmp_path, epoch)["projector"] for epoch in (0, 1))
     moved = sum(((second[key] - first[key]) ** 2).sum() for key in first) ** 0.5
     assert 0 < moved <= 3 * 1.001e-4  # three steps of at most the clipped norm

@@ -246,15 +246,17 @@ def test_config_that_is_none(refused, tmp_path, text, reason):
 def test_config_goes_over_its_base_and_that_over_its_own(tmp_path):
     write_config(tmp_path, "lr: 1.0\nepochs: 7\nseed: 1\nmodel_kwargs: {depth: 3}\n").rename(tmp_path / "root.yaml")
     (tmp_path / "some").mkdir()
-    (tmp_path / "some" / "middle.yaml").write_text("base: ../root.yaml\nepochs: 8\nlr: 2.0\n")
-    path = write_config(tmp_path, "base: some/middle.yaml\nlr: 3.0\nmodel_kwargs: {num_heads: 2}\n")
+    (tmp_path / "some" / "middle.yaml").write_text("base: ../root.yaml\nepochs: 9\nlr: 2.0\n")
+    (tmp_path / "other.yaml").write_text("epochs: 8\nlr: 2.5\n")
+    text = "base: [some/middle.yaml, other.yaml]\nlr: 3.0\nmodel_kwargs: {num_heads: 2}\n"
+    path = write_config(tmp_path, text)
     args = parse_args(["--config", str(path), "--warmup_epochs", "0"])
     assert (args.lr, args.epochs, args.seed, args.model_kwargs) == (3.0, 8, 1, {"num_heads": 2})
 
 
 def test_config_with_a_bad_base(refused, tmp_path):
     path = write_config(tmp_path, "base: none.yaml\n")
-    assert f"none.yaml, the base of {path}: cannot be read" in refused("--config", path)
+    assert f"none.yaml, a base of {path}: cannot be read" in refused("--config", path)
     path = write_config(tmp_path, f"base: {path.name}\n")
     assert "is its own base" in refused("--config", path)
 
