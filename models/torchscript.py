@@ -88,8 +88,8 @@ class _Unpickler(pickle.Unpickler):
             return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if module == "torch.jit._pickle" and name.startswith("build_"):  # lists of one type
-            return lambda values: values
+        if module == "torch.jit._pickle":  # lists and dicts that remember their type
+            return lambda value, *_: value
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
     def persistent_load(self, pid):
