@@ -298,15 +298,21 @@ def save_torch(value, path):
         raise OSError(f"is the disk full? {str(error).splitlines()[0]}") from error
 
 
-def load_torch(path, option):
+def load_torch(path, option, also=()):
     """``torch.load(weights_only=True)`` with one-line errors.
 
+    Args:
+        path: the file.
+        option: the command-line option that named it, for errors.
+        also: classes that may be in it, beside tensors and plain types.
+
     Raises:
-        InputError: no such file, or not a file that holds only tensors and plain types.
+        InputError: no such file, or not a file that holds only these.
     """
     check_file(path, option)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(also)):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # corrupt input makes torch raise nearly anything; nothing else runs in this block
         reason = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise InputError(

@@ -13,7 +13,9 @@ each dimension. Applying it touches the weights.
 
 import argparse
 import json
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import huggingface_hub
@@ -163,14 +165,19 @@ def output_file(output_dir: str, model_type: str, overwrite: bool) -> Path:
 
 
 def load_teacher(args, teacher: nn.Module, family: Family) -> tuple:
-    """The teacher's weights and where they came from: (state_dict, provenance)."""
+    """The teacher's weights and where they came from: (state_dict, provenance).
+
+    The provenance says what of a file was left out, as {first word of the keys: number of tensors}.
+    """
     cfg = teacher.pretrained_cfg
     model = ".".join(filter(None, (cfg["architecture"], args.pretrained_path is None and cfg.get("tag"))))
     origin = {"name": args.pretrained_model, "model": model, "kwargs": args.teacher_kwargs}
     if args.pretrained_path is not None:
         if Path(args.pretrained_path).suffix == ".npz":  # timm converts these only into a real model
             teacher = create_model(args.pretrained_model, option="--pretrained_model", **args.teacher_kwargs)
-        weights = read_teacher(args.pretrained_path, teacher, family, "--pretrained_path")
+        weights, unused = read_teacher(args.pretrained_path, teacher, family, "--pretrained_path")
+        if unused:
+            origin["unused"] = dict(Counter(re.split("[./]", key)[0] for key in unused))
         file, source = Path(args.pretrained_path), str(args.pretrained_path)
     else:
         published = create_pretrained(
@@ -294,6 +301,9 @@ def main(argv=None) -> None:
             "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": sys.version.split()[0]},
         }
         record.write_text(json.dumps(provenance, indent=2) + "\n")
+    if "unused" in origin:
+        spare = ", ".join(f"{name} ({count})" for name, count in origin["unused"].items())
+        print(f"{origin['source']}: left out, tensors that the teacher has no place for: {spare}")
     parameters = sum(value.numel() for value in state_dict.values())
     print(f"{path}: {args.student} from {args.pretrained_model}, {summary} tensors, {parameters:,} values")
 

@@ -12,7 +12,9 @@ from timm.models import is_model
 from utils import InputError
 
 # The paper's name -> timm's architecture and what differs from it. Kept out of timm's registry, where some of
-# these names mean something else. The CLIP variants normalise before the first block, as CLIP's ViT-B does.
+# these names mean something else. The CLIP variants normalise before the first block, as CLIP's ViT-B does. OpenAI
+# trained that with QuickGELU, which is within 0.021 of GELU; timm's name for it has GELU, and so have these, so that
+# CLIP's student differs from the other teachers' only in what its weights need (act_layer=quick_gelu gives the other).
 PAPER_MODELS = {
     "vit_tiny": ("vit_tiny_patch16_224", {}),
     "vit_small": ("vit_small_patch16_224", {}),

@@ -34,6 +34,8 @@ class Family:
         tokens: learned tokens, (1, number of tokens, embed_dim): their number is not a number of neurons.
         components: pattern of each component that ``--exclude`` can name (Table 10).
         filter_fn: timm's conversion of foreign checkpoints, ``filter_fn(state_dict, model)``.
+        extras: what a teacher's file may hold of its pretraining, beside the model; left out.
+        towers: {prefix of the model in files of a larger whole: prefix timm knows it by}; all else there is left out.
         modules: the module classes whose weights this declaration describes, beside PyTorch's own.
     """
 
@@ -47,6 +49,8 @@ class Family:
     filter_fn: Callable
     modules: tuple
     patch_kernel: str
+    extras: str
+    towers: dict
     head_norm: str | None = None
     stacked: dict = field(default_factory=dict)
     pos_embed: str | None = None
@@ -82,6 +86,8 @@ VIT = Family(
         "mlp": r"\.mlp\.",
     },
     filter_fn=partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True),  # DeiT-3's gamma_1, gamma_2
+    extras=r"^(mask_token$|decoder_)|(^|[./])pre_logits[./]",  # MAE's decoder, a layer before JAX's classifier
+    towers={"visual.": "visual.", "backbone.": ""},  # beside CLIP's text model; beside DINO's projection head
 )
 
 CONVNEXT = Family(
@@ -110,6 +116,8 @@ CONVNEXT = Family(
         "mlp": r"\.mlp\.fc",
     },
     filter_fn=convnext.checkpoint_filter_fn,
+    extras=r"^(projectors|norms)\.",  # EUPE's
+    towers={"visual.": "visual."},  # beside CLIP's text model
 )
 
 FAMILIES = {family.name: family for family in (VIT, CONVNEXT)}

@@ -1,5 +1,6 @@
 """Weights on disk: reading files that may come from strangers, writing ours, and loading that asserts every key."""
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -14,15 +15,19 @@ from timm.models import clean_state_dict
 
 from models import create_model
 from models.families import Family, classifier_pattern, family_by_class, family_of
+from models.torchscript import is_torchscript, read_torchscript
 from utils import InputError, check_file, load_torch, save_torch, sha256
 
-# Entries under which training scripts nest a state_dict, in the order in which timm's own loader looks for them.
-NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
+# Entries under which training scripts nest a state_dict, in the order in which timm's own loader looks for them; then
+# DINO's: of its two networks the teacher, the moving average of the other, is what its authors publish and evaluate.
+NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def read_weights(path, option: str, nested=NESTED) -> dict:
-    """Read a state_dict from a .safetensors file or any file of ``torch.save``, without running code from it.
+    """Read a state_dict from a .safetensors file, a TorchScript archive or any file of ``torch.save``.
+
+    No code from the file is run.
 
     Args:
         path: the file.
@@ -35,7 +40,7 @@ def read_weights(path, option: str, nested=NESTED) -> dict:
     Raises:
         InputError: missing, empty, truncated, with code in it, or no state_dict.
     """
-    content = _read_safetensors(Path(path), option) if Path(path).suffix == ".safetensors" else load_torch(path, option)
+    content = _read(Path(path), option)
     if isinstance(content, dict):
         content = next((content[key] for key in nested if content.get(key) is not None), content)
     if not isinstance(content, dict) or not content or not all(map(_is_named_tensor, content.items())):
@@ -45,8 +50,16 @@ def read_weights(path, option: str, nested=NESTED) -> dict:
     return clean_state_dict(content)
 
 
-def _read_safetensors(path, option):
+def _read(path, option):
     check_file(path, option)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, option)
+    if is_torchscript(path):
+        return read_torchscript(path, option)
+    return load_torch(path, option, also=[argparse.Namespace])  # in which most training scripts keep their options
+
+
+def _read_safetensors(path, option):
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -84,7 +97,7 @@ def first_mismatch(state_dict: dict, model: nn.Module, may_be_missing=lambda key
     return None if extra is None else f"{extra} is not a key of the model"
 
 
-def read_teacher(path, model: nn.Module, family: Family | None, option: str) -> dict:
+def read_teacher(path, model: nn.Module, family: Family | None, option: str) -> tuple:
     """Read a teacher's weights in any layout timm accepts for this architecture (foreign names, .npz of JAX).
 
     Args:
@@ -94,47 +107,81 @@ def read_teacher(path, model: nn.Module, family: Family | None, option: str) -> 
         option: the option that named the file, for errors.
 
     Returns:
-        {timm key: tensor}. Classifier keys are as the file has them: of any number of classes, or absent.
+        ({timm key: tensor}, the file's names of what the model has no place for). Classifier keys of the model are as
+        the file has them: of any number of classes, or absent.
 
     Raises:
         InputError: unreadable, or other keys or shapes than the architecture's; names the first.
     """
     if Path(path).suffix == ".npz":
-        state_dict = _read_npz(path, model, option)
+        state_dict, unused = _read_npz(path, model, family, option)
     else:
-        state_dict = read_weights(path, option)
-        try:
-            state_dict = family.filter_fn(state_dict, model) if family else state_dict
-        except (KeyError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            # timm's conversions assume one of the layouts they know, and fail in their own ways on any other
-            raise InputError(
-                f"{option} {path}: timm cannot convert it for a {family.name} model ({error!r})"
-            ) from error
-    classifier = classifier_pattern(model)
-    backbone = {key: value for key, value in state_dict.items() if not re.search(classifier, key)}
-    problem = first_mismatch(backbone, model, lambda key: re.search(classifier, key))
+        state_dict, unused = _converted(read_weights(path, option), model, family, f"{option} {path}")
+    pattern = classifier_pattern(model)
+    classifier = [key for key in state_dict if re.search(pattern, key)]
+    backbone = {key: value for key, value in state_dict.items() if key not in classifier}
+    problem = first_mismatch(backbone, model, lambda key: re.search(pattern, key))
     if problem:
-        raise InputError(f"{option} {path}: not the weights of this teacher: {problem}")
-    return state_dict
+        raise InputError(
+            f"{option} {path}: not the weights of this teacher: {problem}; name another or set --teacher_kwargs"
+        )
+    expected = model.state_dict()
+    unused += [key for key in classifier if key not in expected]
+    return {key: value for key, value in state_dict.items() if key in expected}, unused
 
 
-def _read_npz(path, model, option):
+def _converted(state_dict, model, family, origin):
+    """timm's names for a file's tensors, and the file's names of what the declaration says may be left out."""
+    if family is None:
+        return state_dict, []
+    state_dict, unused = _tower(state_dict, family)
+    extras = [key for key in state_dict if re.search(family.extras, key)]
+    try:
+        converted = family.filter_fn(dict(state_dict), model)
+    except (KeyError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        # timm's conversions assume one of the layouts they know, and fail in their own ways on any other
+        raise InputError(f"{origin}: timm cannot convert it for a {family.name} model ({error!r})") from error
+    converted = {key: value for key, value in converted.items() if key not in extras}
+    lost = len(state_dict) - len(extras) - len(converted)
+    if lost > 0:  # timm drops what it does not know without a word
+        raise InputError(
+            f"{origin}: timm's conversion loses {lost} of its tensors; give a file of the image model alone"
+        )
+    return converted, unused + extras
+
+
+def _tower(state_dict, family):
+    """The image model, under the prefix timm knows it by, and the names of all else in a file of a larger whole."""
+    for prefix, timms in family.towers.items():
+        inside = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if inside:
+            outside = [key for key in state_dict if key not in inside]
+            return {timms + key.removeprefix(prefix): value for key, value in inside.items()}, outside
+    return state_dict, []
+
+
+def _read_npz(path, model, family, option):
     check_file(path, option)
-    if not hasattr(model, "load_pretrained"):
+    if family is None or not hasattr(model, "load_pretrained"):
         raise InputError(
             f"{option} {path}: timm reads no .npz for a {type(model).__name__}; convert it to .safetensors"
         )
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            classes = arrays["head/bias"].shape[0] if "head/bias" in arrays else 0
+            names = arrays.files
+            classes = arrays["head/bias"].shape[0] if "head/bias" in names else 0
         model.load_pretrained(str(path))
     except Exception as error:  # the zip, numpy and timm layers each have their own errors for a file that is not one
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{option} {path}: timm cannot read it for this model ({reason})") from error
     state_dict = model.state_dict()
+    deep = len({match[1] for match in map(re.compile(r"/encoderblock_(\d+)/").search, names) if match})
+    shallow = len({match[2] for match in map(re.compile(family.layers).search, state_dict) if match})
+    if deep > shallow:  # timm fills the model's layers and does not look for more
+        raise InputError(f"{option} {path}: not the weights of this teacher: it has {deep} layers, the model {shallow}")
     if classes != model.num_classes:  # then timm has left the classifier as it was: random
-        state_dict = {key: value for key, value in state_dict.items() if not re.search(classifier_pattern(model), key)}
-    return state_dict
+        state_dict = {key: value for key, value in state_dict.items() if not re.search(family.classifier, key)}
+    return state_dict, [name for name in names if re.search(family.extras, name)]
 
 
 def load_into_teacher(model: nn.Module, path, option: str) -> None:
@@ -143,9 +190,7 @@ def load_into_teacher(model: nn.Module, path, option: str) -> None:
     Raises:
         InputError: as ``read_teacher``, or the classifier is absent or of another size.
     """
-    weights = read_teacher(path, model, family_by_class(model), option)
-    if model.num_classes == 0:
-        weights = {key: value for key, value in weights.items() if key in model.state_dict()}
+    weights, _ = read_teacher(path, model, family_by_class(model), option)
     problem = first_mismatch(weights, model)
     if problem:
         raise InputError(f"{option} {path}: does not fit a teacher of {model.num_classes} classes: {problem}")

@@ -95,6 +95,8 @@ def make_plan(
     ]
     if include_head and not classes:
         raise InputError("--include_head: the student has no classifier; leave the option out")
+    if include_head and not any(key in teacher.state_dict() for key in classes):
+        raise InputError("--include_head: the teacher has no classifier; leave the option out")
 
     teacher_shapes = {key: tuple(value.shape) for key, value in teacher.state_dict().items()}
     student_shapes = {key: tuple(value.shape) for key, value in student.state_dict().items()}

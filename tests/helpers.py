@@ -1,8 +1,11 @@
-"""Reading what a run of main.py left, and comparing weights."""
+"""Made-up teachers and the layouts of their files, reading what a run left, comparing weights."""
 
 import json
+import re
 
 import torch
+
+from models import create_model
 
 
 def read_log(directory):
@@ -27,3 +30,71 @@ def assert_same(ours, theirs, **tolerance):
 
 def differ(ours, theirs):
     return any(not torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def meta(name, **kwargs):
+    return create_model(name, device="meta", **kwargs)
+
+
+def random_weights(model):
+    generator = torch.Generator().manual_seed(0)
+    return {key: 0.02 * torch.randn(value.shape, generator=generator) for key, value in model.state_dict().items()}
+
+
+def words(kwargs):
+    return [f"{key}={value}" for key, value in kwargs.items()]
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def written(directory):
+    return sorted(path.name for path in directory.rglob("*") if path.is_file())
+
+
+def release_names(weights):
+    """A ConvNeXt's keys as its authors' release names them."""
+    renamed = {}
+    for key, value in weights.items():
+        key = re.sub(r"^stem\.", "downsample_layers.0.", key)
+        key = re.sub(r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1.", key)
+        key = key.replace(".blocks.", ".").replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
+        renamed[key.replace("head.norm.", "norm.").replace("head.fc.", "head.")] = value
+    return renamed
+
+
+def jax_names(weights, heads):
+    """A ViT's tensors as Google's JAX release lays them out."""
+    out = {
+        "embedding/kernel": weights["patch_embed.proj.weight"].permute(2, 3, 1, 0),
+        "embedding/bias": weights["patch_embed.proj.bias"],
+        "cls": weights["cls_token"],
+        "Transformer/posembed_input/pos_embedding": weights["pos_embed"],
+        "Transformer/encoder_norm/scale": weights["norm.weight"],
+        "Transformer/encoder_norm/bias": weights["norm.bias"],
+        "head/kernel": weights["head.weight"].T,
+        "head/bias": weights["head.bias"],
+    }
+    width = weights["norm.bias"].numel()
+    for layer in sorted({key.split(".")[1] for key in weights if key.startswith("blocks.")}):
+        ours, theirs = f"blocks.{layer}.", f"Transformer/encoderblock_{layer}/"
+        for norm, number in (("norm1", 0), ("norm2", 2)):
+            out[f"{theirs}LayerNorm_{number}/scale"] = weights[f"{ours}{norm}.weight"]
+            out[f"{theirs}LayerNorm_{number}/bias"] = weights[f"{ours}{norm}.bias"]
+        attention = f"{theirs}MultiHeadDotProductAttention_1/"
+        for part, name in enumerate(("query", "key", "value")):
+            rows = slice(part * width, (part + 1) * width)
+            out[f"{attention}{name}/kernel"] = weights[f"{ours}attn.qkv.weight"][rows].T.reshape(width, heads, -1)
+            out[f"{attention}{name}/bias"] = weights[f"{ours}attn.qkv.bias"][rows].reshape(heads, -1)
+        out[f"{attention}out/kernel"] = weights[f"{ours}attn.proj.weight"].T.reshape(heads, -1, width)
+        out[f"{attention}out/bias"] = weights[f"{ours}attn.proj.bias"]
+        for number in (0, 1):
+            dense = f"{theirs}MlpBlock_3/Dense_{number}/"
+            out[f"{dense}kernel"] = weights[f"{ours}mlp.fc{number + 1}.weight"].T
+            out[f"{dense}bias"] = weights[f"{ours}mlp.fc{number + 1}.bias"]
+    return {key: value.numpy() for key, value in out.items()}
+
+
+def prefixed(prefix, weights):
+    return {prefix + key: value for key, value in weights.items()}

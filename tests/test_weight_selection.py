@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import assert_same
+from helpers import assert_same, jax_names, meta, prefixed, random_weights, read, release_names, words, written
 from timm.layers import resample_patch_embed
 
 import weight_selection
@@ -27,15 +27,6 @@ from utils import InputError
 from weight_selection import select_weights
 
 ROOT = Path(weight_selection.__file__).parent
-
-
-def meta(name, **kwargs):
-    return create_model(name, device="meta", **kwargs)
-
-
-def random_weights(model):
-    generator = torch.Generator().manual_seed(0)
-    return {key: 0.02 * torch.randn(value.shape, generator=generator) for key, value in model.state_dict().items()}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -64,10 +55,6 @@ class Pair:
         named = ["--pretrained_model", self.teacher, "--teacher_kwargs", *words(self.large)]
         named += ["--student", self.student, "--student_kwargs", *words(self.small)]
         return [*named, "--output_dir", output, "--pretrained_path", teacher_file, *more]
-
-
-def words(kwargs):
-    return [f"{key}={value}" for key, value in kwargs.items()]
 
 
 IMAGE = {"img_size": 32, "num_classes": 5}
@@ -111,14 +98,6 @@ def files(weights, tmp_path_factory):
 def selected(weights):
     """{family: what the release's rule selects for the small student}."""
     return {name: apply_plan(make_plan(*pair.models()), weights[name]) for name, pair in PAIRS.items()}
-
-
-def read(path):
-    return torch.load(path, weights_only=True)
-
-
-def written(directory):
-    return sorted(path.name for path in directory.rglob("*") if path.is_file())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -708,53 +687,6 @@ def test_existing_files_are_kept_unless_told_otherwise(cli, files, selected, tmp
 
 # ---------------------------------------------------------------------------------------------------------
 # Teacher files
-
-
-def release_names(weights):
-    """A ConvNeXt's keys as its authors' release names them."""
-    renamed = {}
-    for key, value in weights.items():
-        key = re.sub(r"^stem\.", "downsample_layers.0.", key)
-        key = re.sub(r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1.", key)
-        key = key.replace(".blocks.", ".").replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
-        renamed[key.replace("head.norm.", "norm.").replace("head.fc.", "head.")] = value
-    return renamed
-
-
-def jax_names(weights, heads):
-    """A ViT's tensors as Google's JAX release lays them out."""
-    out = {
-        "embedding/kernel": weights["patch_embed.proj.weight"].permute(2, 3, 1, 0),
-        "embedding/bias": weights["patch_embed.proj.bias"],
-        "cls": weights["cls_token"],
-        "Transformer/posembed_input/pos_embedding": weights["pos_embed"],
-        "Transformer/encoder_norm/scale": weights["norm.weight"],
-        "Transformer/encoder_norm/bias": weights["norm.bias"],
-        "head/kernel": weights["head.weight"].T,
-        "head/bias": weights["head.bias"],
-    }
-    width = weights["norm.bias"].numel()
-    for layer in sorted({key.split(".")[1] for key in weights if key.startswith("blocks.")}):
-        ours, theirs = f"blocks.{layer}.", f"Transformer/encoderblock_{layer}/"
-        for norm, number in (("norm1", 0), ("norm2", 2)):
-            out[f"{theirs}LayerNorm_{number}/scale"] = weights[f"{ours}{norm}.weight"]
-            out[f"{theirs}LayerNorm_{number}/bias"] = weights[f"{ours}{norm}.bias"]
-        attention = f"{theirs}MultiHeadDotProductAttention_1/"
-        for part, name in enumerate(("query", "key", "value")):
-            rows = slice(part * width, (part + 1) * width)
-            out[f"{attention}{name}/kernel"] = weights[f"{ours}attn.qkv.weight"][rows].T.reshape(width, heads, -1)
-            out[f"{attention}{name}/bias"] = weights[f"{ours}attn.qkv.bias"][rows].reshape(heads, -1)
-        out[f"{attention}out/kernel"] = weights[f"{ours}attn.proj.weight"].T.reshape(heads, -1, width)
-        out[f"{attention}out/bias"] = weights[f"{ours}attn.proj.bias"]
-        for number in (0, 1):
-            dense = f"{theirs}MlpBlock_3/Dense_{number}/"
-            out[f"{dense}kernel"] = weights[f"{ours}mlp.fc{number + 1}.weight"].T
-            out[f"{dense}bias"] = weights[f"{ours}mlp.fc{number + 1}.bias"]
-    return {key: value.numpy() for key, value in out.items()}
-
-
-def prefixed(prefix, weights):
-    return {prefix + key: value for key, value in weights.items()}
 
 
 TEACHER_FILES = {
