@@ -18,6 +18,8 @@ from datasets import SOURCES, Digits, TrainBatches, build_dataset, build_transfo
 from options import parse_args
 from utils import InputError, seed_everything
 
+ROOT = Path(__file__).parent.parent
+
 
 def options(text, data_path=None):
     args = parse_args([*text.split(), *(["--data_path", str(data_path)] if data_path else [])])
@@ -327,6 +329,13 @@ def test_data_path_is_asked_for_with_the_layout_it_must_have(name):
     with pytest.raises(InputError, match="--data_path is missing") as caught:
         build_dataset(options(f"--data_set {name}"), train=True)
     assert SOURCES[name].layout in str(caught.value)
+
+
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_installation_guide_has_the_counts_of_the_code(name):
+    (row,) = [row for row in (ROOT / "INSTALL.md").read_text().splitlines() if row.startswith(f"| `{name}` |")]
+    train, test = SOURCES[name].images
+    assert f"| {train:,} / {test:,} |" in row
 
 
 # ---------------------------------------------------------------------------------------------------------
