@@ -196,7 +196,7 @@ def _open_folder(source, root, transform, name):
 
 # What torchvision raises for files that are missing, damaged or cut off, for a package that it does without until it
 # needs it (scipy) and for connections that break.
-UNREADABLE = (RuntimeError, OSError, ValueError, LookupError, ImportError, HTTPException)
+UNREADABLE = (RuntimeError, OSError, ValueError, ImportError, HTTPException)
 
 
 def _open_or_download(args, source, train, transform):

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from dataclasses import replace
+from http.client import IncompleteRead
 from pathlib import Path
 from urllib.error import URLError
 
@@ -242,6 +243,14 @@ def test_absent_data_set_names_its_layout(tmp_path, offline, name, train):
     assert name in message
     if name in DOWNLOADED:
         assert "Name or service not known" in message
+
+
+def test_download_that_breaks_off_is_no_traceback(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise IncompleteRead(b"", 1000)
+
+    monkeypatch.setattr("urllib.request.urlopen", broken)
+    assert "1000 more expected" in refusal("pets", tmp_path)
 
 
 @pytest.mark.parametrize("name", DOWNLOADED)
