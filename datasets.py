@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from timm.data import (
     auto_augment,
     create_transform,
 )
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from utils import InputError, main_first, seed_everything
 
@@ -53,26 +54,53 @@ class Source:
     """A data set that ``--data_set`` can name.
 
     Attributes:
-        build: ``build(root, train, transform, download)`` gives a map-style dataset of (image, label).
+        build: ``build(root, train, transform, download)`` gives a map-style dataset of (RGB image, label).
         layout: what must lie below ``--data_path``; None for a data set that needs no files.
-        downloads: torchvision can fetch it.
+        classes: how many; None for class folders, which say it themselves. Labels count from 0.
+        images: training and test images that a complete copy has; None where it is not checked.
         folders: class folders, so that ``--eval_data_path`` may name the test images.
     """
 
     build: Callable
     layout: str | None
-    downloads: bool = False
+    classes: int | None = None
+    images: tuple[int, int] | None = None
     folders: bool = False
 
 
-def _torchvision(cls):
+def _cifar(cls):
     return lambda root, train, transform, download: cls(root, train=train, transform=transform, download=download)
 
 
-def _flowers(root, train, transform, download):
-    splits = ("train", "val") if train else ("test",)
-    parts = [torchvision.datasets.Flowers102(root, split, transform=transform, download=download) for split in splits]
-    return ConcatDataset(parts) if train else parts[0]
+def _splits(cls, *train_splits, files=None):
+    """Joins the named splits of a torchvision class to train on; its split "test" tests.
+
+    ``files`` is the attribute of a class that takes the names of its images from a list and looks for none of them.
+    """
+
+    def build(root, train, transform, download):
+        splits = train_splits if train else ("test",)
+        parts = [cls(root, split=split, transform=transform, download=download) for split in splits]
+        if files is not None:
+            _check_files([file for part in parts for file in getattr(part, files)])
+        return ConcatDataset(parts)
+
+    return build
+
+
+def _check_files(files):
+    folders = {file.parent for file in files}  # reading each once is much faster than asking for every file
+    present = {file for folder in folders if folder.is_dir() for file in folder.iterdir()}
+    missing = [file for file in files if file not in present]
+    if missing:
+        raise FileNotFoundError(f"{len(missing):,} of {len(files):,} images are missing, such as {missing[0]}")
+
+
+def _eurosat(root, train, transform, download):
+    """EuroSAT has no official split. Here an image tests if its number (10 of Forest_10.jpg) is a multiple of 5."""
+    images = torchvision.datasets.EuroSAT(root, transform=transform, download=download)
+    tests = [int(Path(file).stem.rpartition("_")[2]) % 5 == 0 for file, _ in images.samples]
+    return Subset(images, [index for index, test in enumerate(tests) if test != train])
 
 
 def _folder(root, train, transform, download):
@@ -81,14 +109,46 @@ def _folder(root, train, transform, download):
 
 FOLDERS = "train/CLASS/IMAGE and val/CLASS/IMAGE"
 SOURCES = {
-    "CIFAR10": Source(_torchvision(torchvision.datasets.CIFAR10), "cifar-10-batches-py/", downloads=True),
-    "CIFAR100": Source(_torchvision(torchvision.datasets.CIFAR100), "cifar-100-python/", downloads=True),
+    "CIFAR10": Source(_cifar(torchvision.datasets.CIFAR10), "cifar-10-batches-py/", 10, (50_000, 10_000)),
+    "CIFAR100": Source(_cifar(torchvision.datasets.CIFAR100), "cifar-100-python/", 100, (50_000, 10_000)),
+    "pets": Source(
+        _splits(torchvision.datasets.OxfordIIITPet, "trainval", files="_images"),
+        "oxford-iiit-pet/ with images/ and annotations/",
+        37,
+        (3_680, 3_669),
+    ),
+    "flowers": Source(
+        _splits(torchvision.datasets.Flowers102, "train", "val", files="_image_files"),
+        "flowers-102/ with jpg/, imagelabels.mat and setid.mat",
+        102,
+        (2_040, 6_149),
+    ),
+    "stl10": Source(
+        _splits(torchvision.datasets.STL10, "train"),
+        "stl10_binary/ with train_X.bin, train_y.bin, test_X.bin, test_y.bin and unlabeled_X.bin",
+        10,
+        (5_000, 8_000),
+    ),
+    "food101": Source(
+        _splits(torchvision.datasets.Food101, "train", files="_image_files"),
+        "food-101/ with images/ and meta/",
+        101,
+        (75_750, 25_250),
+    ),
+    "dtd": Source(  # torchvision's default: the first of ten partitions
+        _splits(torchvision.datasets.DTD, "train", "val", files="_image_files"),
+        "dtd/dtd/ with images/ and labels/",
+        47,
+        (3_760, 1_880),
+    ),
+    "svhn": Source(
+        _splits(torchvision.datasets.SVHN, "train"), "train_32x32.mat and test_32x32.mat", 10, (73_257, 26_032)
+    ),
+    "eurosat": Source(_eurosat, "eurosat/2750/ with CLASS/CLASS_NUMBER.jpg", 10, (21_600, 5_400)),
     "IMNET": Source(_folder, FOLDERS, folders=True),
-    "flowers": Source(_flowers, "flowers-102/ with jpg/, imagelabels.mat and setid.mat", downloads=True),
     "image_folder": Source(_folder, FOLDERS, folders=True),
-    "digits": Source(lambda root, train, transform, download: Digits(train, transform), None),
+    "digits": Source(lambda root, train, transform, download: Digits(train, transform), None, 10),
 }
-CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "flowers": 102, "digits": 10}
 
 
 def build_dataset(args, train: bool) -> tuple:
@@ -98,12 +158,13 @@ def build_dataset(args, train: bool) -> tuple:
         (dataset, number of classes).
 
     Raises:
-        InputError: the files are not there and cannot be downloaded; class folders are empty or differ.
+        InputError: the files are not there and cannot be downloaded; some are missing or cannot be read; class folders
+            are empty or differ.
     """
     source = SOURCES[args.data_set]
     transform = build_transform(args, train)
     if source.layout is None:
-        return source.build(None, train, transform, False), CLASSES[args.data_set]
+        return source.build(None, train, transform, False), source.classes
     if args.data_path is None:
         raise InputError(f"--data_path is missing: the directory that holds {source.layout} of {args.data_set}")
     if source.folders:
@@ -117,7 +178,7 @@ def build_dataset(args, train: bool) -> tuple:
                 f"--data_path {args.data_path}: class folder {odd} is in only one of {roots[0]} and {roots[1]}"
             )
         return dataset, len(dataset.classes)
-    return main_first(lambda: _open_or_download(args, source, train, transform)), CLASSES[args.data_set]
+    return main_first(lambda: _open_or_download(args, source, train, transform)), source.classes
 
 
 def _class_folders(root):
@@ -133,22 +194,40 @@ def _open_folder(source, root, transform, name):
         raise InputError(f"--data_path: {root} must hold class folders with images in them: {error}") from error
 
 
+# What torchvision raises for files that are missing, damaged or cut off, for a package that it does without until it
+# needs it (scipy) and for connections that break.
+UNREADABLE = (RuntimeError, OSError, ValueError, ImportError, HTTPException)
+
+
 def _open_or_download(args, source, train, transform):
     if not Path(args.data_path).is_dir():
         raise InputError(
             f"--data_path {args.data_path}: no such directory; make it, and {args.data_set} is downloaded into it, "
             f"or name the one that holds {source.layout}"
         )
+
+    def build(download):
+        dataset = source.build(args.data_path, train, transform, download)
+        if len(dataset) != (expected := source.images[not train]):
+            part = "training" if train else "test"
+            raise ValueError(f"{len(dataset):,} {part} images found, {expected:,} expected")
+        return dataset
+
     try:
-        return source.build(args.data_path, train, transform, False)
-    except RuntimeError:  # torchvision's word for missing or damaged files
+        return build(download=False)
+    except RuntimeError:  # torchvision's word for files that are not there or fail their check sum
         pass
+    except UNREADABLE as error:  # there, but torchvision would take it for complete and download nothing
+        raise InputError(
+            f"--data_path {args.data_path}: cannot read {source.layout} of {args.data_set} ({error}); "
+            "if it is incomplete, unpack it again, or remove it to have it downloaded"
+        ) from error
     try:
-        return source.build(args.data_path, train, transform, True)
-    except (OSError, RuntimeError) as error:
+        return build(download=True)
+    except UNREADABLE as error:
         raise InputError(
             f"--data_path {args.data_path}: holds no complete {source.layout} of {args.data_set}, and downloading "
-            f"failed ({error})"
+            f"and reading it failed ({error})"
         ) from error
 
 

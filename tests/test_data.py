@@ -1,21 +1,25 @@
 """Data sets, transforms and loaders: every image once, the same randomness on any number of processes and workers."""
 
-import hashlib
-import pickle
 import shutil
+import sys
+from dataclasses import replace
+from http.client import IncompleteRead
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
-import scipy.io
 import sklearn.datasets
 import torch
-import torchvision.datasets
+import torchvision.datasets as tv
+from fabricate import FABRICATE, number_of
 from PIL import Image
 
-from datasets import Digits, TrainBatches, build_dataset, build_transform, eval_loader, train_loader
+from datasets import SOURCES, Digits, TrainBatches, build_dataset, build_transform, eval_loader, train_loader
 from options import parse_args
 from utils import InputError, seed_everything
+
+ROOT = Path(__file__).parent.parent
 
 
 def options(text, data_path=None):
@@ -149,89 +153,198 @@ def test_digits_split_keeps_all_images_and_their_labels():
     assert train.targets + test.targets == labels.tolist()
 
 
-def test_flowers_trains_on_train_and_val_joined(tmp_path, monkeypatch):
-    base = tmp_path / "flowers-102"
-    (base / "jpg").mkdir(parents=True)
-    splits = {"trnid": [2, 9, 4], "valid": [7, 1], "tstid": [3, 5, 6, 8]}
-    for image in range(1, 10):
-        Image.new("RGB", (8, 8), (20 * image, 0, 0)).save(base / "jpg" / f"image_{image:05}.jpg")
-    scipy.io.savemat(base / "setid.mat", {key: np.array([ids], np.uint16) for key, ids in splits.items()})
-    labels = np.arange(93, 102, dtype=np.uint8)  # of images 1 to 9; the file counts classes from 1
-    scipy.io.savemat(base / "imagelabels.mat", {"labels": labels[None]})
-    own_sums = {
-        key: (name, hashlib.md5((base / name).read_bytes()).hexdigest() if key != "image" else None)
-        for key, (name, _) in torchvision.datasets.Flowers102._file_dict.items()
-    }
-    monkeypatch.setattr(torchvision.datasets.Flowers102, "_file_dict", own_sums)
-
-    args = options("--data_set flowers", tmp_path)
-    train, classes = build_dataset(args, train=True)
-    test, _ = build_dataset(args, train=False)
-    assert classes == 102
-    assert [train[i][1] for i in range(len(train))] == [image + 91 for image in (2, 9, 4, 7, 1)]
-    assert [test[i][1] for i in range(len(test))] == [image + 91 for image in (3, 5, 6, 8)]
+DOWNLOADED = [name for name, source in SOURCES.items() if source.images is not None]
+LISTED = {  # a file whose absence or damage torchvision does not notice, and one that lists the images
+    "pets": ("oxford-iiit-pet/images/Abyssinian_0.jpg", "oxford-iiit-pet/annotations/trainval.txt"),
+    "flowers": ("flowers-102/jpg/image_00002.jpg", None),
+    "food101": ("food-101/images/apple_pie/100500.jpg", "food-101/meta/train.json"),
+    "dtd": ("dtd/dtd/images/banded/banded_0003.jpg", "dtd/dtd/labels/val1.txt"),
+}
 
 
-def test_cifar100_is_read_from_its_python_version(tmp_path, monkeypatch):
-    base, cls = tmp_path / "cifar-100-python", torchvision.datasets.CIFAR100
-    base.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
-    files = {
-        "train": {"data": pixels[:4].reshape(4, -1), "fine_labels": [99, 0, 7, 7], "coarse_labels": [1, 2, 3, 4]},
-        "test": {"data": pixels[4:].reshape(2, -1), "fine_labels": [42, 5], "coarse_labels": [0, 1]},
-        "meta": {"fine_label_names": [f"class {number}" for number in range(100)]},
-    }
-    sums = {}
-    for name, content in files.items():
-        (base / name).write_bytes(pickle.dumps(content))
-        sums[name] = hashlib.md5((base / name).read_bytes()).hexdigest()
-    monkeypatch.setattr(cls, "train_list", [["train", sums["train"]]])
-    monkeypatch.setattr(cls, "test_list", [["test", sums["test"]]])
-    monkeypatch.setattr(cls, "meta", cls.meta | {"md5": sums["meta"]})
+@pytest.fixture
+def offline(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise URLError("Name or service not known")
 
-    args = options("--data_set CIFAR100 --input_size 32 --crop_pct 1", tmp_path)
-    train, classes = build_dataset(args, train=True)
-    test, _ = build_dataset(args, train=False)
-    assert (len(train), len(test), classes) == (4, 2, 100)
-    assert [train.targets, test.targets] == [[99, 0, 7, 7], [42, 5]]
-    assert torch.allclose(unnormalised(test[1][0]), torch.tensor(pixels[5]).float(), atol=1e-3)
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+
+
+@pytest.fixture
+def fabricate(monkeypatch, offline):
+    """``fabricate(name, root)`` makes a tiny copy of a data set that counts as complete."""
+
+    def make(name, root):
+        root.mkdir(exist_ok=True)
+        train, test = FABRICATE[name](root)
+        if name in DOWNLOADED:
+            monkeypatch.setitem(SOURCES, name, replace(SOURCES[name], images=(len(train), len(test))))
+        for module in (tv.cifar, tv.stl10, tv.svhn, tv.flowers102):  # without the real files' check sums
+            monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
+        return train, test
+
+    return make
+
+
+def read(name, root):
+    """(number, label) of all training and of all test images, and the number of classes."""
+    plain = "--input_size 8 --crop_pct 1 --aa none --color_jitter 0 --reprob 0"
+    parts = []
+    for train in (True, False):
+        dataset, classes = build_dataset(options(f"--data_set {name} {plain}", root), train)
+        images = [dataset[index] for index in range(len(dataset))]
+        assert {type(label) for _, label in images} == {int}
+        assert {image.shape for image, _ in images} == {(3, 8, 8)}
+        parts.append([(number_of(unnormalised(image)), label) for image, label in images])
+    return *parts, classes
+
+
+def refusal(name, root, train=True):
+    """The message for a data set that cannot be read; it is one line and names option, value and layout."""
+    with pytest.raises(InputError) as caught:
+        build_dataset(options(f"--data_set {name}", root), train)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"--data_path {root}" in message or f"--data_path: no directory {root}" in message
+    assert SOURCES[name].layout in message
+    return message
 
 
 @pytest.mark.parametrize(
-    ("data_set", "layout"), [("CIFAR100", "cifar-100-python/"), ("CIFAR10", "cifar-10-batches-py/")]
+    ("name", "classes"),
+    [
+        *[("CIFAR10", 10), ("CIFAR100", 100), ("pets", 37), ("flowers", 102), ("stl10", 10)],
+        *[("food101", 101), ("dtd", 47), ("svhn", 10), ("eurosat", 10), ("IMNET", 3)],
+    ],
 )
-def test_missing_cifar_that_cannot_be_downloaded_is_one_line(tmp_path, monkeypatch, data_set, layout):
-    def no_network(*args, **kwargs):
-        raise URLError("Name or service not known")
-
-    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", no_network)
-    with pytest.raises(InputError, match="Name or service not known") as caught:
-        build_dataset(options(f"--data_set {data_set}", tmp_path), train=True)
-    message = str(caught.value)
-    assert f"--data_path {tmp_path}" in message
-    assert layout in message
-    assert "\n" not in message
+def test_every_image_with_its_label_in_one_part(tmp_path, fabricate, name, classes):
+    expected = fabricate(name, tmp_path)
+    train, test, found = read(name, tmp_path)
+    assert (train, test) == expected
+    assert found == classes
+    assert not {number for number, _ in train} & {number for number, _ in test}
+    assert {label for _, label in train + test} <= set(range(classes))
 
 
-def test_missing_flowers_that_cannot_be_downloaded_names_its_layout(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise URLError("Name or service not known")
+@pytest.mark.parametrize("name", ["pets", "flowers", "food101", "dtd", "eurosat", "IMNET"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_files_in_other_modes_become_rgb(tmp_path, fabricate, name, mode):
+    fabricate(name, tmp_path)
+    for file in (file for file in tmp_path.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg")):
+        Image.open(file).convert(mode).save(file, "JPEG" if mode == "L" else "PNG")
+    args = options(f"--data_set {name} --input_size 8", tmp_path)
+    assert {build_dataset(args, train)[0][0][0].shape for train in (True, False)} == {(3, 8, 8)}
 
-    monkeypatch.setattr(torchvision.datasets.flowers102, "download_and_extract_archive", no_network)
-    with pytest.raises(InputError, match="flowers-102/ with jpg/, imagelabels.mat and setid.mat"):
-        build_dataset(options("--data_set flowers", tmp_path), train=True)
+
+@pytest.mark.parametrize("name", FABRICATE)
+@pytest.mark.parametrize("train", [True, False])
+def test_absent_data_set_names_its_layout(tmp_path, offline, name, train):
+    message = refusal(name, tmp_path, train)
+    assert name in message
+    if name in DOWNLOADED:
+        assert "Name or service not known" in message
+
+
+def test_download_that_breaks_off_is_no_traceback(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise IncompleteRead(b"", 1000)
+
+    monkeypatch.setattr("urllib.request.urlopen", broken)
+    assert "1000 more expected" in refusal("pets", tmp_path)
+
+
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_absent_data_set_is_downloaded(tmp_path, fabricate, monkeypatch, name):
+    expected = fabricate(name, tmp_path / "server")
+
+    def download(*args, **kwargs):
+        shutil.copytree(tmp_path / "server", tmp_path / "here", dirs_exist_ok=True)
+
+    for module in (tv.cifar, tv.oxford_iiit_pet, tv.flowers102, tv.stl10, tv.food101, tv.dtd, tv.svhn, tv.eurosat):
+        for function in ("download_and_extract_archive", "download_url"):
+            monkeypatch.setattr(module, function, download, raising=False)
+    (tmp_path / "here").mkdir()
+    assert read(name, tmp_path / "here")[:2] == expected
+
+
+@pytest.mark.parametrize("name", DOWNLOADED)
+@pytest.mark.parametrize("train", [True, False])
+def test_too_few_images_are_counted(tmp_path, fabricate, monkeypatch, name, train):
+    complete = SOURCES[name].images[not train]
+    found = len(fabricate(name, tmp_path)[not train])
+    monkeypatch.setitem(SOURCES, name, replace(SOURCES[name], images=(complete, complete)))
+    part = "training" if train else "test"
+    assert f"{found} {part} images found, {complete:,} expected" in refusal(name, tmp_path, train)
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_listed_image_that_is_missing_is_named(tmp_path, fabricate, name):
+    images = len(fabricate(name, tmp_path)[0])
+    missing = tmp_path / LISTED[name][0]
+    missing.unlink()
+    message = refusal(name, tmp_path)
+    assert f"1 of {images} images are missing, such as {missing}" in message
+    assert "remove it to have it downloaded" in message
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_folder_of_listed_images_that_is_missing_is_no_traceback(tmp_path, fabricate, name):
+    fabricate(name, tmp_path)
+    shutil.rmtree((tmp_path / LISTED[name][0]).parent)
+    refusal(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, file) in LISTED.items() if file])
+def test_list_that_is_missing_or_cut_off_is_no_traceback(tmp_path, fabricate, name):
+    fabricate(name, tmp_path)
+    file = tmp_path / LISTED[name][1]
+    file.write_text(file.read_text()[:-3])
+    refusal(name, tmp_path)
+    file.unlink()
+    assert file.name in refusal(name, tmp_path)
+
+
+def test_eurosat_that_is_half_unpacked_or_has_odd_names_is_no_traceback(tmp_path, fabricate):
+    fabricate("eurosat", tmp_path)
+    images = tmp_path / "eurosat" / "2750"
+    (images / "Forest" / "Forest_7.jpg").unlink()
+    assert "119 training images found, 120 expected" in refusal("eurosat", tmp_path)
+    (images / "Forest" / "Forest_8.jpg").rename(images / "Forest" / "copy.jpg")
+    assert "copy" in refusal("eurosat", tmp_path)
+    shutil.rmtree(images)
+    images.mkdir()
+    assert "class folder" in refusal("eurosat", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "flowers", "stl10", "svhn"])
+def test_files_that_fail_their_check_sum_are_not_read(tmp_path, offline, name):
+    FABRICATE[name](tmp_path)
+    assert "holds no complete" in refusal(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["flowers", "svhn"])
+def test_missing_scipy_is_named(tmp_path, fabricate, monkeypatch, name):
+    fabricate(name, tmp_path)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    assert "scipy" in refusal(name, tmp_path)
 
 
 def test_directory_that_does_not_exist_is_not_downloaded_into(tmp_path):
-    with pytest.raises(InputError, match=f"--data_path {tmp_path}/none: no such directory.*cifar-100-python/"):
-        build_dataset(options("--data_set CIFAR100", tmp_path / "none"), train=True)
+    assert "no such directory" in refusal("CIFAR100", tmp_path / "none")
 
 
-@pytest.mark.parametrize("data_set", ["IMNET", "CIFAR100", "flowers", "image_folder"])
-def test_data_path_is_asked_for_with_the_layout_it_must_have(data_set):
-    layouts = {"CIFAR100": "cifar-100-python/", "flowers": "flowers-102/"}
-    with pytest.raises(InputError, match=f"--data_path is missing.*{layouts.get(data_set, 'train/CLASS/IMAGE')}"):
-        build_dataset(options(f"--data_set {data_set}"), train=True)
+@pytest.mark.parametrize("name", [*FABRICATE, "image_folder"])
+def test_data_path_is_asked_for_with_the_layout_it_must_have(name):
+    with pytest.raises(InputError, match="--data_path is missing") as caught:
+        build_dataset(options(f"--data_set {name}"), train=True)
+    assert SOURCES[name].layout in str(caught.value)
+
+
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_installation_guide_has_the_counts_of_the_code(name):
+    (row,) = [row for row in (ROOT / "INSTALL.md").read_text().splitlines() if row.startswith(f"| `{name}` |")]
+    train, test = SOURCES[name].images
+    assert f"| {train:,} / {test:,} |" in row
 
 
 # ---------------------------------------------------------------------------------------------------------
