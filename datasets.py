@@ -20,7 +20,7 @@ from timm.data import (
 )
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
-from utils import InputError, main_first, seed_everything
+from utils import InputError, main_first, say, seed_everything
 
 # ---------------------------------------------------------------------------------------------------------
 # Data sets
@@ -57,7 +57,7 @@ class Source:
         build: ``build(root, train, transform, download)`` gives a map-style dataset of (RGB image, label).
         layout: what must lie below ``--data_path``; None for a data set that needs no files.
         classes: how many; None for class folders, which say it themselves. Labels count from 0.
-        images: training and test images that a complete copy has; None where it is not checked.
+        images: training and test images of a complete copy, other numbers are warned about; None where not checked.
         folders: class folders, so that ``--eval_data_path`` may name the test images.
     """
 
@@ -178,7 +178,12 @@ def build_dataset(args, train: bool) -> tuple:
                 f"--data_path {args.data_path}: class folder {odd} is in only one of {roots[0]} and {roots[1]}"
             )
         return dataset, len(dataset.classes)
-    return main_first(lambda: _open_or_download(args, source, train, transform)), source.classes
+    dataset = main_first(lambda: _open_or_download(args, source, train, transform))
+    if len(dataset) != (complete := source.images[not train]):  # a part of the set may be meant, so it is no error
+        part = "training" if train else "test"
+        found = f"{len(dataset):,} {part} images of {args.data_set}, not {complete:,}"
+        say(f"warning: --data_path {args.data_path}: {found}")
+    return dataset, source.classes
 
 
 def _class_folders(root):
@@ -206,15 +211,8 @@ def _open_or_download(args, source, train, transform):
             f"or name the one that holds {source.layout}"
         )
 
-    def build(download):
-        dataset = source.build(args.data_path, train, transform, download)
-        if len(dataset) != (expected := source.images[not train]):
-            part = "training" if train else "test"
-            raise ValueError(f"{len(dataset):,} {part} images found, {expected:,} expected")
-        return dataset
-
     try:
-        return build(download=False)
+        return source.build(args.data_path, train, transform, False)
     except RuntimeError:  # torchvision's word for files that are not there or fail their check sum
         pass
     except UNREADABLE as error:  # there, but torchvision would take it for complete and download nothing
@@ -223,7 +221,7 @@ def _open_or_download(args, source, train, transform):
             "if it is incomplete, unpack it again, or remove it to have it downloaded"
         ) from error
     try:
-        return build(download=True)
+        return source.build(args.data_path, train, transform, True)
     except UNREADABLE as error:
         raise InputError(
             f"--data_path {args.data_path}: holds no complete {source.layout} of {args.data_set}, and downloading "

@@ -74,10 +74,13 @@ class Loss:
     def __init__(self, criterion: nn.Module, teacher: Teacher | None, alpha: float):
         self.criterion, self.teacher, self.alpha = criterion, teacher, alpha
 
-    def __call__(self, images, outputs, targets) -> torch.Tensor:
-        """Loss of a micro-batch; ``outputs`` are the student's logits, or what a ``WithProjector`` gives."""
+    def __call__(self, images, outputs, targets) -> tuple:
+        """Loss of a micro-batch, and the distance in it (0 without a teacher).
+
+        ``outputs`` are the student's logits for the images, or what a ``WithProjector`` gives.
+        """
         if self.teacher is None:
-            return self.criterion(outputs, targets)
+            return self.criterion(outputs, targets), torch.zeros((), device=images.device)
         taught = self.teacher(images).float()
         if self.teacher.features:
             logits, projected = outputs
@@ -86,7 +89,7 @@ class Loss:
             logits = outputs
             ours, theirs = F.log_softmax(logits.float(), dim=-1), F.log_softmax(taught, dim=-1)
             distance = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-        return self.criterion(logits, targets) + self.alpha * distance
+        return self.criterion(logits, targets) + self.alpha * distance, distance
 
 
 def build_teacher(args, classes: int) -> Teacher:

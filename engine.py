@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+from distillation import Loss
 from utils import Progress, RunError, all_reduce_sum, seed_everything
 
 CHECK_INTERVAL = 50  # steps from one look at whether the loss is finite to the next: each look waits for the device
@@ -32,7 +33,7 @@ class Trainer:
         lr, weight_decay: value of every step of the run.
         update_freq: micro-batches whose gradients make a step.
         mixup: timm's ``Mixup``, or None.
-        criterion: loss of (images, what ``forward`` gives for them, targets).
+        criterion: ``distillation.Loss``, of (images, what ``forward`` gives for them, targets).
         autocast: dtype of mixed precision, or None for full precision.
         clip_grad: largest norm of the gradient, or None.
         device: where to compute.
@@ -50,7 +51,7 @@ class Trainer:
     weight_decay: np.ndarray
     update_freq: int
     mixup: Callable | None
-    criterion: Callable
+    criterion: Loss
     autocast: torch.dtype | None
     clip_grad: float | None
     device: torch.device
@@ -66,7 +67,7 @@ class Trainer:
                 group["weight_decay"] = float(self.weight_decay[step])
 
     def backward(self, images, targets, last: bool) -> torch.Tensor:
-        """Add the gradient of a micro-batch; returns its loss, on the device.
+        """Add the gradient of a micro-batch; returns its loss and the distillation's part, as a tensor on the device.
 
         Processes exchange gradients only at the last micro-batch of a step.
         """
@@ -77,9 +78,9 @@ class Trainer:
         wait = isinstance(self.forward, DistributedDataParallel) and not last
         with self.forward.no_sync() if wait else contextlib.nullcontext():
             with autocast(self.device, self.autocast):
-                loss = self.criterion(images, self.forward(images), targets)
+                loss, distance = self.criterion(images, self.forward(images), targets)
             self.scaler.scale(loss / self.update_freq).backward()
-        return loss.detach()
+        return torch.stack([loss.detach(), distance.detach()])
 
     def update(self) -> torch.Tensor:
         """Take a step; returns the norm of the gradient before clipping, on the device."""
@@ -108,7 +109,8 @@ def train_one_epoch(trainer: Trainer, loader, epoch: int) -> dict:
         epoch: counted from 0.
 
     Returns:
-        loss (mean over the epoch and all processes), lr and weight_decay (of the last step), grad_norm (mean),
+        loss (mean over the epoch and all processes), distance (the distillation's in it, likewise), lr and
+        weight_decay (of the last step), grad_norm (mean),
         images_per_second (all processes).
 
     Raises:
@@ -116,12 +118,12 @@ def train_one_epoch(trainer: Trainer, loader, epoch: int) -> dict:
     """
     trainer.forward.train()
     steps = len(loader) // trainer.update_freq
-    loss_sum = torch.zeros((), device=trainer.device)
+    loss_sum = torch.zeros(2, device=trainer.device)
     norm_sum = torch.zeros((), device=trainer.device)
     start, images = time.monotonic(), 0
 
     def describe():
-        mean = loss_sum.item() / (done * trainer.update_freq)
+        mean = loss_sum[0].item() / (done * trainer.update_freq)
         speed = images * trainer.world_size / (time.monotonic() - start)
         return f"loss {mean:.4f} lr {trainer.lr[epoch * steps + done - 1]:.2e} {speed:.0f} images/s"
 
@@ -138,7 +140,8 @@ def train_one_epoch(trainer: Trainer, loader, epoch: int) -> dict:
             norm_sum += trainer.update().nan_to_num(0, 0, 0)  # not finite where the loss scaler skips a step
             progress.step(describe)
             if done % CHECK_INTERVAL == 0 or done == steps:
-                loss = all_reduce_sum(loss_sum.clone()).item() / (done * trainer.update_freq * trainer.world_size)
+                summed = all_reduce_sum(loss_sum.clone()) / (done * trainer.update_freq * trainer.world_size)
+                loss, distance = summed.tolist()
                 if not math.isfinite(loss):
                     lr = trainer.lr[epoch * steps + done - 1]
                     raise RunError(
@@ -147,6 +150,7 @@ def train_one_epoch(trainer: Trainer, loader, epoch: int) -> dict:
     last = (epoch + 1) * steps - 1
     return {
         "loss": loss,
+        **({"distance": distance} if trainer.criterion.teacher is not None else {}),
         "lr": float(trainer.lr[last]),
         "weight_decay": float(trainer.weight_decay[last]),
         "grad_norm": norm_sum.item() / steps,

@@ -62,14 +62,14 @@ def test_logit_loss_is_equation_1():
         p_t = [math.exp(v) / sum(map(math.exp, teacher[row].tolist())) for v in teacher[row].tolist()]
         total += -math.log(p_s[targets[row]]) + 0.7 * sum(t * math.log(t / s) for t, s in zip(p_t, p_s, strict=True))
     loss = Loss(torch.nn.CrossEntropyLoss(), identity_teacher(teacher, features=False), alpha=0.7)
-    assert loss(torch.zeros(4, 3, 2, 2), student, targets).item() == pytest.approx(total / 4, rel=1e-5)
+    assert loss(torch.zeros(4, 3, 2, 2), student, targets)[0].item() == pytest.approx(total / 4, rel=1e-5)
 
 
 def test_logit_loss_is_the_labels_alone_when_student_and_teacher_agree():
     logits, targets = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     criterion = torch.nn.CrossEntropyLoss()
     loss = Loss(criterion, identity_teacher(logits, features=False), alpha=1.0)
-    torch.testing.assert_close(loss(torch.zeros(4, 3, 2, 2), logits, targets), criterion(logits, targets))
+    torch.testing.assert_close(loss(torch.zeros(4, 3, 2, 2), logits, targets)[0], criterion(logits, targets))
 
 
 def test_feature_loss_is_equation_2():
@@ -79,7 +79,7 @@ def test_feature_loss_is_equation_2():
     loss = Loss(criterion, identity_teacher(features, features=True), alpha=2.0)
     distance = sum(abs(a - b) for a, b in zip(projected.flatten().tolist(), features.flatten().tolist(), strict=True))
     expected = criterion(logits, targets).item() + 2.0 * distance / 28
-    assert loss(torch.zeros(4, 3, 2, 2), (logits, projected), targets).item() == pytest.approx(expected, rel=1e-5)
+    assert loss(torch.zeros(4, 3, 2, 2), (logits, projected), targets)[0].item() == pytest.approx(expected, rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -190,7 +190,9 @@ def test_distillation_trains_the_student_and_keeps_only_it(kind, train, teacher_
     assert one.keys() == plain.keys()
     assert differ(plain, one)
     assert_same(none, plain)  # with alpha 0 the labels alone drive the student
-    assert read_log(tmp_path / "one")[0]["train_loss"] > read_log(tmp_path / "plain")[0]["train_loss"]
+    plain, none, one = (read_log(tmp_path / name)[0] for name in ("plain", "none", "one"))
+    assert "train_distance" not in plain and none["train_loss"] == plain["train_loss"]
+    assert 0 < one["train_distance"] < none["train_distance"]
 
 
 def test_the_projector_is_trained_too(train, teacher_file, tmp_path):
