@@ -1,76 +1,83 @@
 #!/usr/bin/env python3
-"""Compare groups of runs that differ in their seed: accuracies as a table, and accuracy against epochs as a PNG.
+"""Compare groups of runs that differ in their seed: accuracies as a table, and accuracy against epochs as a figure.
 
 python scripts/plot_curves.py --output curves.png random runs/random-0 runs/random-1 selected runs/selected-0 ...
 
-A word that is no directory starts a group of that name; the directories after it are its runs.
+A word that is no directory starts a group of that name; the directories after it are its runs, or hold them in
+directories named by their seeds. Figure 3 (a) of the paper:
+
+python scripts/plot_curves.py --output figure03a.png --title "ViT-T on ImageNet-1K" \\
+  "random init" results/vit_tiny/imagenet/random "weight selection" results/vit_tiny/imagenet/selected
 """
 
 import argparse
-import json
-import statistics
+import math
+import sys
 from pathlib import Path
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
+import style
+from runs import read_curve, read_run, seed_directories, spread
+from utils import InputError, Parser, run_program
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
-
-def read_groups(words):
-    """[(name, directories)] from the command line's words."""
+def read_groups(words: list) -> list:
+    """[(name, directories of runs)] from the command line's words."""
     groups = []
     for word in words:
-        if Path(word).is_dir():
-            if not groups:
-                raise SystemExit(f"plot_curves.py: error: {word}: name its group first")
-            groups[-1][1].append(Path(word))
-        else:
+        if not Path(word).is_dir():
             groups.append((word, []))
+        elif not groups:
+            raise InputError(f"{word}: name its group first")
+        else:
+            groups[-1][1].extend(seed_directories(word) or [Path(word)])
     for name, directories in groups:
         if not directories:
-            raise SystemExit(f"plot_curves.py: error: {name}: no such directory, or a group without runs")
+            raise InputError(f"{name}: no such directory, or a group without runs")
     return groups
 
 
-def spread(values):
-    """Mean and sample standard deviation (0 for a single run)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def curve(directories: list) -> tuple:
+    """Epochs (from 1) after which every run was evaluated, and the accuracies of all runs after each."""
+    curves = [read_curve(directory) for directory in directories]
+    epochs = sorted(set.intersection(*map(set, curves)))
+    if not epochs:
+        raise InputError(f"{directories[0]}: no epoch after which each run of its group was evaluated")
+    return epochs, [[accuracies[epoch] for accuracies in curves] for epoch in epochs]
 
 
-def curve(directories):
-    """Evaluated epochs (from 1) and the accuracies of every run after each."""
-    logs = [[json.loads(line) for line in (path / "log.txt").read_text().splitlines()] for path in directories]
-    tested = [{row["epoch"]: row["test_acc1"] for row in log if "test_acc1" in row} for log in logs]
-    epochs = sorted(set.intersection(*(set(accuracies) for accuracies in tested)))
-    return [epoch + 1 for epoch in epochs], [[accuracies[epoch] for accuracies in tested] for epoch in epochs]
+def summary(accuracies: list) -> str:
+    """``60.9 ±  5.2``, or the value alone of a single run."""
+    mean, std = spread(accuracies)
+    return f"{mean:5.1f}       " if math.isnan(std) else f"{mean:5.1f} ± {std:4.1f}"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, metavar="PNG")
+def get_args_parser() -> Parser:
+    parser = Parser("plot_curves.py", __doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--output", required=True, metavar="PNG", help="written anew when it exists")
     parser.add_argument("--title", default="")
     parser.add_argument("runs", nargs="+", metavar="NAME DIR")
-    args = parser.parse_args()
-    groups = read_groups(args.runs)
+    return parser
 
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    print(f"{'weights':<12} {'runs':>4}   best epoch, %    last epoch, %")
-    for name, directories in groups:
-        results = [json.loads((path / "results.json").read_text()) for path in directories]
-        figures = [spread([result[key]["acc1"] for result in results]) for key in ("best", "last")]
-        print(f"{name:<12} {len(results):>4}   " + "    ".join(f"{mean:5.1f} ± {std:4.1f}" for mean, std in figures))
-        epochs, accuracies = curve(directories)
-        (line,) = axes.plot(epochs, [statistics.fmean(values) for values in accuracies], label=name, marker=".")
-        axes.fill_between(
-            epochs, list(map(min, accuracies)), list(map(max, accuracies)), alpha=0.2, color=line.get_color()
-        )
-    axes.set(xlabel="epoch", ylabel="test accuracy, %", title=args.title)
-    axes.grid(alpha=0.3)
-    axes.legend(title="mean, and range over seeds")
-    figure.savefig(args.output, dpi=150)
+
+def main(argv=None) -> None:
+    args = get_args_parser().parse_args(argv)
+    groups = [(name, directories, *curve(directories)) for name, directories in read_groups(args.runs)]
+
+    figure, (axes,) = style.new_figure()
+    width = max(12, *(len(name) for name, *_ in groups))
+    print(f"{'weights':<{width}} {'runs':>4}   best epoch, %    last epoch, %")
+    for name, directories, epochs, accuracies in groups:
+        finished = [read_run(directory) for directory in directories]
+        figures = (summary([run.accuracy(epoch) for run in finished]) for epoch in ("best", "last"))
+        print(f"{name:<{width}} {len(finished):>4}   " + "    ".join(figures).rstrip())
+        style.draw_seeds(axes, epochs, accuracies, name)
+    axes.set(xlabel="epoch", ylabel=style.ACCURACY, title=args.title)
+    axes.legend(title=style.LEGEND)
+    style.save(figure, args.output)
     print(f"curves: {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_program("plot_curves.py", main)

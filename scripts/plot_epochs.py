@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""Draw Figure 4 of the paper: what weight selection saves of training ViT-T on CIFAR-100.
+
+python scripts/plot_epochs.py results/ --output figure04.png
+
+(a) Accuracy against epochs, from random and from selected weights: vit_tiny/cifar100/{random,selected}_EPOCHS/SEED, and
+the same without _EPOCHS, which have the recipe's 300. (b) Accuracy against epochs of pretraining on ImageNet-1K before
+fine-tuning (finetuned_EPOCHS), beside the level that weight selection reaches without any.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
+import paper
+import style
+from runs import read_run, seed_directories
+from utils import InputError, Parser, run_program
+
+RANDOM, SELECTED, TUNED = "random init", "weight selection", "pretraining and fine-tuning"
+DIRECTORY = "vit_tiny/cifar100"
+RECIPE = paper.recipe(*DIRECTORY.split("/"))
+# The paper shortens the warm-up with the training, and does not say to how many whole epochs.
+FIXED = {name: value for name, value in RECIPE.items() if name not in ("epochs", "warmup_epochs")}
+
+
+def find(out: Path, name: str, options: dict, strange: list) -> list:
+    """Finished runs of a name; how they differ from the paper's ``options`` is added to ``strange``."""
+    path = f"{DIRECTORY}/{name}"
+    runs = [read_run(directory) for directory in seed_directories(out / path)]
+    for run in runs:
+        if differs := paper.deviations(path, run, options):
+            strange.append(f"{path}, seed {run.seed}: {', '.join(differs)}")
+    return runs
+
+
+def find_epochs(out: Path, name: str) -> list:
+    """The EPOCHS for which there is a directory NAME_EPOCHS."""
+    found = (path.name.removeprefix(f"{name}_") for path in (out / DIRECTORY).glob(f"{name}_*"))
+    return sorted(int(epochs) for epochs in found if epochs.isdecimal())
+
+
+def accuracies(runs: list) -> list:
+    return [run.accuracy("best") for run in runs]
+
+
+def training(out: Path, strange: list) -> dict:
+    """Panel (a): for random and selected weights, the accuracies by number of epochs."""
+    lines = {}
+    for label, name in ((RANDOM, "random"), (SELECTED, "selected")):
+        runs = {}
+        for epochs in find_epochs(out, name):
+            runs[epochs] = find(out, f"{name}_{epochs}", FIXED | {"epochs": epochs}, strange)
+        runs[RECIPE["epochs"]] = find(out, name, RECIPE, strange)
+        lines[label] = {epochs: accuracies(runs[epochs]) for epochs in sorted(runs) if runs[epochs]}
+    return {label: line for label, line in lines.items() if line}
+
+
+def pretraining(out: Path, strange: list) -> dict:
+    """Panel (b): the accuracies after fine-tuning by number of epochs of pretraining."""
+    options = {"epochs": RECIPE["epochs"]}  # all that the paper says of fine-tuning
+    runs = {epochs: find(out, f"finetuned_{epochs}", options, strange) for epochs in find_epochs(out, "finetuned")}
+    return {epochs: accuracies(found) for epochs, found in runs.items() if found}
+
+
+def draw_level(axes, values: list, color: str) -> None:
+    """A horizontal line at the mean of ``values`` in a band over their range."""
+    axes.axhline(statistics.fmean(values), label=SELECTED, color=color, linestyle="--")
+    axes.axhspan(min(values), max(values), alpha=0.2, color=color, linewidth=0)
+
+
+def draw(lines: dict, tuned: dict, strange: list):
+    """The figure, with the panels that there are runs for."""
+    figure, panels = style.new_figure(bool(lines) + bool(tuned))
+    if lines:
+        for label, line in lines.items():
+            style.draw_seeds(panels[0], list(line), list(line.values()), label)
+        panels[0].set(xlabel="epochs of training on CIFAR-100", title="(a) Random and selected weights")
+    if tuned:
+        style.draw_seeds(panels[-1], list(tuned), list(tuned.values()), TUNED, color=style.COLOURS[2])
+        if level := lines.get(SELECTED, {}).get(RECIPE["epochs"]):
+            draw_level(panels[-1], level, style.COLOURS[1])
+        panels[-1].set(xlabel="epochs of pretraining on ImageNet-1K", title="(b) Pretraining and fine-tuning")
+    for axes in panels:
+        axes.set(ylabel=f"CIFAR-100 {style.ACCURACY}", xlim=(0, None))
+        axes.legend(title=style.LEGEND, loc="lower right")
+    if strange:
+        figure.suptitle(f"Runs that are not of the paper's recipe: {len(strange)}", color="red")
+    return figure
+
+
+def get_args_parser() -> Parser:
+    parser = Parser("plot_epochs.py", __doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory of the runs, SETTING/DATA/NAME/SEED")
+    parser.add_argument("--output", required=True, metavar="PNG", type=Path, help="written anew when it exists")
+    return parser
+
+
+def main(argv=None) -> None:
+    args = get_args_parser().parse_args(argv)
+    strange = []
+    lines, tuned = training(args.out, strange), pretraining(args.out, strange)
+    if not lines and not tuned:
+        raise InputError(f"OUT {args.out}: no finished runs {DIRECTORY}/{{random,selected,finetuned}}_EPOCHS/SEED")
+    for label, line in (lines | {TUNED: tuned}).items():
+        for epochs, values in line.items():
+            mean, seeds = statistics.fmean(values), len(values)
+            print(f"{label}, {epochs} epochs: {mean:.1f} ({min(values):.1f} to {max(values):.1f}, seeds: {seeds})")
+    for line in strange:
+        print(f"not the paper's recipe: {line}")
+    style.save(draw(lines, tuned, strange), args.output)
+    print(f"figure: {args.output}")
+
+
+if __name__ == "__main__":
+    run_program("plot_epochs.py", main)

@@ -1,0 +1,83 @@
+"""What runs of main.py left on disk, and statistics over their seeds."""
+
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import InputError
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        directory: where ``results.json`` and ``log.txt`` are.
+        results: the content of the former.
+    """
+
+    directory: Path
+    results: dict
+
+    @property
+    def seed(self) -> int:
+        return self.results["seed"]
+
+    @property
+    def options(self) -> dict:
+        """The options of main.py that the run was started with."""
+        return self.results["args"]
+
+    def accuracy(self, epoch: str) -> float:
+        """Top-1 accuracy on the test set (percent) after the ``best`` or the ``last`` epoch."""
+        return self.results[epoch]["acc1"]
+
+
+def read_run(directory: Path) -> Run:
+    """Read a finished run.
+
+    Raises:
+        InputError: ``results.json`` cannot be read, or is not one of main.py's.
+    """
+    path = Path(directory) / "results.json"
+    try:
+        results = json.loads(path.read_text())
+        run = Run(Path(directory), results)
+        for epoch in ("best", "last"):
+            if not 0 <= run.accuracy(epoch) <= 100:
+                raise ValueError(f"{epoch} acc1 is {run.accuracy(epoch)}")
+        for key, kind in (("seed", int), ("epochs", int), ("train_images", int), ("data_set", str), ("args", dict)):
+            if not isinstance(results[key], kind):
+                raise TypeError(f"{key} is {results[key]!r}")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); has the run finished?") from error
+    except KeyError as error:
+        raise InputError(f"{path}: not a whole results.json of main.py ({error} is missing); run it again") from error
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a whole results.json of main.py ({error}); run it again") from error
+    return run
+
+
+def seed_directories(directory: Path) -> list:
+    """Directories of the finished runs in ``directory``, which are named by their seeds."""
+    found = (path.parent for path in Path(directory).glob("*/results.json"))
+    return sorted((path for path in found if path.name.isdecimal()), key=lambda path: int(path.name))
+
+
+def read_curve(directory: Path) -> dict:
+    """Accuracy on the test set after each epoch (counted from 1) that was evaluated, from ``log.txt``."""
+    path = Path(directory) / "log.txt"
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return {row["epoch"] + 1: row["test_acc1"] for row in rows if "test_acc1" in row}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: not a log.txt of main.py ({error})") from error
+
+
+def spread(values: list) -> tuple:
+    """Mean, and sample standard deviation (nan for a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan

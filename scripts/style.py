@@ -1,0 +1,52 @@
+"""How the figures look: colours, axes, a line with its range over seeds, and saving."""
+
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from utils import InputError, new_file
+
+# Okabe and Ito's colours, which colour-blind people tell apart; the markers differ too, for a grey printer.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+ACCURACY = "test accuracy, %"
+LEGEND = "mean, and range over seeds"
+
+
+def new_figure(panels: int = 1) -> tuple:
+    """A figure, and a list of as many axes side by side."""
+    cycle = plt.cycler(color=COLOURS) + plt.cycler(marker=MARKERS)
+    with plt.rc_context({"axes.prop_cycle": cycle}):
+        figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 4), layout="constrained", squeeze=False)
+    for panel in axes[0]:
+        panel.grid(alpha=0.3)
+        panel.xaxis.get_major_locator().set_params(integer=True)  # epochs
+    return figure, list(axes[0])
+
+
+def draw_seeds(axes, xs: list, values: list, label: str, **line_options) -> None:
+    """A line through the means of ``values``, one list of seeds per x, in a band over their range."""
+    (line,) = axes.plot(xs, list(map(statistics.fmean, values)), label=label, markersize=4, **line_options)
+    axes.fill_between(
+        xs, list(map(min, values)), list(map(max, values)), alpha=0.2, color=line.get_color(), linewidth=0
+    )
+    if len(xs) > 50:
+        line.set_marker("")
+
+
+def save(figure, path: Path) -> None:
+    """Write a figure in the format of its name's ending.
+
+    Raises:
+        InputError: no such format, or it cannot be written.
+    """
+    known = sorted(figure.canvas.get_supported_filetypes())
+    if Path(path).suffix[1:] not in known:
+        raise InputError(f"--output {path}: must end in one of {', '.join(known)}")
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    plt.close(figure)
