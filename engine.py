@@ -110,8 +110,7 @@ def train_one_epoch(trainer: Trainer, loader, epoch: int) -> dict:
 
     Returns:
         loss (mean over the epoch and all processes), distance (the distillation's in it, likewise), lr and
-        weight_decay (of the last step), grad_norm (mean),
-        images_per_second (all processes).
+        weight_decay (of the last step), grad_norm (mean), images_per_second (all processes).
 
     Raises:
         RunError: the loss is not finite.

@@ -1,0 +1,227 @@
+# What the scripts of tables and figures share; each sources it with its arguments and then lists its runs.
+#
+# A run is SETTING DATA NAME and a seed: the recipe recipes/SETTING/DATA.yaml, and a name for what is different about
+# it. Its results are in $OUT/SETTING/DATA/NAME/SEED, so tables share runs. A finished run is skipped, an interrupted
+# one goes on. Arguments choose runs by setting, data set or name: bash scripts/table02.sh vit_tiny flowers pets
+#
+#   DATA=data         the data sets, each as INSTALL.md says
+#   IMAGENET          ImageNet's train/ and val/ (default: $DATA/imagenet)
+#   OUT=results       where all results go
+#   NPROC=1           processes, one per GPU; the total batch stays the recipe's
+#   SEEDS=0           such as "0 1 2"
+#   TEACHERS          directory of NAME.safetensors, .pth or .npz of every teacher (default: from the hub)
+#   MAIN_ARGS         more options for every run of main.py, such as "--batch_size 256 --num_workers 16"
+#   LAUNCH            what starts main.py instead of NPROC processes here (scripts/slurm.sh sets it)
+#   PYTHON            interpreter (default: .venv's if there is one, else python)
+#   DRY_RUN=1         print the commands and do nothing
+#   SMOKE=1           the same runs in minutes on a CPU: tiny models, tiny images, two epochs, in $OUT/smoke
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+script=scripts/$(basename "$0")
+OUT=${OUT:-results}
+DATA=${DATA:-data}
+SEEDS=${SEEDS:-0}
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+read -ra main_args <<<"${MAIN_ARGS:-}"
+if [ -n "${LAUNCH:-}" ]; then
+  read -ra launch <<<"$LAUNCH"
+elif [ "${NPROC:-1}" -gt 1 ]; then
+  launch=("$PYTHON" -m torch.distributed.run --standalone "--nproc_per_node=$NPROC")
+else
+  launch=("$PYTHON")
+fi
+if [ -n "${SMOKE:-}" ]; then
+  OUT=$OUT/smoke
+  TEACHERS=$OUT/teachers
+  export OMP_NUM_THREADS=1
+fi
+
+words=("$@")
+matched=0
+offered=()
+made=() # files and directories that this script has made, or in a dry run would have
+
+fail() {
+  echo "$script: error: $1" >&2
+  exit 2
+}
+
+kind_of() { # which part of a run an argument names
+  if [ -d "recipes/$1" ]; then echo setting; elif compgen -G "recipes/*/$1.yaml" >/dev/null; then echo data; else echo name; fi
+}
+
+wanted() { # SETTING DATA NAME: do the arguments ask for it?
+  offered+=("$*")
+  local part word kind asked
+  for part in setting data name; do
+    asked=
+    for word in ${words[@]+"${words[@]}"}; do
+      kind=$(kind_of "$word")
+      if [ "$kind" = $part ]; then
+        asked=${asked:-no}
+        case $part:$word in "setting:$1" | "data:$2" | "name:$3") asked=yes ;; esac
+      fi
+    done
+    [ "$asked" != no ] || return 1
+  done
+  matched=1
+}
+
+exists() { # PATH: is it there, or made by now in a dry run? From now on it is taken to be
+  local path
+  [ ! -e "$1" ] || return 0
+  for path in ${made[@]+"${made[@]}"}; do
+    [ "$path" != "$1" ] || return 0
+  done
+  made+=("$1")
+  return 1
+}
+
+run() {
+  printf '%q ' "$@" | sed 's/ $/\n/'
+  [ -n "${DRY_RUN:-}" ] || "$@"
+}
+
+teacher_file() { # NAME: its file in TEACHERS, nothing without TEACHERS
+  [ -n "${TEACHERS:-}" ] || return 0
+  if [ -n "${SMOKE:-}" ]; then
+    echo "$TEACHERS/$1.pth"
+    return
+  fi
+  local suffix
+  for suffix in safetensors pth npz; do
+    if [ -f "$TEACHERS/$1.$suffix" ]; then
+      echo "$TEACHERS/$1.$suffix"
+      return
+    fi
+  done
+  fail "TEACHERS=$TEACHERS: holds no $1.safetensors, .pth or .npz; put it there, or unset TEACHERS to take it from the hub"
+}
+
+describe() { # SETTING: sets student, and teacher unless the caller has
+  case $1 in
+    vit_tiny | vit_a)
+      student=(--student "$1")
+      teacher=${teacher:-vit_small_patch16_224.augreg_in21k}
+      ;;
+    convnext_femto)
+      student=(--student convnext_femto)
+      teacher=${teacher:-convnext_tiny.fb_in22k}
+      ;;
+    vit_half_112)
+      student=(--student vit_tiny --student_kwargs embed_dim=96 num_heads=3 img_size=112)
+      teacher=${teacher:-vit_tiny_patch16_224.augreg_in21k_ft_in1k}
+      ;;
+    vit_a_112)
+      student=(--student vit_a --student_kwargs img_size=112)
+      teacher=${teacher:-vit_tiny_patch16_224.augreg_in21k_ft_in1k}
+      ;;
+    *) fail "no student is known for the setting $1" ;;
+  esac
+}
+
+select_weights() { # SETTING NAME [options of weight_selection.py]: into $OUT/init/SETTING/NAME
+  local directory=$OUT/init/$1/$2 setting=$1 teacher=${teacher:-} student file tiny=()
+  shift 2
+  if exists "$directory/${setting%%_*}.pth"; then return; fi
+  describe "$setting"
+  file=$(teacher_file "$teacher")
+  if [ -n "${SMOKE:-}" ]; then
+    local size
+    size=$(smoke_sizes teacher "$teacher")
+    # shellcheck disable=SC2206  # words
+    tiny=(--teacher_kwargs $size --student_kwargs $(smoke_sizes student "$setting"))
+    case $setting in vit*) tiny+=(img_size=32) ;; esac
+    smoke_made "$file" --teacher "$teacher" --teacher_kwargs $size
+  fi
+  run "$PYTHON" weight_selection.py --output_dir "$directory" --pretrained_model "$teacher" \
+    ${file:+--pretrained_path "$file"} "${student[@]}" "$@" ${tiny[@]+"${tiny[@]}"}
+}
+
+distill() { # logit|feature TEACHER: sets distillation to main.py's options for it
+  local file
+  file=$(teacher_file "$2")
+  [ -z "${SMOKE:-}" ] || smoke_made "$file" --teacher "$2" --teacher_kwargs $(smoke_sizes teacher "$2")
+  distillation=(--distillation "$1" --teacher "$2" ${file:+--teacher_path "$file"})
+}
+
+train_seed() { # SETTING DATA NAME SEED [options of main.py]
+  local directory=$OUT/$1/$2/$3/$4 setting=$1 data_path=${data_path:-$DATA} tiny=()
+  case $2 in imagenet*) data_path=${IMAGENET:-$DATA/imagenet} ;; esac
+  if [ -f "$directory/results.json" ]; then
+    echo "done: $directory"
+    return
+  fi
+  local options=(--config "recipes/$1/${recipe:-$2}.yaml" --data_path "$data_path" --seed "$4" --output_dir "$directory")
+  shift 4
+  if [ -n "${SMOKE:-}" ]; then
+    smoke_made "$OUT/images"
+    # shellcheck disable=SC2207  # words
+    tiny=(--model_kwargs $(smoke_sizes student "$setting") --input_size 32 --data_set image_folder --data_path "$OUT/images")
+    tiny+=(--epochs 2 --warmup_epochs 1 --total_batch_size 8 --num_workers 0 --device cpu --use_amp false)
+    case " $* " in
+      *" --teacher "*) tiny+=(--teacher_kwargs $(smoke_sizes teacher vit)) ;;
+    esac
+  fi
+  run "${launch[@]}" main.py "${options[@]}" "$@" ${main_args[@]+"${main_args[@]}"} ${tiny[@]+"${tiny[@]}"}
+}
+
+train() { # SETTING DATA NAME [options of main.py]
+  wanted "$1" "$2" "$3" || return 0
+  local seed
+  for seed in $SEEDS; do
+    train_seed "$1" "$2" "$3" "$seed" "${@:4}"
+  done
+}
+
+selected() { # SETTING DATA NAME [options of weight_selection.py] [-- options of main.py]
+  wanted "$1" "$2" "$3" || return 0
+  local setting=$1 data=$2 name=$3 seed selection=()
+  shift 3
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    selection+=("$1")
+    shift
+  done
+  shift $(($# > 0))
+  select_weights "$setting" "${init:-$name}" ${selection[@]+"${selection[@]}"}
+  for seed in $SEEDS; do
+    train_seed "$setting" "$data" "$name" "$seed" --initialize "$OUT/init/$setting/${init:-$name}" "$@"
+  done
+}
+
+drawn() { # as selected, with a random selection of its own for each of three seeds: the paper takes their median
+  local seed
+  for seed in 0 1 2; do
+    SEEDS=$seed init=$3-$seed selected "$1" "$2" "$3" --seed $seed "${@:4}"
+  done
+}
+
+finish() { # [TABLE ...]: print the tables from what is there; in a dry run the script ends here
+  if [ $matched = 0 ]; then
+    printf '%s\n' "${offered[@]}" | sort -u >&2
+    fail "${words[*]}: matches none of the runs above"
+  fi
+  [ -z "${DRY_RUN:-}" ] || exit 0
+  local table
+  for table in "$@"; do
+    "$PYTHON" scripts/collect_results.py "$table" "$OUT" | sed "s|^OUT=\(.*\)/smoke bash|SMOKE=1 OUT=\1 bash|"
+  done
+}
+
+# ---------------------------------------------------------------------------------------------------------
+# SMOKE=1: what is made small. These options come last, and so win.
+
+smoke_sizes() { # teacher|student MODEL: model arguments of a tiny one
+  case $1:$2 in
+    teacher:convnext*) echo "depths=(2,2,2,2) dims=(16,32,48,64)" ;;
+    student:convnext*) echo "depths=(1,1,1,1) dims=(8,16,24,32)" ;;
+    teacher:*) echo "embed_dim=48 num_heads=6 depth=4 patch_size=8" ;;
+    student:vit_a*) echo "embed_dim=24 num_heads=3 depth=2 patch_size=8" ;;
+    student:*) echo "embed_dim=24 num_heads=3 depth=4 patch_size=8" ;;
+  esac
+}
+
+smoke_made() { # what scripts/smoke.py makes: once, and not in a dry run
+  exists "$1" || run "$PYTHON" scripts/smoke.py "$@"
+}

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# A table or figure on several nodes of a SLURM cluster:
+#   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=80 --time=24:00:00 scripts/slurm.sh scripts/table02.sh vit_tiny imagenet
+# One task per node starts torchrun, and that one process per GPU; the nodes find each other by the c10d rendezvous.
+# NPROC=8 is the number of GPUs of a node, PORT=29500 the rendezvous port; the environment of scripts/experiment.sh
+# holds too. A job that is stopped goes on where it was when it is submitted again.
+#SBATCH --job-name=weight-selection
+#SBATCH --ntasks-per-node=1
+#SBATCH --output=%x-%j.txt
+set -euo pipefail
+[ $# -gt 0 ] && [ -n "${SLURM_JOB_ID:-}" ] || {
+  echo "slurm.sh: error: start it with sbatch and the script to run: sbatch --nodes=2 scripts/slurm.sh scripts/table02.sh" >&2
+  exit 2
+}
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+export LAUNCH="srun --ntasks-per-node=1 $PYTHON -m torch.distributed.run --nnodes=$SLURM_NNODES \
+--nproc_per_node=${NPROC:-8} --rdzv_id=$SLURM_JOB_ID --rdzv_backend=c10d --rdzv_endpoint=$head:${PORT:-29500}"
+exec bash "$@"

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Table 4: knowledge distillation, weight selection, and both. ALPHA=1 weighs the feature distillation.
+# Environment and arguments: scripts/experiment.sh.
+source "$(dirname "$0")/experiment.sh" "$@"
+
+deit=deit_small_patch16_224.fb_in1k
+distill logit $deit
+train vit_tiny imagenet random
+train vit_tiny imagenet logit_distilled "${distillation[@]}"
+teacher=$deit selected vit_tiny imagenet selected_deit
+teacher=$deit init=selected_deit selected vit_tiny imagenet logit_distilled_selected -- "${distillation[@]}"
+
+distill feature vit_small_patch16_224.augreg_in21k
+distillation+=(--distillation_alpha "${ALPHA:-1}") # the paper tuned it and does not give it
+train vit_tiny cifar100 random
+train vit_tiny cifar100 feature_distilled "${distillation[@]}"
+selected vit_tiny cifar100 selected
+init=selected selected vit_tiny cifar100 feature_distilled_selected -- "${distillation[@]}"
+finish table04
