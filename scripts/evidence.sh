@@ -18,9 +18,9 @@ drawn $setting flowers random_consistent --element_selection random
 drawn $setting flowers random_inconsistent --element_selection random_inconsistent
 
 # Table 4: feature distillation.
-distill feature vit_tiny_patch16_224.augreg_in21k_ft_in1k
-train $setting flowers feature_distilled "${distillation[@]}"
-init=selected selected $setting flowers feature_distilled_selected -- "${distillation[@]}"
+features="feature vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+distill=$features train $setting flowers feature_distilled
+init=selected distill=$features selected $setting flowers feature_distilled_selected
 
 # Table 9: linear probing.
 recipe=linear_probe_flowers train $setting flowers linear_probe_random

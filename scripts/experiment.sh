@@ -4,6 +4,11 @@
 # it. Its results are in $OUT/SETTING/DATA/NAME/SEED, so tables share runs. A finished run is skipped, an interrupted
 # one goes on. Arguments choose runs by setting, data set or name: bash scripts/table02.sh vit_tiny flowers pets
 #
+# Variables before a call change it: teacher=NAME selects from another teacher, init=NAME starts from the selection of
+# that name, distill="logit|feature TEACHER" distills, recipe=NAME takes recipes/SETTING/NAME.yaml, data_path=DIR.
+#
+# From the environment:
+#
 #   DATA=data         the data sets, each as INSTALL.md says
 #   IMAGENET          ImageNet's train/ and val/ (default: $DATA/imagenet)
 #   OUT=results       where all results go
@@ -18,6 +23,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+unset teacher init distill recipe data_path # those of a user's own environment
 script=scripts/$(basename "$0")
 OUT=${OUT:-results}
 DATA=${DATA:-data}
@@ -128,41 +134,40 @@ select_weights() { # SETTING NAME [options of weight_selection.py]: into $OUT/in
   describe "$setting"
   file=$(teacher_file "$teacher")
   if [ -n "${SMOKE:-}" ]; then
-    local size
-    size=$(smoke_sizes teacher "$teacher")
-    # shellcheck disable=SC2206  # words
-    tiny=(--teacher_kwargs $size --student_kwargs $(smoke_sizes student "$setting"))
+    # shellcheck disable=SC2046  # words
+    tiny=(--teacher_kwargs $(smoke_sizes teacher "$teacher") --student_kwargs $(smoke_sizes student "$setting"))
     case $setting in vit*) tiny+=(img_size=32) ;; esac
-    smoke_made "$file" --teacher "$teacher" --teacher_kwargs $size
+    smoke_made "$file" --teacher "$teacher" --teacher_kwargs $(smoke_sizes teacher "$teacher")
   fi
   run "$PYTHON" weight_selection.py --output_dir "$directory" --pretrained_model "$teacher" \
     ${file:+--pretrained_path "$file"} "${student[@]}" "$@" ${tiny[@]+"${tiny[@]}"}
 }
 
-distill() { # logit|feature TEACHER: sets distillation to main.py's options for it
-  local file
-  file=$(teacher_file "$2")
-  [ -z "${SMOKE:-}" ] || smoke_made "$file" --teacher "$2" --teacher_kwargs $(smoke_sizes teacher "$2")
-  distillation=(--distillation "$1" --teacher "$2" ${file:+--teacher_path "$file"})
-}
-
 train_seed() { # SETTING DATA NAME SEED [options of main.py]
-  local directory=$OUT/$1/$2/$3/$4 setting=$1 data_path=${data_path:-$DATA} tiny=()
+  local directory=$OUT/$1/$2/$3/$4 setting=$1 data_path=${data_path:-$DATA} options kind name file tiny=()
   case $2 in imagenet*) data_path=${IMAGENET:-$DATA/imagenet} ;; esac
   if [ -f "$directory/results.json" ]; then
     echo "done: $directory"
     return
   fi
-  local options=(--config "recipes/$1/${recipe:-$2}.yaml" --data_path "$data_path" --seed "$4" --output_dir "$directory")
+  options=(--config "recipes/$1/${recipe:-$2}.yaml" --data_path "$data_path" --seed "$4" --output_dir "$directory")
   shift 4
   if [ -n "${SMOKE:-}" ]; then
     smoke_made "$OUT/images"
-    # shellcheck disable=SC2207  # words
-    tiny=(--model_kwargs $(smoke_sizes student "$setting") --input_size 32 --data_set image_folder --data_path "$OUT/images")
-    tiny+=(--epochs 2 --warmup_epochs 1 --total_batch_size 8 --num_workers 0 --device cpu --use_amp false)
-    case " $* " in
-      *" --teacher "*) tiny+=(--teacher_kwargs $(smoke_sizes teacher vit)) ;;
-    esac
+    # shellcheck disable=SC2046  # words
+    tiny=(--model_kwargs $(smoke_sizes student "$setting") --input_size 32 --data_set image_folder)
+    tiny+=(--data_path "$OUT/images" --epochs 2 --warmup_epochs 1 --total_batch_size 8)
+    tiny+=(--num_workers 0 --device cpu --use_amp false)
+  fi
+  if [ -n "${distill:-}" ]; then
+    read -r kind name <<<"$distill"
+    file=$(teacher_file "$name")
+    options+=(--distillation "$kind" --teacher "$name" ${file:+--teacher_path "$file"})
+    # shellcheck disable=SC2046
+    if [ -n "${SMOKE:-}" ]; then
+      smoke_made "$file" --teacher "$name" --teacher_kwargs $(smoke_sizes teacher "$name")
+      tiny+=(--teacher_kwargs $(smoke_sizes teacher "$name"))
+    fi
   fi
   run "${launch[@]}" main.py "${options[@]}" "$@" ${main_args[@]+"${main_args[@]}"} ${tiny[@]+"${tiny[@]}"}
 }

@@ -4,16 +4,15 @@
 source "$(dirname "$0")/experiment.sh" "$@"
 
 deit=deit_small_patch16_224.fb_in1k
-distill logit $deit
 train vit_tiny imagenet random
-train vit_tiny imagenet logit_distilled "${distillation[@]}"
+distill="logit $deit" train vit_tiny imagenet logit_distilled
 teacher=$deit selected vit_tiny imagenet selected_deit
-teacher=$deit init=selected_deit selected vit_tiny imagenet logit_distilled_selected -- "${distillation[@]}"
+teacher=$deit init=selected_deit distill="logit $deit" selected vit_tiny imagenet logit_distilled_selected
 
-distill feature vit_small_patch16_224.augreg_in21k
-distillation+=(--distillation_alpha "${ALPHA:-1}") # the paper tuned it and does not give it
+features="feature vit_small_patch16_224.augreg_in21k"
+alpha=(--distillation_alpha "${ALPHA:-1}") # the paper tuned it and does not give it
 train vit_tiny cifar100 random
-train vit_tiny cifar100 feature_distilled "${distillation[@]}"
+distill=$features train vit_tiny cifar100 feature_distilled "${alpha[@]}"
 selected vit_tiny cifar100 selected
-init=selected selected vit_tiny cifar100 feature_distilled_selected -- "${distillation[@]}"
+init=selected distill=$features selected vit_tiny cifar100 feature_distilled_selected -- "${alpha[@]}"
 finish table04
