@@ -151,6 +151,24 @@ def test_two_processes_train_as_one_does_with_mixup_and_accumulation(train, by_t
     assert len(lines) == len(set(lines))
 
 
+def test_two_processes_distill_as_one_does(train, by_two, tmp_path):
+    """Student and projector, with accumulation."""
+    train(f"--epochs 1 --output_dir {tmp_path}/teacher")
+    teacher = (
+        f"--teacher vit_tiny --teacher_kwargs embed_dim=32 depth=2 num_heads=2 patch_size=4 --teacher_path {tmp_path}"
+    )
+    options = f"--distillation feature {teacher}/teacher/checkpoint-0.pth"
+    options += " --total_batch_size 16 --batch_size 4 --opt momentum --lr 0.1 --epochs 1"
+    ended = by_two("torchrun", options, "--output_dir", tmp_path / "two")
+    assert ended.returncode == 0, ended.stderr
+    train(options, "--output_dir", tmp_path / "one")
+    assert_same_run(tmp_path / "two", tmp_path / "one", last=0)
+    projectors = [read_checkpoint(tmp_path / name, 0)["projector"] for name in ("two", "one")]
+    assert_same(*projectors, rtol=1e-4, atol=1e-6)
+    distances = [read_log(tmp_path / name)[0]["train_distance"] for name in ("two", "one")]
+    assert distances[0] == pytest.approx(distances[1], rel=1e-4)
+
+
 def test_two_processes_go_on_with_the_run_of_one(train, by_two, interrupted, tmp_path):
     options = "--total_batch_size 24 --batch_size 12 --mixup 0 --cutmix 0 --opt momentum --lr 0.1 --epochs 3"
     train(options, "--output_dir", tmp_path / "whole")
