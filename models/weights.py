@@ -122,9 +122,7 @@ def read_teacher(path, model: nn.Module, family: Family | None, option: str) -> 
     backbone = {key: value for key, value in state_dict.items() if key not in classifier}
     problem = first_mismatch(backbone, model, lambda key: re.search(pattern, key))
     if problem:
-        raise InputError(
-            f"{option} {path}: not the weights of this teacher: {problem}; name another or set --teacher_kwargs"
-        )
+        raise InputError(f"{option} {path}: not the weights of this teacher: {problem}; name another or set its kwargs")
     expected = model.state_dict()
     unused += [key for key in classifier if key not in expected]
     return {key: value for key, value in state_dict.items() if key in expected}, unused

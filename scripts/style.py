@@ -1,4 +1,4 @@
-"""How the figures look: colours, axes, a line with its range over seeds, and saving."""
+"""How the figures look: colours, axes, a line with its range over seeds, a matrix as an image, and saving."""
 
 import statistics
 from pathlib import Path
@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 from utils import InputError, new_file
 
@@ -26,6 +27,20 @@ def new_figure(panels: int = 1) -> tuple:
         panel.grid(alpha=0.3)
         panel.xaxis.get_major_locator().set_params(integer=True)  # epochs
     return figure, list(axes[0])
+
+
+def new_images(rows: int, columns: int) -> tuple:
+    """A figure, and an array (rows, columns) of axes for square images."""
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.9 * rows), layout="constrained", squeeze=False)
+    for panel in axes.flat:
+        panel.set(xticks=[], yticks=[])
+    return figure, axes
+
+
+def draw_signed(axes, matrix) -> None:
+    """A matrix as an image: white is 0, red positive, blue negative; the 0.5 % furthest from 0 are equally dark."""
+    limit = np.quantile(np.abs(matrix), 0.995)  # a few outliers would leave all else white
+    axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
 
 
 def draw_seeds(axes, xs: list, values: list, label: str, **line_options) -> None:

@@ -58,8 +58,8 @@ def cifar10(root):
     return train, test
 
 
-def cifar100(root):
-    train, test = [(0, 99), (1, 0), (2, 7), (3, 7)], [(4, 42), (5, 99)]
+def cifar100(root, train=((0, 99), (1, 0), (2, 7), (3, 7)), test=((4, 42), (5, 99))):
+    train, test = list(train), list(test)
     cifar(root / "cifar-100-python", {"train": train, "test": test}, "fine_labels")
     meta = {"fine_label_names": [f"class {label}" for label in range(100)]}
     (root / "cifar-100-python" / "meta").write_bytes(pickle.dumps(meta))

@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""Write CIFAR-100 as class folders, with fewer training images if you like.
+
+python scripts/cifar100_folders.py data/ cifar100_50/ --train 50
+python main.py --data_set image_folder --data_path cifar100_50/ ...
+
+DATA is what --data_path is for --data_set CIFAR100: it holds cifar-100-python/, or that is downloaded into it. Written
+are OUT/train/CLASS/NNN.png and OUT/val/CLASS/NNN.png: of each class the first --train training images in the data set's
+order, and all test images.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
+from torchvision.datasets import CIFAR100
+
+from datasets import UNREADABLE
+from utils import InputError, Parser, check_writable, run_program
+
+
+def open_cifar100(root: Path, train: bool) -> CIFAR100:
+    """The training or test images below ``root``, downloaded if they are missing.
+
+    Raises:
+        InputError: they cannot be read or downloaded.
+    """
+    try:
+        return CIFAR100(root, train=train, download=True)
+    except UNREADABLE as error:
+        raise InputError(f"DATA {root}: holds no complete CIFAR-100, and it cannot be downloaded ({error})") from error
+
+
+def by_class(dataset: CIFAR100) -> dict:
+    """{class name: indices of its images}, in the data set's order."""
+    indices = {name: [] for name in dataset.classes}
+    for index, label in enumerate(dataset.targets):
+        indices[dataset.classes[label]].append(index)
+    return indices
+
+
+def write(dataset: CIFAR100, indices: dict, directory: Path) -> None:
+    """Write images as DIRECTORY/CLASS/NNN.png, from the indices of each class."""
+    for name, found in indices.items():
+        (directory / name).mkdir(parents=True)
+        for number, index in enumerate(found):
+            dataset[index][0].save(directory / name / f"{number:03}.png")
+
+
+def get_args_parser() -> Parser:
+    parser = Parser("cifar100_folders.py", __doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("data", metavar="DATA", type=Path)
+    parser.add_argument("out", metavar="OUT", type=Path, help="must not exist")
+    parser.add_argument("--train", type=int, metavar="N", help="training images per class (default: all)")
+    return parser
+
+
+def main(argv=None) -> None:
+    args = get_args_parser().parse_args(argv)
+    if args.train is not None and args.train < 1:
+        raise InputError(f"--train {args.train}: give a number from 1 up")
+    if args.out.exists():
+        raise InputError(f"OUT {args.out}: exists; remove it or name another directory")
+    if not args.data.is_dir():
+        raise InputError(f"DATA {args.data}: no such directory; make it, and CIFAR-100 is downloaded into it")
+    train, test = open_cifar100(args.data, train=True), open_cifar100(args.data, train=False)
+    training, testing = by_class(train), by_class(test)
+    if args.train is not None and args.train > (fewest := min(map(len, training.values()))):
+        raise InputError(f"--train {args.train}: a class has only {fewest} training images")
+    training = {name: indices[: args.train] for name, indices in training.items()}
+    check_writable(args.out.parent, "OUT")
+    try:
+        with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as temporary:
+            whole = Path(temporary) / args.out.name
+            write(train, training, whole / "train")
+            write(test, testing, whole / "val")
+            whole.rename(args.out)
+    except OSError as error:
+        raise InputError(f"OUT {args.out}: cannot be written ({error.strerror or error})") from error
+    images = sum(map(len, training.values()))
+    print(f"{args.out}: {images:,} training and {len(test):,} test images of {len(training)} classes")
+
+
+if __name__ == "__main__":
+    run_program("cifar100_folders.py", main)
