@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every table and figure end to end on a CPU, with tiny models and images. OUT=runs says where; about TODO minutes.
+# Every table and figure end to end on a CPU, with tiny models and images. OUT=runs says where.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
