@@ -54,11 +54,18 @@ def open_output(args) -> Path | None:
     elif (directory / "args.json") in held:
         check_same_run(args, read_options(directory / "args.json"), "args.json")
     epochs = utils.checkpoint_epochs(directory) if held else []
-    if not epochs and any(path.name != "args.json" for path in held):
+    if not epochs and any(path.name != "args.json" for path in held) and not stopped_early(args, directory):
         raise InputError(f"--output_dir {directory}: holds a run without a checkpoint to go on from; {WAYS_OUT}")
     if utils.is_main():
         utils.write_json(directory / "args.json", plain(args))
     return utils.checkpoint_path(directory, epochs[-1]) if epochs else None
+
+
+def stopped_early(args, directory: Path) -> bool:
+    """Whether a run was stopped before its first numbered checkpoint was written, so that nothing is lost with it."""
+    log = directory / "log.txt"
+    logged = len(log.read_text().splitlines()) if log.exists() else 0
+    return args.save_ckpt and logged <= args.save_ckpt_freq and not (directory / "results.json").exists()
 
 
 def read_options(path: Path) -> dict:

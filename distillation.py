@@ -1,7 +1,5 @@
 """Knowledge distillation beside the labels (paper, section 4.4): equation 1 on logits, equation 2 on features."""
 
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -9,8 +7,8 @@ from timm.layers import Mlp
 
 from datasets import normalization
 from models import create_model
-from models.weights import create_pretrained, load_into_teacher
-from utils import InputError, load_torch
+from models.weights import create_pretrained, load_into_teacher, training_options
+from utils import InputError
 
 
 class Teacher(nn.Module):
@@ -128,9 +126,7 @@ def build_teacher(args, classes: int) -> Teacher:
 
 def teacher_normalization(args, model: nn.Module) -> tuple:
     """Mean and standard deviation that the teacher was trained with."""
-    if args.teacher_path is not None and Path(args.teacher_path).suffix in (".pth", ".pt"):
-        content = load_torch(args.teacher_path, "--teacher_path")
-        options = content.get("args") if isinstance(content, dict) else None
-        if isinstance(options, dict) and "imagenet_default_mean_and_std" in options:  # a checkpoint of main.py
-            return normalization(options["imagenet_default_mean_and_std"])
+    options = {} if args.teacher_path is None else training_options(args.teacher_path, "--teacher_path")
+    if "imagenet_default_mean_and_std" in options:
+        return normalization(options["imagenet_default_mean_and_std"])
     return model.pretrained_cfg["mean"], model.pretrained_cfg["std"]

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from timm.data import Mixup
 from timm.layers import set_fused_attn
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -167,6 +167,8 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: utils.B
     for epoch in range(first, args.epochs):
         training.batch_sampler.set_epoch(epoch)
         row = {f"train_{key}": value for key, value in train_one_epoch(trainer, training, epoch).items()}
+        if utils.world_size() > 1:  # each process has batch statistics of its own images
+            distribute_bn(trainer.model, utils.world_size(), reduce=True)
         last = epoch == args.epochs - 1
         better = []
         if last or (not args.disable_eval and (epoch + 1) % args.eval_interval == 0):
@@ -209,6 +211,7 @@ def results(args, progress: dict, facts: dict) -> dict:
         "model": args.model,
         "initialize": args.initialize,
         "initialize_sha256": args.initialize and utils.sha256(args.initialize),
+        "teacher_sha256": args.teacher_path and utils.sha256(args.teacher_path),
         "data_set": args.data_set,
         **facts,
         "wall_time": progress["seconds"],

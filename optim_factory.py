@@ -14,8 +14,8 @@ def create_optimizer(model: nn.Module, args, projector: nn.Module | None = None)
 
     No weight decay on 1-D tensors, biases and what the model names in ``no_weight_decay()`` (position embeddings,
     class tokens). With ``layer_decay`` < 1 a layer's learning rate is layer_decay to the number of layers above it,
-    by the model's own ``group_matcher``; each group holds it as ``lr_scale``. LARS adapts the rate of matrices, not of
-    vectors, also without weight decay (as in MAE's linear probing; timm's own default is to adapt neither then).
+    by the model's own ``group_matcher``; each group holds it as ``lr_scale``. In linear probing LARS adapts the rate of
+    matrices, not of vectors, also without weight decay, as MAE's does (timm's own adapts neither then).
 
     Raises:
         InputError: unknown optimiser, or options it does not take.
@@ -35,7 +35,7 @@ def create_optimizer(model: nn.Module, args, projector: nn.Module | None = None)
         kwargs["betas"] = tuple(args.opt_betas)
     try:
         optimizer = create_optimizer_v2(
-            lars_groups(model) if args.opt == "lars" and args.weight_decay == 0 else model,
+            lars_groups(model) if args.linear_probe and args.opt == "lars" and args.weight_decay == 0 else model,
             opt=args.opt,
             lr=args.lr,
             weight_decay=args.weight_decay,

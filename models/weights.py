@@ -50,6 +50,13 @@ def read_weights(path, option: str, nested=NESTED) -> dict:
     return clean_state_dict(content)
 
 
+def training_options(path, option: str) -> dict:
+    """The options of the run that a file is a checkpoint of, if main.py wrote it; else nothing."""
+    content = {} if Path(path).suffix == ".npz" else _read(Path(path), option)
+    options = content.get("args") if isinstance(content, dict) else None
+    return options if isinstance(options, dict) else {}
+
+
 def _read(path, option):
     check_file(path, option)
     if path.suffix == ".safetensors":

@@ -7,12 +7,12 @@
 # Variables before a call change it: teacher=NAME selects from another teacher, init=NAME starts from the selection of
 # that name, distill="logit|feature TEACHER" distills, recipe=NAME takes recipes/SETTING/NAME.yaml, data_path=DIR.
 #
-# From the environment:
+# From the environment, relative paths from the root of the repository:
 #
 #   DATA=data         the data sets, each as INSTALL.md says
 #   IMAGENET          ImageNet's train/ and val/ (default: $DATA/imagenet)
 #   OUT=results       where all results go
-#   NPROC=1           processes, one per GPU; the total batch stays the recipe's
+#   NPROC=1           processes, one per GPU, of which the recipe's total batch must be a multiple
 #   SEEDS=0           such as "0 1 2"
 #   TEACHERS          directory of NAME.safetensors, .pth or .npz of every teacher (default: from the hub)
 #   MAIN_ARGS         more options for every run of main.py, such as "--batch_size 256 --num_workers 16"

@@ -56,7 +56,7 @@ def load_model(name: str, weights: str, kwargs: dict, seed: int, option: str) ->
         weights: one of ``SCHEMES``, drawn with ``seed``; "pretrained" for timm's published ones; else what
             weight_selection.py wrote, file or directory, or any other file that would do for its teacher.
         kwargs: the model's arguments.
-        seed: gives the first weights of a run of main.py with the same seed and model.
+        seed: of weights drawn at random.
         option: the command-line option they came from, for errors.
 
     Raises:

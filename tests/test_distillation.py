@@ -1,5 +1,6 @@
 """Distillation: the losses of equations 1 and 2, what the teacher sees, what is trained and kept."""
 
+import argparse
 import math
 
 import pytest
@@ -135,6 +136,15 @@ def test_a_teacher_is_normalised_as_its_training_was(teacher_file, tmp_path):
     plain = build_teacher(small(tmp_path / "plain.pth", "--distillation logit"), 3)
     assert plain.scale.flatten().tolist() == pytest.approx([0.458, 0.448, 0.45], abs=1e-4)
     assert plain.shift.flatten().tolist() == pytest.approx([-0.03, -0.088, -0.188], abs=1e-4)
+
+
+def test_a_teacher_of_another_training_script(teacher_file, tmp_path):
+    """Most keep their options in a Namespace, which says nothing to us; the weights are read all the same."""
+    weights = read_checkpoint(teacher_file.parent, 0)["model"]
+    torch.save({"model": weights, "args": argparse.Namespace(lr=1)}, tmp_path / "other.pth")
+    teacher = build_teacher(small(tmp_path / "other.pth", "--distillation feature"), 3)
+    assert torch.equal(teacher.model.blocks[1].attn.qkv.weight, weights["blocks.1.attn.qkv.weight"])
+    assert teacher.scale[0].item() == pytest.approx(0.458)
 
 
 def test_a_convnext_teacher_keeps_its_head_norm(tmp_path):

@@ -169,6 +169,17 @@ def test_two_processes_distill_as_one_does(train, by_two, tmp_path):
     assert distances[0] == pytest.approx(distances[1], rel=1e-4)
 
 
+def test_two_processes_evaluate_the_batch_statistics_that_they_save(train, by_two, tmp_path, capsys):
+    """Each process has its own; what is evaluated and kept is their mean."""
+    probe = "--linear_probe true --opt lars --weight_decay 0 --lr 10"
+    ended = by_two("torchrun", probe, "--total_batch_size 16 --epochs 1 --output_dir", tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    capsys.readouterr()
+    train(probe, "--epochs 1 --eval true --resume", tmp_path / "checkpoint-0.pth")
+    loss = float(re.search(r"loss (\d+\.\d+)", capsys.readouterr().out)[1])
+    assert loss == pytest.approx(read_log(tmp_path)[0]["test_loss"], rel=1e-5)
+
+
 def test_two_processes_go_on_with_the_run_of_one(train, by_two, interrupted, tmp_path):
     options = "--total_batch_size 24 --batch_size 12 --mixup 0 --cutmix 0 --opt momentum --lr 0.1 --epochs 3"
     train(options, "--output_dir", tmp_path / "whole")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import read_log
 
 import main
 import utils
@@ -405,6 +406,19 @@ def test_run_without_its_checkpoints_is_not_started_over(refused, held):
     for path in held.glob("*.pth"):
         path.unlink()
     assert refused("--output_dir", held).startswith(f"--output_dir {held}: holds a run without a checkpoint")
+
+
+def test_run_stopped_before_its_first_checkpoint_starts_anew(interrupted, train, tmp_path):
+    """The log of an epoch is written before its checkpoint is."""
+    interrupted(1, "--save_ckpt_freq 2 --output_dir", tmp_path / "stopped")
+    assert len((tmp_path / "stopped" / "log.txt").read_text().splitlines()) == 1
+    for name in ("stopped", "whole"):
+        train("--save_ckpt_freq 2 --output_dir", tmp_path / name)
+    logs = [
+        [{k: row[k] for k in ("epoch", "train_loss", "test_acc1")} for row in read_log(tmp_path / name)]
+        for name in ("stopped", "whole")
+    ]
+    assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize("name", ["args.json", "checkpoint-1.pth"])
