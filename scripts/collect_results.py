@@ -147,7 +147,11 @@ def _protocols(cells: list) -> list:
     names = {}
     for measured in cells:
         for run in measured.runs:
-            facts = f"{run.results['epochs']} epochs of {run.results['data_set']}"
+            options = run.options
+            facts = (
+                f"{run.results['epochs']} epochs of {run.results['data_set']} by {options['opt']} at lr {options['lr']}"
+            )
+            facts += f", batch {options['total_batch_size']}"
             names.setdefault(f"{facts} ({run.results['train_images']} images)", {})[measured.cell.run] = None
     return [f"{facts}: {', '.join(those)}" for facts, those in names.items()]
 

@@ -25,6 +25,8 @@ init=selected distill=$features selected $setting flowers feature_distilled_sele
 # Table 9: linear probing.
 recipe=linear_probe_flowers train $setting flowers linear_probe_random
 recipe=linear_probe_flowers init=selected selected $setting flowers linear_probe_selected
+recipe=linear_probe_flowers train $setting flowers linear_probe_random_low_lr --lr 0.1
+recipe=linear_probe_flowers init=selected selected $setting flowers linear_probe_selected_low_lr -- --lr 0.1
 data_path=$DATA/cifar100_50
 recipe=linear_probe_cifar100 train $setting cifar100 linear_probe_random
 recipe=linear_probe_cifar100 init=selected selected $setting cifar100 linear_probe_selected
@@ -34,4 +36,4 @@ train vit_a_112 cifar100 random
 for layers in first_n mid_n last_n uniform; do
   selected vit_a_112 cifar100 tiny_$layers --layer_selection $layers
 done
-finish evidence_elements evidence_distillation evidence_probe evidence_layers
+finish evidence_elements evidence_distillation evidence_probe evidence_probe_lr evidence_layers

@@ -21,18 +21,52 @@
 #   DRY_RUN=1         print the commands and do nothing
 #   SMOKE=1           the same runs in minutes on a CPU: tiny models, tiny images, two epochs, in $OUT/smoke
 set -euo pipefail
+
+fail() {
+  echo "$script: error: $1" >&2
+  exit 2
+}
+
+list_chosen() { # WORD...: of the runs SETTING DATA NAME on stdin, those that the words ask for
+  awk -v words="$*" '
+    { line[NR] = $0; for (c = 1; c <= 3; c++) { field[NR, c] = $c; values[c, $c] } }
+    END {
+      count = split(words, word, " ")
+      for (i = 1; i <= count; i++) {
+        given[word[i]]
+        for (c = 1; c <= 3; c++) if ((c, word[i]) in values) asked[c]
+      }
+      for (n = 1; n <= NR; n++) {
+        fits = 1
+        for (c = 1; c <= 3; c++) if ((c in asked) && !(field[n, c] in given)) fits = 0
+        if (fits) { print line[n]; for (c = 1; c <= 3; c++) used[field[n, c]] }
+      }
+      for (i = 1; i <= count; i++) if (!(word[i] in used)) odd = odd " " word[i]
+      if (odd) {
+        for (n = 1; n <= NR; n++) print line[n] > "/dev/stderr"
+        print substr(odd, 2)
+        exit 2
+      }
+    }'
+}
+
+script=scripts/$(basename "$0")
+NPROC=${NPROC:-1}
+case $NPROC in 0 | *[!0-9]*) fail "NPROC=$NPROC: give the number of processes" ;; esac
+if [ $# -gt 0 ]; then
+  chosen=$(LISTING=1 bash "$0" | list_chosen "$@") || fail "$(tail -n 1 <<<"$chosen"): matches none of the runs above"
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 unset teacher init distill recipe data_path # those of a user's own environment
-script=scripts/$(basename "$0")
 OUT=${OUT:-results}
 DATA=${DATA:-data}
 SEEDS=${SEEDS:-0}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 read -ra main_args <<<"${MAIN_ARGS:-}"
 if [ -n "${LAUNCH:-}" ]; then
-  read -ra launch <<<"$LAUNCH"
-elif [ "${NPROC:-1}" -gt 1 ]; then
+  read -ra launch <<<"${LAUNCH//PYTHON/$PYTHON}"
+elif [ "$NPROC" -gt 1 ]; then
   launch=("$PYTHON" -m torch.distributed.run --standalone "--nproc_per_node=$NPROC")
 else
   launch=("$PYTHON")
@@ -42,51 +76,37 @@ if [ -n "${SMOKE:-}" ]; then
   TEACHERS=$OUT/teachers
   export OMP_NUM_THREADS=1
 fi
-
-words=("$@")
-matched=0
-offered=()
-made=() # files and directories that this script has made, or in a dry run would have
-
-fail() {
-  echo "$script: error: $1" >&2
-  exit 2
-}
-
-kind_of() { # which part of a run an argument names
-  if [ -d "recipes/$1" ]; then echo setting; elif compgen -G "recipes/*/$1.yaml" >/dev/null; then echo data; else echo name; fi
-}
+made=() # in a dry run: files that would be there by now
 
 wanted() { # SETTING DATA NAME: do the arguments ask for it?
-  offered+=("$*")
-  local part word kind asked
-  for part in setting data name; do
-    asked=
-    for word in ${words[@]+"${words[@]}"}; do
-      kind=$(kind_of "$word")
-      if [ "$kind" = $part ]; then
-        asked=${asked:-no}
-        case $part:$word in "setting:$1" | "data:$2" | "name:$3") asked=yes ;; esac
-      fi
-    done
-    [ "$asked" != no ] || return 1
-  done
-  matched=1
-}
-
-exists() { # PATH: is it there, or made by now in a dry run? From now on it is taken to be
-  local path
-  [ ! -e "$1" ] || return 0
-  for path in ${made[@]+"${made[@]}"}; do
-    [ "$path" != "$1" ] || return 0
-  done
-  made+=("$1")
-  return 1
+  if [ -n "${LISTING:-}" ]; then
+    echo "$*"
+    return 1
+  fi
+  [ -z "${chosen+set}" ] || grep -qxF "$*" <<<"$chosen"
 }
 
 run() {
   printf '%q ' "$@" | sed 's/ $/\n/'
   [ -n "${DRY_RUN:-}" ] || "$@"
+}
+
+make_once() { # PATH COMMAND...: run the command that makes it, unless it is there or another script makes it right now
+  local path
+  if [ -n "${DRY_RUN:-}" ]; then
+    for path in ${made[@]+"${made[@]}"}; do
+      [ "$path" != "$1" ] || return 0
+    done
+    made+=("$1")
+    [ -e "$1" ] || run "${@:2}"
+    return
+  fi
+  [ ! -e "$1" ] || return 0
+  mkdir -p "$(dirname "$1")"
+  (
+    flock 9
+    [ -e "$1" ] || run "${@:2}"
+  ) 9>"$(dirname "$1")/.$(basename "$1").lock"
 }
 
 teacher_file() { # NAME: its file in TEACHERS, nothing without TEACHERS
@@ -130,7 +150,6 @@ describe() { # SETTING: sets student, and teacher unless the caller has
 select_weights() { # SETTING NAME [options of weight_selection.py]: into $OUT/init/SETTING/NAME
   local directory=$OUT/init/$1/$2 setting=$1 teacher=${teacher:-} student file tiny=()
   shift 2
-  if exists "$directory/${setting%%_*}.pth"; then return; fi
   describe "$setting"
   file=$(teacher_file "$teacher")
   if [ -n "${SMOKE:-}" ]; then
@@ -139,7 +158,8 @@ select_weights() { # SETTING NAME [options of weight_selection.py]: into $OUT/in
     case $setting in vit*) tiny+=(img_size=32) ;; esac
     smoke_made "$file" --teacher "$teacher" --teacher_kwargs $(smoke_sizes teacher "$teacher")
   fi
-  run "$PYTHON" weight_selection.py --output_dir "$directory" --pretrained_model "$teacher" \
+  make_once "$directory/${setting%%_*}.pth" \
+    "$PYTHON" weight_selection.py --output_dir "$directory" --pretrained_model "$teacher" \
     ${file:+--pretrained_path "$file"} "${student[@]}" "$@" ${tiny[@]+"${tiny[@]}"}
 }
 
@@ -202,16 +222,16 @@ drawn() { # as selected, with a random selection of its own for each of three se
   done
 }
 
-finish() { # [TABLE ...]: print the tables from what is there; in a dry run the script ends here
-  if [ $matched = 0 ]; then
-    printf '%s\n' "${offered[@]}" | sort -u >&2
-    fail "${words[*]}: matches none of the runs above"
-  fi
-  [ -z "${DRY_RUN:-}" ] || exit 0
+finish() { # [TABLE ...]: print the tables from what is there
+  [ -z "${LISTING:-}" ] || exit 0
   local table
   for table in "$@"; do
-    "$PYTHON" scripts/collect_results.py "$table" "$OUT" | sed "s|^OUT=\(.*\)/smoke bash|SMOKE=1 OUT=\1 bash|"
+    run "$PYTHON" scripts/collect_results.py "$table" "$OUT" | sed "s|^OUT=\(.*\)/smoke bash|SMOKE=1 OUT=\1 bash|"
   done
+}
+
+there() { # PATTERN: are there such files, or is it a dry run?
+  [ -n "${DRY_RUN:-}" ] || compgen -G "$1" >/dev/null
 }
 
 # ---------------------------------------------------------------------------------------------------------
@@ -228,5 +248,5 @@ smoke_sizes() { # teacher|student MODEL: model arguments of a tiny one
 }
 
 smoke_made() { # what scripts/smoke.py makes: once, and not in a dry run
-  exists "$1" || run "$PYTHON" scripts/smoke.py "$@"
+  make_once "$1" "$PYTHON" scripts/smoke.py "$@"
 }

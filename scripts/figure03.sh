@@ -11,7 +11,7 @@ finish
 
 plot() { # PANEL SETTING NAME: if its runs are there
   local runs=$OUT/$2/imagenet
-  if [ -d "$runs/random" ] && [ -d "$runs/selected" ]; then
+  if there "$runs/random/*/results.json" && there "$runs/selected/*/results.json"; then
     run "$PYTHON" scripts/plot_curves.py --output "$OUT/figure03$1.png" --title "$3 on ImageNet-1K" \
       "random init" "$runs/random" "weight selection" "$runs/selected"
   fi

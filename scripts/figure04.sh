@@ -22,9 +22,15 @@ for epochs in ${PRETRAINING:-20 40 60 80 100}; do
   # shellcheck disable=SC2046
   train vit_tiny imagenet pretrained_$epochs $(length $epochs)
   for seed in $seeds; do
-    SEEDS=$seed train vit_tiny cifar100 finetuned_$epochs \
-      --finetune "$OUT/vit_tiny/imagenet/pretrained_$epochs/$seed/checkpoint-best.pth"
+    pretrained=$OUT/vit_tiny/imagenet/pretrained_$epochs/$seed
+    if [ -n "${LISTING:-}" ] || there "$pretrained/results.json"; then
+      SEEDS=$seed train vit_tiny cifar100 finetuned_$epochs --finetune "$pretrained/checkpoint-best.pth"
+    else
+      echo "skipped: vit_tiny cifar100 finetuned_$epochs, seed $seed: waits for $pretrained"
+    fi
   done
 done
 finish
-run "$PYTHON" scripts/plot_epochs.py "$OUT" --output "$OUT/figure04.png"
+if there "$OUT/vit_tiny/cifar100/*/*/results.json"; then
+  run "$PYTHON" scripts/plot_epochs.py "$OUT" --output "$OUT/figure04.png"
+fi

@@ -13,7 +13,8 @@ set -euo pipefail
   exit 2
 }
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
-export LAUNCH="srun --ntasks-per-node=1 $PYTHON -m torch.distributed.run --nnodes=$SLURM_NNODES \
---nproc_per_node=${NPROC:-8} --rdzv_id=$SLURM_JOB_ID --rdzv_backend=c10d --rdzv_endpoint=$head:${PORT:-29500}"
+# Of a step, srun does not take the number of cores from the job. PYTHON is the interpreter that the script finds.
+export LAUNCH="srun --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} PYTHON -m \
+torch.distributed.run --nnodes=$SLURM_NNODES --nproc_per_node=${NPROC:-8} --rdzv_id=$SLURM_JOB_ID \
+--rdzv_backend=c10d --rdzv_endpoint=$head:${PORT:-29500}"
 exec bash "$@"

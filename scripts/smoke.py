@@ -6,6 +6,7 @@ python scripts/smoke.py runs/smoke/teachers/NAME.pth --teacher NAME --teacher_kw
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,16 @@ COLOURS = {"blue": (40, 60, 200), "green": (60, 190, 70), "red": (200, 50, 50)}
 PIXELS, TRAIN_IMAGES, TEST_IMAGES = 32, 16, 6
 
 
-def write_images(root: Path) -> None:
-    """Class folders of noise around one colour each, train/ and val/."""
+def write_images(path: Path) -> None:
+    """Class folders of noise around one colour each, train/ and val/: all of them or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        root = Path(directory) / path.name
+        _write_images(root)
+        root.rename(path)
+
+
+def _write_images(root):
     rng = np.random.default_rng(0)
     for part, images in (("train", TRAIN_IMAGES), ("val", TEST_IMAGES)):
         for number in range(images):

@@ -15,6 +15,7 @@ from weight_selection import get_args_parser as selection_parser
 ROOT = Path(__file__).parents[1]
 TABLES = sorted(path.stem for path in (ROOT / "scripts").glob("table*.sh") if path.stem != "table01")
 FIGURES = ["figure03", "figure04"]
+EVIDENCE = [name for name in paper.contents()["tables"] if name.startswith("evidence")]
 
 
 def shell(script, *words, check=True, **environment):
@@ -38,7 +39,7 @@ def commands(script, *words, **environment):
 @pytest.fixture(scope="module")
 def dry():
     """{script: its commands}"""
-    return {script: commands(script, OUT="out") for script in TABLES + FIGURES}
+    return {script: commands(script, OUT="out") for script in [*TABLES, *FIGURES, "evidence"]}
 
 
 def run_of(args):
@@ -69,6 +70,12 @@ def test_a_table_runs_its_cells_and_no_others(dry, script):
     assert runs == cells
 
 
+def test_the_evidence_runs_the_cells_of_its_tables(dry):
+    cells = {cell.run for name in EVIDENCE for cell in paper.read_table(name).cells}
+    runs = {"/".join(run_of(parse_args(words))[:3]) for words in dry["evidence"]["main.py"]}
+    assert runs == cells
+
+
 def test_the_same_run_is_the_same_command_in_every_table(dry):
     seen = {}
     for script, programs in dry.items():
@@ -77,7 +84,7 @@ def test_the_same_run_is_the_same_command_in_every_table(dry):
             assert seen.setdefault(directory, words) == words, script
 
 
-@pytest.mark.parametrize("script", TABLES + FIGURES)
+@pytest.mark.parametrize("script", [*TABLES, *FIGURES, "evidence"])
 def test_every_initial_file_is_selected_before_it_is_trained_from(dry, script):
     written = {words[words.index("--output_dir") + 1] for words in dry[script]["weight_selection.py"]}
     used = {words[words.index("--initialize") + 1] for words in dry[script]["main.py"] if "--initialize" in words}
@@ -145,6 +152,8 @@ def test_methods_are_those_of_the_tables(dry):
 
 def test_linear_probing_is_maes_recipe(dry):
     for args in map(parse_args, dry["table09"]["main.py"]):
+        assert (args.batch_size, args.total_batch_size, args.min_lr, args.momentum) == (512, 16384, 0, 0.9)
+        assert (args.scale, args.hflip) == ([0.08, 1.0], 0.5)
         assert (args.opt, args.weight_decay, args.epochs, args.warmup_epochs) == ("lars", 0, 90, 10)
         assert args.lr == pytest.approx(0.1 * args.total_batch_size / 256)
         assert (args.aa, args.color_jitter, args.reprob, args.mixup, args.cutmix) == ("none", 0, 0, 0, 0)
@@ -179,15 +188,21 @@ def test_arguments_choose_runs():
     assert len(directories(commands("table02", "flowers", "vit_tiny", "convnext_femto"))) == 4
 
 
-def test_arguments_that_match_nothing_are_refused():
-    for words in (["vit_tyny"], ["vit_tiny", "digits"]):
-        result = shell("table02", *words, check=False, DRY_RUN="1")
-        assert result.returncode == 2 and not result.stdout
-        assert (
-            result.stderr.splitlines()[-1]
-            == f"scripts/table02.sh: error: {' '.join(words)}: matches none of the runs above"
-        )
-        assert "vit_tiny flowers random" in result.stderr
+@pytest.mark.parametrize(
+    ("words", "odd"),
+    [
+        (["vit_tyny"], "vit_tyny"),
+        (["vit_tiny", "digits"], "digits"),
+        (["vit_tiny", "selected", "randon", "flowers"], "randon"),
+        (["flowers", "pest", "pets", "cars"], "pest cars"),
+    ],
+)
+def test_arguments_that_match_nothing_are_refused(words, odd):
+    """Each of them, before anything is run."""
+    result = shell("table02", *words, check=False, DRY_RUN="1")
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.splitlines()[-1] == f"scripts/table02.sh: error: {odd}: matches none of the runs above"
+    assert "vit_tiny flowers random" in result.stderr
 
 
 def test_seeds_and_further_options():
@@ -216,6 +231,15 @@ def test_data_directories():
 
 def run_of_words(words):
     return Path(words[words.index("--output_dir") + 1]).parts[-3]
+
+
+def test_a_number_of_processes_that_is_none():
+    for wrong in ("0", "8x"):
+        result = shell("table12", "cifar10", check=False, DRY_RUN="1", NPROC=wrong)
+        assert (result.returncode, result.stderr) == (
+            2,
+            f"scripts/table12.sh: error: NPROC={wrong}: give the number of processes\n",
+        )
 
 
 def test_processes():
@@ -250,6 +274,26 @@ def test_finished_runs_are_skipped_and_others_not(tmp_path):
     assert directories(programs) == [f"{tmp_path}/vit_tiny/cifar10/{name}/0" for name in ("mimetic", "selected")]
 
 
+def test_a_dry_run_prints_tables_and_plots_too():
+    lines = {
+        script: [
+            line.split("scripts/")[1] for line in shell(script, DRY_RUN="1").stdout.splitlines() if "scripts/" in line
+        ]
+        for script in ("table12", "figure03", "figure04", "figure05", "table01", "evidence")
+    }
+    assert lines["table12"] == ["collect_results.py table12 results"]
+    assert [line.split()[0] for line in lines["figure03"]] == ["plot_curves.py"] * 2
+    assert lines["figure04"] == ["plot_epochs.py results --output results/figure04.png"]
+    assert [line.split()[0] for line in lines["figure05"]] == ["plot_attention.py"]
+    assert lines["table01"] == ["print_configurations.py"]
+    assert lines["evidence"] == [f"collect_results.py {name} results" for name in EVIDENCE]
+
+
+def test_fine_tuning_waits_for_pretraining(tmp_path):
+    out = shell("figure04", "finetuned_60", OUT=str(tmp_path)).stdout
+    assert "skipped: vit_tiny cifar100 finetuned_60, seed 0: waits for" in out and "main.py" not in out
+
+
 # ---------------------------------------------------------------------------------------------------------
 # SLURM
 
@@ -264,13 +308,14 @@ def test_slurm_starts_torchrun_on_every_node(tmp_path):
         "SLURM_JOB_ID": "77",
         "SLURM_NNODES": "2",
         "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_CPUS_PER_TASK": "80",
         "PYTHON": "py",
     }
     script = str(ROOT / "scripts" / "table12.sh")
-    line = shell("slurm", script, "cifar10", "random", DRY_RUN="1", NPROC="4", **environment).stdout
+    line = shell("slurm", script, "cifar10", "random", DRY_RUN="1", NPROC="4", **environment).stdout.splitlines()[0]
     assert line.startswith(
-        "srun --ntasks-per-node=1 py -m torch.distributed.run --nnodes=2 --nproc_per_node=4 --rdzv_id=77 "
-        "--rdzv_backend=c10d --rdzv_endpoint=node1:29500 main.py --config recipes/vit_tiny/cifar10.yaml"
+        "srun --ntasks-per-node=1 --cpus-per-task=80 py -m torch.distributed.run --nnodes=2 --nproc_per_node=4 "
+        "--rdzv_id=77 --rdzv_backend=c10d --rdzv_endpoint=node1:29500 main.py --config recipes/vit_tiny/cifar10.yaml"
     )
     assert parse_args(shlex.split(line)[shlex.split(line).index("main.py") + 1 :]).total_batch_size == 512
 
@@ -305,3 +350,35 @@ def test_smoke(smoke_out, script, words):
     assert f"SMOKE=1 OUT={smoke_out} bash scripts/{script}.sh" in result.stdout
     again = shell(script, *words, SMOKE="1", OUT=str(smoke_out)).stdout
     assert "main.py" not in again and "done: " in again
+
+
+def test_smoke_of_figure_5(smoke_out):
+    shell("figure05", SMOKE="1", OUT=str(smoke_out))
+    assert (smoke_out / "smoke" / "figure05.png").stat().st_size > 10_000
+
+
+def test_an_interrupted_run_goes_on(smoke_out):
+    """As if it had been stopped after the first of its two epochs."""
+    words = ["table12", "stl10", "mimetic"]
+    shell(*words, SMOKE="1", OUT=str(smoke_out))
+    run = smoke_out / "smoke" / "vit_tiny" / "stl10" / "mimetic" / "0"
+    whole = (run / "log.txt").read_text().splitlines()
+    (run / "results.json").unlink()
+    (run / "checkpoint-1.pth").unlink()
+    out = shell(*words, SMOKE="1", OUT=str(smoke_out)).stdout
+    assert "checkpoint-0.pth, written after epoch 0" in out
+    again = (run / "log.txt").read_text().splitlines()
+    assert again[0] == whole[0] and len(again) == 2 and (run / "results.json").exists()
+
+
+def test_two_scripts_may_want_the_same_selection_at_once(tmp_path):
+    environment = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    environment |= {"SMOKE": "1", "OUT": str(tmp_path)}
+    command = ["bash", str(ROOT / "scripts" / "table02.sh"), "vit_tiny", "selected"]
+    both = [
+        subprocess.Popen([*command, data], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for data in ("flowers", "pets")
+    ]
+    ended = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], ended
+    assert sum(out.count("weight_selection.py") for out, _ in ended) == 1
