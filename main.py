@@ -167,8 +167,7 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: utils.B
     for epoch in range(first, args.epochs):
         training.batch_sampler.set_epoch(epoch)
         row = {f"train_{key}": value for key, value in train_one_epoch(trainer, training, epoch).items()}
-        if utils.world_size() > 1:  # each process has batch statistics of its own images
-            distribute_bn(trainer.model, utils.world_size(), reduce=True)
+        average_batch_statistics(trainer)
         last = epoch == args.epochs - 1
         better = []
         if last or (not args.disable_eval and (epoch + 1) % args.eval_interval == 0):
@@ -185,6 +184,14 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: utils.B
                 utils.prune_checkpoints(args.output_dir, args.save_ckpt_num)
         left = (time.monotonic() - start) / (epoch + 1 - first) * (args.epochs - 1 - epoch)
         say(f"epoch {epoch}: {utils.describe(row)}, {utils.duration(left)} left")
+
+
+def average_batch_statistics(trainer: Trainer) -> None:
+    """Give all processes the mean of their running statistics, which each has of its own images."""
+    if trainer.world_size > 1:
+        distribute_bn(trainer.model, trainer.world_size, reduce=True)
+        if trainer.ema is not None:
+            distribute_bn(trainer.ema.module, trainer.world_size, reduce=True)
 
 
 def note_accuracy(progress: dict, stats: dict, epoch: int) -> list:
@@ -244,8 +251,8 @@ def main(argv=None) -> None:
     if args.log_dir:
         utils.check_writable(args.log_dir, "--log_dir")
     model = build_model(args, classes)
-    found = None if args.eval else checkpoint.open_output(args)
     teacher = None if args.eval or args.distillation == "none" else build_teacher(args, classes)
+    found = None if args.eval else checkpoint.open_output(args)
     trainer = build_trainer(args, model, device, dtype, launch, steps, classes, teacher)
     progress = {"epoch": args.start_epoch - 1, "seconds": 0.0}
     if found or args.resume:

@@ -168,11 +168,6 @@ def is_main():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def world_size():
-    """Number of processes of the run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def barrier():
     """Wait for all processes, if there are several."""
     if dist.is_initialized():

@@ -205,6 +205,13 @@ def test_distillation_trains_the_student_and_keeps_only_it(kind, train, teacher_
     assert 0 < one["train_distance"] < none["train_distance"]
 
 
+def test_a_refused_teacher_leaves_nothing_behind(train, tmp_path):
+    """Or the corrected command would find a run with other options."""
+    with pytest.raises(InputError, match="--teacher_path nowhere.pth"):
+        train(f"{TEACHER} --teacher_path nowhere.pth --distillation feature --output_dir {tmp_path}/run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_projector_is_trained_too(train, teacher_file, tmp_path):
     train(f"{TEACHER} --teacher_path {teacher_file} --distillation feature --output_dir {tmp_path}")
     first, second = (read_checkpoint(tmp_path, epoch)["projector"] for epoch in (0, 1))
