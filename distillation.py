@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 
 from datasets import normalization
-from models import create_model
+from models import check_input_size, create_model
 from models.weights import create_pretrained, load_into_teacher, training_options
 from utils import InputError
 
@@ -115,11 +115,7 @@ def build_teacher(args, classes: int) -> Teacher:
                 f"--teacher {args.teacher}: has {model.pretrained_cfg['num_classes']} classes, {args.data_set} has "
                 f"{classes}; name one that was trained on it with --teacher_path, or use --distillation feature"
             )
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, args.input_size, args.input_size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(f"--teacher {args.teacher}: cannot take --input_size {args.input_size}: {error}") from error
+    check_input_size(model, args.input_size, f"--teacher {args.teacher}")
     student = normalization(args.imagenet_default_mean_and_std)
     return Teacher(model, *teacher_normalization(args, model), *student, features)
 

@@ -21,7 +21,7 @@ import utils
 from datasets import TrainBatches, build_dataset, eval_loader, train_loader
 from distillation import Loss, WithProjector, build_teacher
 from engine import Trainer, evaluate, train_one_epoch
-from models import create_model
+from models import check_input_size, create_model
 from models.families import CONVNEXT
 from models.initialization import initialize
 from models.probe import make_linear_probe
@@ -71,11 +71,7 @@ def build_model(args, classes: int) -> nn.Module:
             f"--layer_scale_init_value: is ConvNeXt's; for {args.model} use --model_kwargs init_values=VALUE"
         )
     model = create_model(args.model, input_size=args.input_size, **kwargs)
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, args.input_size, args.input_size))
-    except (RuntimeError, AssertionError, ValueError) as error:  # too small for the last stage, no multiple of a patch
-        raise InputError(f"--input_size {args.input_size}: {args.model} cannot take it: {error}") from error
+    check_input_size(model, args.input_size, args.model)
     initialize(model, args.init)
     if args.head_init_scale != 1:
         with torch.no_grad():

@@ -73,6 +73,15 @@ def create_model(
         raise InputError(f"{option} {name}: timm cannot build it with {given or 'no arguments'}: {error}") from error
 
 
+def check_input_size(model: nn.Module, input_size: int, name: str) -> None:
+    """Raise InputError unless a model, then in evaluation mode, takes square images of that side in pixels."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, input_size, input_size))
+    except (RuntimeError, AssertionError, ValueError) as error:  # too small for the last stage, no multiple of a patch
+        raise InputError(f"--input_size {input_size}: {name} cannot take it: {error}") from error
+
+
 def check_kwargs(kwargs: dict, option: str, taken: dict) -> None:
     """Refuse model arguments that are set in another way.
 
