@@ -1,12 +1,21 @@
-"""A run on disk: may it go on, restoring it, saving it."""
+"""A run on disk: who may write there, may it go on, restoring it, saving it."""
 
+import contextlib
+import fcntl
 import json
+import os
+import re
+import socket
 from pathlib import Path
 
+import untrusted
 import utils
+from board import read_log
 from engine import Trainer
 from models.weights import first_mismatch
-from utils import InputError, say
+from options import get_args_parser
+from untrusted import Damaged
+from utils import InputError, RunError, say
 
 # What may change when a run goes on: where things lie, how they are computed, what is kept of them. The total batch
 # must stay; how it is shared out may change with the machine.
@@ -14,13 +23,15 @@ from utils import InputError, say
 FREE_OPTIONS = (
     "config", "data_path", "eval_data_path", "num_workers", "pin_mem", "output_dir", "log_dir", "device", "eval",
     "disable_eval", "eval_interval", "dist_eval", "resume", "auto_resume", "overwrite", "save_ckpt",
-    "save_ckpt_freq", "save_ckpt_num", "start_epoch", "enable_wandb", "project", "wandb_ckpt", "world_size",
-    "local_rank", "dist_on_itp", "dist_url", "batch_size", "update_freq", "amp_dtype", "model_ema_force_cpu",
+    "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num", "start_epoch", "enable_wandb", "project", "wandb_ckpt",
+    "world_size", "local_rank", "dist_on_itp", "dist_url", "batch_size", "update_freq", "amp_dtype",
+    "model_ema_force_cpu", "skip_bad_images", "timeout", "deterministic",
 )
 # fmt: on
 
-
+VERSION = 2  # of what is in a checkpoint. 1, which did not say so, had no position within an epoch.
 WAYS_OUT = "choose another directory, or add --overwrite true to delete it"
+NAME = re.compile(r"checkpoint-(\d+)(?:-step-(\d+))?\.pth")
 
 
 def plain(args) -> dict:
@@ -28,122 +39,380 @@ def plain(args) -> dict:
     return json.loads(json.dumps(vars(args), sort_keys=True))
 
 
-def open_output(args) -> Path | None:
-    """Make sure that ``--output_dir`` can take this run; the checkpoint to go on from, or None to start.
+# ---------------------------------------------------------------------------------------------------------
+# Names. checkpoint-3.pth was written after epoch 3, counted from 0, and checkpoint-4-step-10.pth within epoch 4.
+
+
+def position(path: Path) -> tuple | None:
+    """(epoch, step) that training goes on from with a checkpoint of this name; None for best and all other names."""
+    match = NAME.fullmatch(path.name)
+    if match is None:
+        return None
+    return (int(match[1]) + 1, 0) if match[2] is None else (int(match[1]), int(match[2]))
+
+
+def numbered(directory) -> list:
+    """The checkpoints in a directory that a run can go on from, oldest first."""
+    paths = (path for path in Path(directory).glob("checkpoint-*.pth") if path.is_file())
+    return sorted(filter(position, paths), key=position)
+
+
+def prune(directory, keep: int) -> None:
+    """Delete all but the ``keep`` newest checkpoints of both kinds; those within an epoch also once it is over."""
+    paths = numbered(directory)
+    ends = [path for path in paths if position(path)[1] == 0]
+    within = [path for path in paths if position(path)[1] > 0]
+    over = position(ends[-1]) if ends else (0, 0)
+    for path in [*ends[:-keep], *within[:-keep], *(path for path in within[-keep:] if position(path) < over)]:
+        path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# May it go on?
+
+
+@contextlib.contextmanager
+def open_output(args):
+    """Keep ``--output_dir`` for this run, for as long as the block runs or the process lives.
+
+    A lock of the process, not of its open file: loader workers, which may outlive it by seconds, do not hold it.
+
+    Yields:
+        The checkpoint to go on from, or None to start.
 
     Raises:
-        InputError: unwritable, or it holds another run, or one that cannot go on.
+        InputError: it cannot be written to, another run is at work there, or it holds one that cannot go on.
     """
     if args.output_dir is None:
-        return Path(args.resume) if args.resume else None
+        yield Path(args.resume) if args.resume else None
+        return
     directory = Path(args.output_dir)
+    with contextlib.ExitStack() as stack:
+
+        def lock_and_look():
+            _lock(directory, stack)
+            return _look_into(args, directory)
+
+        yield utils.main_only(lock_and_look)
+
+
+def _lock(directory, stack):
     utils.check_writable(directory, "--output_dir")
+    try:
+        handle = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        file = stack.enter_context(open(handle, "r+"))
+    except OSError as error:
+        raise InputError(f"--output_dir {directory}: cannot open its .lock ({error.strerror})") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        holder = utils.printable(file.read(200))
+        raise InputError(
+            f"--output_dir {directory}: another run is writing there ({holder}); wait for it, or choose another"
+        ) from error
+    except OSError as error:
+        say(f"warning: --output_dir {directory}: cannot be locked ({error.strerror}); start no second run there")
+    file.truncate()
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+
+
+def _look_into(args, directory):
+    """The checkpoint to go on from, or None; leaves ``args.json`` there."""
+    for path in directory.glob(f"{utils.PARTIAL}*"):
+        if path.is_file():  # a run was killed while it wrote it
+            path.unlink()
     held = [directory / name for name in ("args.json", "log.txt", "results.json") if (directory / name).exists()]
-    held += sorted(directory.glob("checkpoint-*.pth"))
-    utils.barrier()  # nobody writes before everybody has looked
+    held += sorted(directory.glob("checkpoint-*.pth")) + sorted(directory.glob("checkpoint-*.pth.damaged"))
     if args.resume:
-        if held and Path(args.resume).resolve().parent != directory.resolve():
-            raise InputError(f"--output_dir {directory}: holds another run than --resume {args.resume}; choose another")
+        _check_resume(args, directory, held)
         return Path(args.resume)
     if args.overwrite:
-        for path in held if utils.is_main() else []:
+        for path in held:
             path.unlink()
         held = []
     elif held and not args.auto_resume:
         raise InputError(f"--output_dir {directory}: holds a run ({held[0].name}); {WAYS_OUT}")
     elif (directory / "args.json") in held:
         check_same_run(args, read_options(directory / "args.json"), "args.json")
-    epochs = utils.checkpoint_epochs(directory) if held else []
-    if not epochs and any(path.name != "args.json" for path in held) and not stopped_early(args, directory):
+    found = newest_whole(directory) if held else None
+    if not found and any(path.name != "args.json" for path in held) and not stopped_early(args, directory):
         raise InputError(f"--output_dir {directory}: holds a run without a checkpoint to go on from; {WAYS_OUT}")
-    if utils.is_main():
-        utils.write_json(directory / "args.json", plain(args))
-    return utils.checkpoint_path(directory, epochs[-1]) if epochs else None
+    utils.write_json(directory / "args.json", plain(args))
+    return found
+
+
+def _check_resume(args, directory, held):
+    """--resume into a directory that holds something: only of the same run, and from its newest checkpoint."""
+    path = Path(args.resume)
+    if held and path.resolve().parent != directory.resolve():
+        raise InputError(f"--output_dir {directory}: holds another run than --resume {path}; choose another")
+    newest = next(reversed(numbered(directory)), None) if held else None
+    if newest is not None and newest.name != path.name:
+        raise InputError(
+            f"--resume {path}: --output_dir holds {newest.name}, which is newer and would be mixed up with what comes "
+            "now; move it away, or choose another --output_dir"
+        )
+
+
+def newest_whole(directory: Path) -> Path | None:
+    """The newest checkpoint of a run that is as it was written; damaged ones are set aside under another name.
+
+    Raises:
+        InputError: there are checkpoints, and all of them are damaged.
+    """
+    paths = numbered(directory)
+    for path in reversed(paths):
+        try:
+            untrusted.check_archive(path)
+            return path
+        except Damaged as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            path.rename(aside)
+            say(f"warning: {path} is damaged ({error}); set aside as {aside.name}, going on from the one before")
+    if paths:
+        raise InputError(f"--output_dir {directory}: all its checkpoints are damaged; {WAYS_OUT}")
+    return None
 
 
 def stopped_early(args, directory: Path) -> bool:
     """Whether a run was stopped before its first numbered checkpoint was written, so that nothing is lost with it."""
     log = directory / "log.txt"
-    logged = len(log.read_text().splitlines()) if log.exists() else 0
+    logged = len(read_log(log)) if log.exists() else 0
     return args.save_ckpt and logged <= args.save_ckpt_freq and not (directory / "results.json").exists()
 
 
 def read_options(path: Path) -> dict:
     """The options of a run, from its ``args.json``."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        options = untrusted.parse_json(untrusted.read_text(path))
+        if not isinstance(options, dict):
+            raise Damaged("no options")
+        return options
+    except Damaged as error:
         raise InputError(f"--output_dir {path.parent}: {path.name} is damaged ({error}); {WAYS_OUT}") from error
 
 
 def check_same_run(args, other: dict, name: str) -> None:
-    """Refuse to go on with a run that was started with other options."""
-    mine = plain(args)
+    """Refuse to go on with a run that was started with other options; those it did not know had their defaults."""
+    mine, defaults = plain(args), plain(get_args_parser().parse_args([]))
     for key in mine:
-        if key not in FREE_OPTIONS and mine[key] != other.get(key):
+        theirs = other.get(key, defaults[key])
+        if key not in FREE_OPTIONS and mine[key] != theirs:
             raise InputError(
-                f"--output_dir {args.output_dir}: {name} is of a run with --{key} {other.get(key)}, not "
-                f"{mine[key]}; {WAYS_OUT}"
+                f"--output_dir {args.output_dir}: {name} is of a run with --{key} {theirs}, not {mine[key]}; {WAYS_OUT}"
             )
 
 
-def resume(args, trainer: Trainer, path: Path) -> dict:
+# ---------------------------------------------------------------------------------------------------------
+# Restoring
+
+
+def resume(args, trainer: Trainer, path: Path, train_images: int | None) -> dict:
     """Restore a checkpoint into the trainer.
 
+    Args:
+        args: options.
+        trainer: of the same model and optimiser.
+        path: of the checkpoint.
+        train_images: number of images to train on; None in evaluation.
+
     Returns:
-        The checkpoint's progress: epoch, seconds, and the best and last accuracies.
+        The checkpoint's progress, as ``save`` takes it.
 
     Raises:
         InputError: unreadable, or of another model, or (when found in ``--output_dir``) of other options.
     """
-    option = "--resume" if args.resume else "--output_dir"
-    checkpoint = utils.load_torch(path, option)
-    keys = checkpoint if isinstance(checkpoint, dict) else ()
-    missing = [key for key in ("model", "optimizer", "epoch", "scaler", "args") if key not in keys]
-    if missing:
-        raise InputError(f"{option} {path}: not a checkpoint of main.py: it has no {missing[0]}")
+    origin = f"{'--resume' if args.resume else '--output_dir'} {path}"
+    content = _read(origin, path, args)
     if not args.resume:
-        check_same_run(args, checkpoint["args"], path.name)
-    if checkpoint["epoch"] >= args.epochs and not args.eval:
-        raise InputError(f"{option} {path}: written after epoch {checkpoint['epoch']}, beyond --epochs {args.epochs}")
-    problem = first_mismatch(checkpoint["model"], trainer.model)
-    if problem:
-        raise InputError(f"{option} {path}: of another model ({checkpoint['args'].get('model')}): {problem}")
-    trainer.model.load_state_dict(checkpoint["model"])
+        check_same_run(args, content["args"], path.name)
+    if not -1 <= content["epoch"] < args.epochs and not args.eval:
+        raise InputError(f"{origin}: written after epoch {content['epoch']}, not one of --epochs {args.epochs}")
+    _load(trainer.model, content["model"], f"{origin}: of another model ({content['args'].get('model')})")
     if trainer.projector is not None:
-        problem = first_mismatch(checkpoint.get("projector") or {}, trainer.projector)
-        if problem:
-            raise InputError(f"{option} {path}: of another distillation: projector: {problem}")
-        trainer.projector.load_state_dict(checkpoint["projector"])
+        _load(trainer.projector, content.get("projector"), f"{origin}: of another distillation: projector")
     if trainer.ema is not None:
-        trainer.ema.module.load_state_dict(checkpoint["model_ema"] or checkpoint["model"])
+        _load(trainer.ema.module, content["model_ema"] or content["model"], f"{origin}: moving average")
     if not args.eval:
-        try:
-            trainer.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (ValueError, KeyError) as error:
+        _load_optimizer(trainer.optimizer, content["optimizer"], f"{origin}: of another optimiser")
+        if trainer.scaler.is_enabled() and content["scaler"]:
+            _load_scaler(trainer.scaler, content["scaler"], origin)
+    progress = {key: content[key] for key in PROGRESS if key in content}
+    if partial := progress.get("partial"):
+        if progress.get("train_images") != train_images and not args.eval:
             raise InputError(
-                f"{option} {path}: of another optimiser ({checkpoint['args'].get('opt')}): {error}"
-            ) from error
-        if trainer.scaler.is_enabled() and checkpoint["scaler"]:
-            trainer.scaler.load_state_dict(checkpoint["scaler"])
-    say(f"resumed {path}, written after epoch {checkpoint['epoch']}")
-    return {
-        key: checkpoint[key] for key in checkpoint if key in ("epoch", "seconds") or key.startswith(("best", "last"))
-    }
+                f"{origin}: written within an epoch of {progress.get('train_images')} images, now there are "
+                f"{train_images}; restore them, or start anew"
+            )
+        if not 0 < partial["step"] <= trainer.steps and not args.eval:
+            raise InputError(f"{origin}: written after {partial['step']} of {trainer.steps} steps")
+        statistics = partial.pop("statistics")
+        if trainer.ema is not None and len(statistics) == trainer.world_size:
+            _load_own(trainer.ema.module, statistics[trainer.rank], origin)
+    where = f"step {partial['step']} of epoch {content['epoch'] + 1}" if partial else f"epoch {content['epoch']}"
+    say(f"resumed {path}, written after {where}")
+    return progress | {"train_images": train_images}
 
 
-def save(args, trainer: Trainer, name, progress: dict) -> None:
-    """Write a checkpoint of plain types: readable with ``torch.load(weights_only=True)``."""
-    if not utils.is_main():
-        return
-    checkpoint = {
-        "model": trainer.model.state_dict(),
-        "model_ema": trainer.ema.module.state_dict() if trainer.ema is not None else None,
-        "projector": trainer.projector.state_dict() if trainer.projector is not None else None,
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
-        "args": plain(args),
-        **progress,
+# What a checkpoint holds of a run's progress: the last epoch that is over; the figures of the next one so far, if it
+# was written within one; seconds of training; training images, and those that could not be read; the accuracies.
+FIGURES = {"epoch": int, "acc1": float, "acc5": float, "loss": float}
+SUMS = {"step": int, "loss": float, "distance": float, "grad_norm": float, "skipped": int, "statistics": list}
+PROGRESS = {
+    "epoch": int,
+    "partial": SUMS,
+    "seconds": float,
+    "train_images": int,
+    "bad_images": [str],
+    **dict.fromkeys(("best", "last", "best-ema", "last-ema"), FIGURES),
+}
+REQUIRED = {"model": dict, "optimizer": dict, "epoch": int, "scaler": dict, "args": dict, "model_ema": object}
+
+
+def _read(origin, path, args):
+    content = untrusted.load_torch(path, origin.split()[0])
+    if not isinstance(content, dict):
+        raise InputError(f"{origin}: not a checkpoint of main.py")
+    for key, kind in REQUIRED.items():
+        if not isinstance(content.get(key), kind):
+            raise InputError(f"{origin}: not a checkpoint of main.py: it has no {key}")
+    if not (type(content.get("version", 1)) is int and content.get("version", 1) <= VERSION):
+        raise InputError(f"{origin}: of version {content['version']}, this program knows {VERSION}; update it")
+    for key, kind in PROGRESS.items():
+        if content.get(key) is not None and not _fits(content[key], kind):
+            raise InputError(f"{origin}: not a checkpoint of main.py: its {key} is none")
+    return content
+
+
+def _fits(value, kind):
+    """Whether a value is of a kind: a type, [a type] for a list, or {key: type} for a dict."""
+    if isinstance(kind, dict):
+        return (
+            isinstance(value, dict)
+            and value.keys() == kind.keys()
+            and all(_fits(value[key], kind[key]) for key in kind)
+        )
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_fits(item, kind[0]) for item in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _load(module, state_dict, origin):
+    if not isinstance(state_dict, dict) or not all(map(untrusted.is_plain, state_dict.values())):
+        raise InputError(f"{origin}: no state_dict")
+    problem = first_mismatch(state_dict, module)
+    if problem:
+        raise InputError(f"{origin}: {problem}")
+    module.load_state_dict(state_dict)
+
+
+def _load_own(module, statistics, origin):
+    expected = module.state_dict()
+    for key, value in statistics.items() if isinstance(statistics, dict) else [(None, None)]:
+        if key not in expected or not untrusted.is_plain(value) or value.shape != expected[key].shape:
+            raise InputError(f"{origin}: statistics {key} are not this model's")
+    module.load_state_dict(statistics, strict=False)
+
+
+def _load_optimizer(optimizer, state_dict, origin):
+    """Load an optimiser's state after comparing it with the optimiser, which takes whatever it is given."""
+    expected = optimizer.state_dict()["param_groups"]
+    groups, state = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(groups, list) or not isinstance(state, dict) or len(groups) != len(expected):
+        raise InputError(f"{origin}: other groups of parameters")
+    for ours, theirs in zip(expected, groups, strict=True):
+        if not isinstance(theirs, dict) or theirs.get("params") != ours["params"]:
+            raise InputError(f"{origin}: other parameters")
+        for key, value in ours.items():
+            if not _alike(theirs.get(key), value):
+                raise InputError(f"{origin}: its {key} is {theirs.get(key)}")
+        if not all(_alike(value, 0) for key, value in theirs.items() if key not in ours):  # such as LAMB's step
+            raise InputError(f"{origin}: other settings")
+    shapes = {
+        number: parameter.shape
+        for group, ours in zip(optimizer.param_groups, expected, strict=True)
+        for number, parameter in zip(ours["params"], group["params"], strict=True)
     }
-    with utils.new_file(utils.checkpoint_path(args.output_dir, name)) as temporary:
-        utils.save_torch(checkpoint, temporary)
+    for number, values in state.items():
+        if number not in shapes or not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise InputError(f"{origin}: state of no parameter")
+        for key, value in values.items():
+            fits = untrusted.is_plain(value) and (value.numel() <= max(1, shapes[number].numel()))
+            if not fits and not _alike(value, 0):
+                raise InputError(f"{origin}: its {key} does not fit the parameter")
+    try:
+        optimizer.load_state_dict(state_dict)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{origin}: {error}") from error
+
+
+def _alike(value, ours):
+    """Whether a setting is of the type and length of our own."""
+    if isinstance(ours, (tuple, list)):
+        return isinstance(value, (tuple, list)) and len(value) == len(ours) and all(map(_alike, value, ours))
+    number = (int, float)
+    return type(value) is type(ours) or (type(value) in number and type(ours) in number)
+
+
+def _load_scaler(scaler, state_dict, origin):
+    expected = scaler.state_dict()
+    if state_dict.keys() != expected.keys() or not all(_alike(state_dict[key], expected[key]) for key in expected):
+        raise InputError(f"{origin}: other loss scaling")
+    scaler.load_state_dict(state_dict)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def save(args, trainer: Trainer, progress: dict, name: str | None = None) -> Path:
+    """Write a checkpoint of plain types: readable with ``torch.load(weights_only=True)``. All processes must call it.
+
+    Args:
+        args: options.
+        trainer: whose state is saved.
+        progress: see ``PROGRESS``.
+        name: such as ``"best"``; default: where training goes on from.
+
+    Returns:
+        Its path.
+
+    Raises:
+        RunError: it cannot be written; the checkpoints before are as they were.
+    """
+    partial = progress.get("partial")
+    if partial is not None:
+        progress = progress | {"partial": partial | {"statistics": _gather_statistics(trainer)}}
+    default = f"{progress['epoch'] + 1}-step-{partial['step']}" if partial else progress["epoch"]
+    path = Path(args.output_dir) / f"checkpoint-{default if name is None else name}.pth"
+
+    def write():
+        content = {
+            "version": VERSION,
+            "model": trainer.model.state_dict(),
+            "model_ema": trainer.ema.module.state_dict() if trainer.ema is not None else None,
+            "projector": trainer.projector.state_dict() if trainer.projector is not None else None,
+            "optimizer": trainer.optimizer.state_dict(),
+            "scaler": trainer.scaler.state_dict(),
+            "args": plain(args),
+            **progress,
+        }
+        try:
+            with utils.new_file(path) as temporary:
+                utils.save_torch(content, temporary)
+        except InputError as error:
+            raise RunError(f"{error}; the checkpoints before are whole: free some space and run it again") from error
+
+    utils.main_only(write)
+    return path
+
+
+def _gather_statistics(trainer):
+    """Of each process, the buffers of its moving average: within an epoch they are of its own images."""
+    if trainer.ema is None or trainer.world_size == 1:
+        return []
+    module = trainer.ema.module
+    parameters = {name for name, _ in module.named_parameters()}
+    own = {key: value.cpu() for key, value in module.state_dict().items() if key not in parameters}
+    return trainer.consensus.gather_objects(own)

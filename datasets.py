@@ -1,5 +1,6 @@
 """Data sets, transforms and loaders. Every image a step sees depends on seed, epoch and total batch only."""
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -18,12 +19,49 @@ from timm.data import (
     auto_augment,
     create_transform,
 )
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
 
+from consensus import SIGNALS, Consensus
 from utils import InputError, main_first, say, seed_everything
 
 # ---------------------------------------------------------------------------------------------------------
 # Data sets
+
+
+# What files of images are read as. Pillow would also run Ghostscript on PostScript that is called an image.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "MPO")
+
+
+class BadImage(Exception):
+    """An image that cannot be read; the message says which and why."""
+
+
+class ImageFiles(Dataset):
+    """Images in files of any mode, converted to RGB as timm does (their EXIF orientation is not applied either).
+
+    Args:
+        samples: (path, label) of each.
+        transform: of an RGB image.
+        classes: names of the labels from 0 on, if they are known.
+
+    Raises:
+        BadImage: by an item that cannot be decoded.
+    """
+
+    def __init__(self, samples, transform, classes=None):
+        self.samples, self.transform, self.classes = list(samples), transform, classes
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        try:
+            with Image.open(path, formats=FORMATS) as file:
+                image = file.convert("RGB")
+        except Exception as error:  # a damaged image makes Pillow raise nearly anything; only it runs here
+            raise BadImage(f"{path} cannot be read ({str(error) or type(error).__name__})") from error
+        return self.transform(image), label
 
 
 class Digits(Dataset):
@@ -72,18 +110,27 @@ def _cifar(cls):
     return lambda root, train, transform, download: cls(root, train=train, transform=transform, download=download)
 
 
-def _splits(cls, *train_splits, files=None):
-    """Joins the named splits of a torchvision class to train on; its split "test" tests.
-
-    ``files`` is the attribute of a class that takes the names of its images from a list and looks for none of them.
-    """
+def _splits(cls, *train_splits):
+    """Joins the named splits of a torchvision class to train on; its split "test" tests."""
 
     def build(root, train, transform, download):
         splits = train_splits if train else ("test",)
-        parts = [cls(root, split=split, transform=transform, download=download) for split in splits]
-        if files is not None:
-            _check_files([file for part in parts for file in getattr(part, files)])
-        return ConcatDataset(parts)
+        return ConcatDataset([cls(root, split=split, transform=transform, download=download) for split in splits])
+
+    return build
+
+
+def _listed(cls, files, *train_splits):
+    """As ``_splits``, of a class that takes the names of its images from a list and looks for none of them.
+
+    ``files`` is its attribute of them.
+    """
+
+    def build(root, train, transform, download):
+        parts = [cls(root, split=split, download=download) for split in (train_splits if train else ("test",))]
+        samples = [sample for part in parts for sample in zip(getattr(part, files), part._labels, strict=True)]
+        _check_files([file for file, _ in samples])
+        return ImageFiles(samples, transform)
 
     return build
 
@@ -98,13 +145,14 @@ def _check_files(files):
 
 def _eurosat(root, train, transform, download):
     """EuroSAT has no official split. Here an image tests if its number (10 of Forest_10.jpg) is a multiple of 5."""
-    images = torchvision.datasets.EuroSAT(root, transform=transform, download=download)
-    tests = [int(Path(file).stem.rpartition("_")[2]) % 5 == 0 for file, _ in images.samples]
-    return Subset(images, [index for index, test in enumerate(tests) if test != train])
+    samples = torchvision.datasets.EuroSAT(root, download=download).samples
+    tests = [int(Path(file).stem.rpartition("_")[2]) % 5 == 0 for file, _ in samples]
+    return ImageFiles([sample for sample, test in zip(samples, tests, strict=True) if test != train], transform)
 
 
 def _folder(root, train, transform, download):
-    return torchvision.datasets.ImageFolder(root, transform)
+    folder = torchvision.datasets.ImageFolder(root)
+    return ImageFiles(folder.samples, transform, folder.classes)
 
 
 FOLDERS = "train/CLASS/IMAGE and val/CLASS/IMAGE"
@@ -112,13 +160,13 @@ SOURCES = {
     "CIFAR10": Source(_cifar(torchvision.datasets.CIFAR10), "cifar-10-batches-py/", 10, (50_000, 10_000)),
     "CIFAR100": Source(_cifar(torchvision.datasets.CIFAR100), "cifar-100-python/", 100, (50_000, 10_000)),
     "pets": Source(
-        _splits(torchvision.datasets.OxfordIIITPet, "trainval", files="_images"),
+        _listed(torchvision.datasets.OxfordIIITPet, "_images", "trainval"),
         "oxford-iiit-pet/ with images/ and annotations/",
         37,
         (3_680, 3_669),
     ),
     "flowers": Source(
-        _splits(torchvision.datasets.Flowers102, "train", "val", files="_image_files"),
+        _listed(torchvision.datasets.Flowers102, "_image_files", "train", "val"),
         "flowers-102/ with jpg/, imagelabels.mat and setid.mat",
         102,
         (2_040, 6_149),
@@ -130,13 +178,13 @@ SOURCES = {
         (5_000, 8_000),
     ),
     "food101": Source(
-        _splits(torchvision.datasets.Food101, "train", files="_image_files"),
+        _listed(torchvision.datasets.Food101, "_image_files", "train"),
         "food-101/ with images/ and meta/",
         101,
         (75_750, 25_250),
     ),
     "dtd": Source(  # torchvision's default: the first of ten partitions
-        _splits(torchvision.datasets.DTD, "train", "val", files="_image_files"),
+        _listed(torchvision.datasets.DTD, "_image_files", "train", "val"),
         "dtd/dtd/ with images/ and labels/",
         47,
         (3_760, 1_880),
@@ -295,19 +343,95 @@ def _posterize(image, bits, **_):
 
 
 class Augmented(Dataset):
-    """A data set whose item (index, epoch) is augmented with randomness from (seed, epoch, index) alone."""
+    """A data set whose item (index, epoch) is augmented with randomness from (seed, epoch, index) alone.
 
-    def __init__(self, dataset, seed):
-        self.dataset, self.seed = dataset, seed
+    An image that cannot be read is replaced by the next one that can.
+
+    Args:
+        dataset: gives (image, label).
+        seed: of the run.
+        skip: images that may be replaced in all. After more in a row the run ends anyway: then it is a black one.
+
+    Returns:
+        (image, label, what is wrong with the images that could not be read).
+    """
+
+    def __init__(self, dataset, seed, skip):
+        self.dataset, self.seed, self.skip = dataset, seed, skip
 
     def __getitem__(self, item):
         index, epoch = item
         seed_everything(self.seed, epoch, index)
-        return self.dataset[index]
+        return _readable(self.dataset, [(index + ahead) % len(self.dataset) for ahead in range(self.skip + 1)])
+
+
+class Plain(Dataset):
+    """A data set whose item is (image, label, what is wrong with the image, which then is a black one)."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index):
+        return _readable(self.dataset, [index])
+
+    def __len__(self):
+        return len(self.dataset)
+
+
+def _readable(dataset, indices):
+    problems = []
+    for index in indices:
+        try:
+            return *dataset[index], problems
+        except BadImage as error:
+            problems.append(str(error))
+    return dataset.transform(Image.new("RGB", (32, 32))), 0, problems
+
+
+def _collate(samples):
+    *images_and_labels, problems = zip(*samples, strict=True)
+    images, labels = default_collate(list(zip(*images_and_labels, strict=True)))
+    return images, labels, [problem for one in problems for problem in one]
+
+
+class BadImages:
+    """The training images that could not be read, in all processes; too many end the run.
+
+    Args:
+        limit: how many there may be.
+        consensus: of the processes.
+        known: those of a run that goes on.
+    """
+
+    def __init__(self, limit: int, consensus: Consensus, known=()):
+        self.limit, self.consensus, self.known, self.found = limit, consensus, set(known), set()
+
+    def add(self, problems: list) -> None:
+        """Take those of a batch."""
+        self.found.update(problems)
+        self._check(self.known | self.found)
+
+    def share(self) -> None:
+        """Tell those found here to all processes. All must call it after the same step."""
+        if self.limit == 0:
+            return
+        found = set().union(*self.consensus.gather_objects(sorted(self.found - self.known)))
+        for problem in sorted(found):
+            say(f"warning: {problem}; replaced by another")
+        self.known |= found
+        self.found.clear()
+        self._check(self.known)
+
+    def _check(self, problems):
+        if len(problems) > self.limit:
+            more = f" ({len(problems)} of them)" if self.limit else ""
+            self.consensus.fail(
+                f"training image {min(problems)}{more}; repair it, or let up to N be replaced with --skip_bad_images N"
+            )
 
 
 class TrainBatches(Sampler):
-    """One process's micro-batches of an epoch, as lists of (index, epoch).
+    """One process's micro-batches of an epoch, or of the rest of it, as lists of (index, epoch).
 
     An epoch is one permutation of the images, cut into micro-batches numbered 0, 1, ...; process r takes r, r + world
     size, ... So a step of the optimiser sees the same micro-batches on any number of processes; images that do not
@@ -324,41 +448,72 @@ class TrainBatches(Sampler):
 
     def __init__(self, images, batch_size, steps, update_freq, rank, world_size, seed):
         self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.numbers = range(rank, steps * update_freq * world_size, world_size)
-        self.epoch = 0
+        self.numbers, self.update_freq = range(rank, steps * update_freq * world_size, world_size), update_freq
+        self.epoch = self.first = 0
 
-    def set_epoch(self, epoch):
-        """Choose the epoch the next iteration goes through."""
-        self.epoch = epoch
+    def set_position(self, epoch, step):
+        """Choose the epoch the next iteration goes through, and from which of its steps on."""
+        self.epoch, self.first = epoch, step * self.update_freq
 
     def __len__(self):
-        return len(self.numbers)
+        return len(self.numbers) - self.first
 
     def __iter__(self):
         order = np.random.RandomState(np.random.SeedSequence((self.seed, self.epoch)).generate_state(4))
         order = order.permutation(self.images).tolist()
-        for number in self.numbers:
+        for number in self.numbers[self.first :]:
             yield [(i, self.epoch) for i in order[number * self.batch_size : (number + 1) * self.batch_size]]
 
 
+class Share(Sampler):
+    """Every ``world_size``-th of ``images`` indices from ``rank`` on: together the processes see each image once."""
+
+    def __init__(self, images, rank, world_size):
+        self.indices, self.most = range(rank, images, world_size), -(-images // world_size)
+
+    def __iter__(self):
+        return iter(self.indices)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def batches(self, batch_size):
+        """How many batches the process with the most of them gets."""
+        return -(-self.most // batch_size)
+
+
+def _leave_signals_to_the_parent(worker):
+    """A launcher, a scheduler or Ctrl-C sends them to every process; the parent still needs batches until it stops."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _loader_options(args):
+    return {
+        "num_workers": args.num_workers,
+        "pin_memory": args.pin_mem and args.device == "cuda",
+        "collate_fn": _collate,
+        "worker_init_fn": _leave_signals_to_the_parent,
+        "timeout": args.timeout if args.num_workers > 0 else 0,
+    }
+
+
 def train_loader(dataset, batches: TrainBatches, args) -> DataLoader:
-    """Loader of (images, labels) micro-batches."""
+    """Loader of micro-batches: images, labels, and what is wrong with those that could not be read."""
     return DataLoader(
-        Augmented(dataset, args.seed),
+        Augmented(dataset, args.seed, args.skip_bad_images),
         batch_sampler=batches,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and args.device == "cuda",
         persistent_workers=args.num_workers > 0,
+        **_loader_options(args),
     )
 
 
 def eval_loader(dataset, args, rank: int, world_size: int) -> DataLoader:
-    """Loader of every ``world_size``-th test image from ``rank`` on: together the processes see each image once."""
+    """Loader of a process's share of the test images: images, labels, and what is wrong with those it cannot read."""
     return DataLoader(
-        dataset,
-        sampler=range(rank, len(dataset), world_size),
+        Plain(dataset),
+        sampler=Share(len(dataset), rank, world_size),
         batch_size=int(1.5 * args.batch_size),
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and args.device == "cuda",
         generator=torch.Generator(),  # the default one is the training's
+        **_loader_options(args),
     )

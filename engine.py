@@ -12,10 +12,13 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+from consensus import Consensus
+from datasets import BadImages
 from distillation import Loss
-from utils import Progress, RunError, all_reduce_sum, seed_everything
+from utils import LocalError, Progress, RunError, Stopped, all_reduce_sum, seed_everything
 
-CHECK_INTERVAL = 50  # steps from one look at whether the loss is finite to the next: each look waits for the device
+READ_INTERVAL = 50  # steps from one look at the figures of training to the next: each look waits for the device
+MIN_LOSS_SCALE = 1.0  # below it, float16 overflows on gradients as they are, not on scaled ones
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Trainer:
         scaler: loss scaler; disabled unless training in float16.
         ema: timm's ``ModelEmaV3`` of the model, or None.
         lr, weight_decay: value of every step of the run.
+        steps: of an epoch.
         update_freq: micro-batches whose gradients make a step.
         mixup: timm's ``Mixup``, or None.
         criterion: ``distillation.Loss``, of (images, what ``forward`` gives for them, targets).
@@ -39,6 +43,7 @@ class Trainer:
         device: where to compute.
         seed: of the run.
         rank, world_size: this process among all.
+        consensus: of all processes.
     """
 
     model: nn.Module
@@ -49,6 +54,7 @@ class Trainer:
     ema: nn.Module | None
     lr: np.ndarray
     weight_decay: np.ndarray
+    steps: int
     update_freq: int
     mixup: Callable | None
     criterion: Loss
@@ -58,6 +64,7 @@ class Trainer:
     seed: int
     rank: int
     world_size: int
+    consensus: Consensus
 
     def set_schedule(self, step: int) -> None:
         """Give every parameter group its learning rate and weight decay of a step."""
@@ -82,6 +89,22 @@ class Trainer:
             self.scaler.scale(loss / self.update_freq).backward()
         return torch.stack([loss.detach(), distance.detach()])
 
+    def rehearse(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+        """Compute a gradient and forget it, so that DDP sums as in all later steps in the first of a resumed run too.
+
+        DDP arranges gradients for the exchange by the order in which those of its first step came, and with more than
+        two processes the arrangement decides in which order floats are added up.
+        """
+        if not isinstance(self.forward, DistributedDataParallel):
+            return
+        before = [buffer.clone() for buffer in self.forward.buffers()]
+        self.forward.train()
+        self.backward(images, targets, last=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in zip(self.forward.buffers(), before, strict=True):
+                buffer.copy_(value)
+
     def update(self) -> torch.Tensor:
         """Take a step; returns the norm of the gradient before clipping, on the device."""
         self.scaler.unscale_(self.optimizer)
@@ -100,91 +123,190 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def train_one_epoch(trainer: Trainer, loader, epoch: int) -> dict:
-    """Train for one epoch.
+class Figures:
+    """Figures of an epoch in training, up to the last step that was read.
+
+    Steps leave theirs on the device. ``read`` adds them up on the host, one by one in the order of steps and processes,
+    so that the sums are the same wherever a run was interrupted, and the same in all processes.
 
     Args:
         trainer: the run.
-        loader: this process's micro-batches, ``update_freq`` to a step.
         epoch: counted from 0.
+        bad: takes the images that cannot be read.
+        sums: of an epoch that was interrupted, as ``sums`` had them.
+    """
 
-    Returns:
-        loss (mean over the epoch and all processes), distance (the distillation's in it, likewise), lr and
-        weight_decay (of the last step), grad_norm (mean), images_per_second (all processes).
+    def __init__(self, trainer: Trainer, epoch: int, bad: BadImages, sums: dict | None = None):
+        self.trainer, self.epoch, self.bad = trainer, epoch, bad
+        self.sums = dict(sums or {"step": 0, "loss": 0.0, "distance": 0.0, "grad_norm": 0.0, "skipped": 0})
+        self.pending = []
+
+    @property
+    def step(self) -> int:
+        """Steps of the epoch that are done."""
+        return self.sums["step"] + len(self.pending)
+
+    def add(self, losses: torch.Tensor, norm: torch.Tensor) -> None:
+        """Take a step's mean loss and distance in this process, and its norm; nothing waits."""
+        self.pending.append(torch.cat([losses, norm[None]]))
+
+    def learning_rate(self, step: int) -> float:
+        """Of a step of this epoch, counted from 1."""
+        return float(self.trainer.lr[self.epoch * self.trainer.steps + step - 1])
+
+    def running_loss(self) -> float:
+        """Mean over the epoch so far; of what has not been read, in this process only."""
+        pending = sum(torch.stack(self.pending)[:, 0].tolist()) if self.pending else 0.0
+        return (self.sums["loss"] + pending) / self.step
+
+    def read(self) -> None:
+        """Add up what is on the device. All processes must call it after the same step.
+
+        Raises:
+            RunError: the loss is not finite, or the gradient; or the loss scaler finds no scale; or another process
+                says that the run cannot go on.
+        """
+        self.bad.share()
+        self.trainer.consensus.settle()
+        if not self.pending:
+            return
+        rows = torch.stack(self.pending).double().cpu()
+        self.pending = []
+        shares = self.trainer.consensus.gather(rows[:, :2].contiguous())
+        for (loss, distance), norm in zip((sum(shares) / len(shares)).tolist(), rows[:, 2].tolist(), strict=True):
+            self.sums["step"] += 1
+            skipped = self.trainer.scaler.is_enabled() and not math.isfinite(norm)
+            if not math.isfinite(loss) or not (skipped or math.isfinite(norm)):
+                raise RunError(
+                    f"loss is {loss} and the gradient's norm {norm} at step {self.sums['step']} of epoch {self.epoch}, "
+                    f"at lr {self.learning_rate(self.sums['step']):.2e}; checkpoints are of before it; lower --lr, set "
+                    "--clip_grad or drop --use_amp in another --output_dir, from --resume if you like"
+                )
+            self.sums["loss"] += loss
+            self.sums["distance"] += distance
+            self.sums["grad_norm"] += 0.0 if skipped else norm
+            self.sums["skipped"] += skipped
+        if skipped and self.trainer.scaler.get_scale() < MIN_LOSS_SCALE:
+            raise RunError(
+                f"loss scale is {self.trainer.scaler.get_scale():.3g} by step {self.step} of epoch {self.epoch}, and "
+                "gradients still overflow float16; lower --lr, or use --amp_dtype bfloat16"
+            )
+
+    def means(self) -> dict:
+        """loss, distance (of a distillation), lr and weight_decay (of the last step), grad_norm (of the steps that were
+        taken), and in float16 skipped_steps and loss_scale."""
+        step, trainer = self.sums["step"], self.trainer
+        row = {"loss": self.sums["loss"] / step}
+        if trainer.criterion.teacher is not None:
+            row["distance"] = self.sums["distance"] / step
+        row["lr"] = self.learning_rate(step)
+        row["weight_decay"] = float(trainer.weight_decay[self.epoch * trainer.steps + step - 1])
+        row["grad_norm"] = self.sums["grad_norm"] / max(1, step - self.sums["skipped"])
+        if trainer.scaler.is_enabled():
+            row |= {"skipped_steps": self.sums["skipped"], "loss_scale": trainer.scaler.get_scale()}
+        return row
+
+
+def fetch(loader):
+    """The batches of a loader, whose workers may die or hang.
 
     Raises:
-        RunError: the loss is not finite.
+        LocalError: they did.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:  # torch's only class for it
+            if "DataLoader" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise LocalError(f"--num_workers: {reason} (--timeout is how long one may take)") from error
+        yield batch
+
+
+def train_one_epoch(trainer: Trainer, loader, figures: Figures, after_step: Callable) -> None:
+    """Train through an epoch, or the rest of it.
+
+    Args:
+        trainer: the run.
+        loader: this process's micro-batches, ``update_freq`` to a step, from the step that ``figures`` has reached.
+        figures: of the epoch.
+        after_step: is called after every step, with no arguments.
+
+    Raises:
+        RunError, LocalError: the run cannot go on.
     """
     trainer.forward.train()
-    steps = len(loader) // trainer.update_freq
-    loss_sum = torch.zeros(2, device=trainer.device)
-    norm_sum = torch.zeros((), device=trainer.device)
-    start, images = time.monotonic(), 0
+    start, first, epoch = time.monotonic(), figures.step, figures.epoch
+    step_images = loader.batch_sampler.batch_size * trainer.update_freq * trainer.world_size
 
     def describe():
-        mean = loss_sum[0].item() / (done * trainer.update_freq)
-        speed = images * trainer.world_size / (time.monotonic() - start)
-        return f"loss {mean:.4f} lr {trainer.lr[epoch * steps + done - 1]:.2e} {speed:.0f} images/s"
+        speed = (figures.step - first) * step_images / (time.monotonic() - start)
+        lr = figures.learning_rate(figures.step)
+        return f"loss {figures.running_loss():.4f} lr {lr:.2e} {speed:.0f} images/s"
 
-    batches = iter(loader)
-    with Progress(f"epoch {epoch}", steps) as progress:
-        for done in range(1, steps + 1):
-            trainer.set_schedule(epoch * steps + done - 1)
+    batches = fetch(loader)
+    with Progress(f"epoch {epoch}", trainer.steps, done=first) as progress:
+        for step in range(first, trainer.steps):
+            trainer.set_schedule(epoch * trainer.steps + step)
+            losses = 0
             for part in range(trainer.update_freq):
-                batch = next(batches)
-                number = ((done - 1) * trainer.update_freq + part) * trainer.world_size + trainer.rank
+                images, targets, problems = next(batches)
+                figures.bad.add(problems)
+                number = (step * trainer.update_freq + part) * trainer.world_size + trainer.rank
                 seed_everything(trainer.seed, epoch, number, 1)  # the 1: not the numbers that image `number` gets
-                loss_sum += trainer.backward(*batch, last=part == trainer.update_freq - 1)
-                images += len(batch[0])
-            norm_sum += trainer.update().nan_to_num(0, 0, 0)  # not finite where the loss scaler skips a step
+                losses += trainer.backward(images, targets, last=part == trainer.update_freq - 1)
+            figures.add(losses / trainer.update_freq, trainer.update())
             progress.step(describe)
-            if done % CHECK_INTERVAL == 0 or done == steps:
-                summed = all_reduce_sum(loss_sum.clone()) / (done * trainer.update_freq * trainer.world_size)
-                loss, distance = summed.tolist()
-                if not math.isfinite(loss):
-                    lr = trainer.lr[epoch * steps + done - 1]
-                    raise RunError(
-                        f"loss is {loss} by step {done} of epoch {epoch}, at lr {lr:.2e}; lower --lr, or drop --use_amp"
-                    )
-    last = (epoch + 1) * steps - 1
-    return {
-        "loss": loss,
-        **({"distance": distance} if trainer.criterion.teacher is not None else {}),
-        "lr": float(trainer.lr[last]),
-        "weight_decay": float(trainer.weight_decay[last]),
-        "grad_norm": norm_sum.item() / steps,
-        "images_per_second": images * trainer.world_size / (time.monotonic() - start),
-    }
+            if (step + 1) % READ_INTERVAL == 0 or step + 1 == trainer.steps:
+                figures.read()
+            after_step()
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, device: torch.device, dtype: torch.dtype | None, shared: bool = True) -> dict:
+def evaluate(model: nn.Module, loader, trainer: Trainer, shared: bool = True) -> dict:
     """Cross-entropy and accuracy over a test set.
 
     Args:
-        model: gives logits, (images, classes).
-        loader: (images, labels) of this process's share of the test set.
-        device: where to compute.
-        dtype: of mixed precision, or None.
+        model: gives logits, (images, classes); on the trainer's device, or on the CPU and then in full precision.
+        loader: (images, labels, problems) of this process's share of the test set.
+        trainer: the run, which may be asked to stop.
         shared: sum over processes; False when every process sees the whole set.
 
     Returns:
         loss, acc1 and acc5 (percent; top 5 is all classes when there are fewer), images (how many were counted).
+
+    Raises:
+        Stopped: by a signal.
+        RunError: an image cannot be read.
     """
     model.eval()
+    device = next(model.parameters()).device
+    dtype = trainer.autocast if device == trainer.device else None
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    with Progress("test", len(loader), lines=0) as progress:
-        for images, targets in loader:
-            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            with autocast(device, dtype):
-                logits = model(images)
-            logits = logits.float()
-            hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-            loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-            totals += torch.stack(
-                [loss.double(), hits[:, 0].sum(), hits.sum(), torch.tensor(len(targets), device=device)]
-            )
+    batches, longest = fetch(loader), loader.sampler.batches(loader.batch_size)
+    with Progress("test", longest, lines=0) as progress:
+        for _ in range(longest):  # as often in every process, though the last batch may be missing in some
+            images, targets, problems = next(batches, (None, None, []))
+            if problems:
+                trainer.consensus.fail(f"test image {problems[0]}; repair it: accuracy is over all test images")
+            if images is not None:
+                images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                with autocast(device, dtype):
+                    logits = model(images)
+                logits = logits.float()
+                hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+                loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+                totals += torch.stack(
+                    [loss.double(), hits[:, 0].sum(), hits.sum(), torch.tensor(len(targets), device=device)]
+                )
             progress.step(str)
+            if number := trainer.consensus.poll():
+                raise Stopped(number)
+    trainer.consensus.settle()
     if shared:
         all_reduce_sum(totals)
     loss, top1, top5, count = totals.tolist()

@@ -5,6 +5,7 @@ python main.py --model vit_tiny --data_set CIFAR100 --data_path data/ --initiali
 torchrun --nproc_per_node=8 main.py ...
 """
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -18,9 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import utils
-from datasets import TrainBatches, build_dataset, eval_loader, train_loader
+from board import Board
+from consensus import Consensus
+from datasets import BadImages, TrainBatches, build_dataset, eval_loader, train_loader
 from distillation import Loss, WithProjector, build_teacher
-from engine import Trainer, evaluate, train_one_epoch
+from engine import Figures, Trainer, evaluate, train_one_epoch
 from models import check_input_size, create_model
 from models.families import CONVNEXT
 from models.initialization import initialize
@@ -28,7 +31,7 @@ from models.probe import make_linear_probe
 from models.weights import find_weights, load_finetune, load_initial
 from optim_factory import cosine_schedule, create_optimizer
 from options import get_args_parser, mixes, parse_args, share_batch
-from utils import InputError, say
+from utils import InputError, RunError, Stopped, say
 
 
 def check_hardware(args, local_rank: int) -> tuple:
@@ -37,6 +40,8 @@ def check_hardware(args, local_rank: int) -> tuple:
     Raises:
         InputError: there is no such device, or it has no such arithmetic.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first call
+    torch.use_deterministic_algorithms(args.deterministic)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.num_workers is None:
         args.num_workers = max(1, min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -89,7 +94,7 @@ def build_model(args, classes: int) -> nn.Module:
     return model
 
 
-def build_trainer(args, model, device, dtype, launch, steps_per_epoch, classes, teacher=None) -> Trainer:
+def build_trainer(args, model, device, dtype, launch, consensus, steps_per_epoch, classes, teacher=None) -> Trainer:
     """Optimiser, schedules, loss and everything else a step needs, around a model and a teacher to distill, or None."""
     model.to(device)
     ema = None
@@ -128,6 +133,7 @@ def build_trainer(args, model, device, dtype, launch, steps_per_epoch, classes, 
         ema=ema,
         lr=cosine_schedule(args.lr, args.min_lr, steps, warmup),
         weight_decay=cosine_schedule(args.weight_decay, end, steps),
+        steps=steps_per_epoch,
         update_freq=args.update_freq,
         mixup=mixup,
         criterion=Loss(labels, teacher, args.distillation_alpha),
@@ -137,6 +143,7 @@ def build_trainer(args, model, device, dtype, launch, steps_per_epoch, classes, 
         seed=args.seed,
         rank=launch.rank,
         world_size=launch.world_size,
+        consensus=consensus,
     )
 
 
@@ -147,39 +154,81 @@ def count_parameters(model: nn.Module) -> int:
 
 def test(args, trainer: Trainer, loader) -> dict:
     """Evaluate the model, and its moving average when asked for, whose figures end in ``_ema``."""
-    stats = evaluate(trainer.model, loader, trainer.device, trainer.autocast, args.dist_eval)
+    stats = evaluate(trainer.model, loader, trainer, args.dist_eval)
     if args.model_ema_eval and trainer.ema is not None:
-        device = next(trainer.ema.module.parameters()).device
-        dtype = trainer.autocast if device == trainer.device else None
-        average = evaluate(trainer.ema.module, loader, device, dtype, args.dist_eval)
+        average = evaluate(trainer.ema.module, loader, trainer, args.dist_eval)
         stats.update({f"{key}_ema": value for key, value in average.items() if key != "images"})
     return stats
 
 
-def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: utils.Board) -> None:
-    """Train from where ``progress`` stands to the last epoch; keep log and checkpoints, and ``progress`` up to date."""
+def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: Board) -> None:
+    """Train from where ``progress`` stands to the last epoch; keep log and checkpoints, and ``progress`` up to date.
+
+    Raises:
+        Stopped: by a signal; the state is saved.
+        RunError: see ``engine``.
+    """
     training, testing = loaders
     first, before, start = progress["epoch"] + 1, progress["seconds"], time.monotonic()
+    bad = BadImages(args.skip_bad_images, trainer.consensus, progress.get("bad_images", ()))
+    keeps = args.output_dir and args.save_ckpt
+
+    def save(name=None):
+        progress["seconds"] = before + time.monotonic() - start
+        return checkpoint.save(args, trainer, progress, name)
+
+    def save_within(figures):
+        progress["partial"], progress["bad_images"] = figures.sums, sorted(bad.known)
+        path = save()
+        utils.main_only(lambda: checkpoint.prune(args.output_dir, args.save_ckpt_num))
+        return path
+
+    def after_step():
+        number = trainer.consensus.poll()
+        due = args.save_ckpt_steps and figures.step % args.save_ckpt_steps == 0
+        if figures.step < trainer.steps:  # after its last step, an epoch is evaluated first
+            saved = None
+            if keeps and (number or due):
+                figures.read()
+                saved = save_within(figures)
+            if number:
+                raise Stopped(number, saved)
+
+    if first < args.epochs:
+        pixels = torch.zeros(args.batch_size, 3, args.input_size, args.input_size)
+        trainer.rehearse(pixels, torch.zeros(args.batch_size, dtype=torch.long))
     for epoch in range(first, args.epochs):
-        training.batch_sampler.set_epoch(epoch)
-        row = {f"train_{key}": value for key, value in train_one_epoch(trainer, training, epoch).items()}
-        average_batch_statistics(trainer)
+        figures = Figures(trainer, epoch, bad, progress.get("partial"))
+        done, begun = figures.step, time.monotonic()
+        if done < trainer.steps:
+            training.batch_sampler.set_position(epoch, done)
+            train_one_epoch(trainer, training, figures, after_step)
+            average_batch_statistics(trainer)
+        speed = (trainer.steps - done) * args.total_batch_size / (time.monotonic() - begun)
+        row = {f"train_{key}": value for key, value in figures.means().items()}
         last = epoch == args.epochs - 1
         better = []
         if last or (not args.disable_eval and (epoch + 1) % args.eval_interval == 0):
-            stats = test(args, trainer, testing)
+            try:
+                stats = test(args, trainer, testing)
+            except (Stopped, RunError) as stop:
+                saved = save_within(figures) if keeps else None
+                if isinstance(stop, Stopped):
+                    stop.saved = saved
+                raise
             row |= {f"test_{key}": value for key, value in stats.items() if key != "images"}
             better = note_accuracy(progress, stats, epoch)
-        progress["epoch"], progress["seconds"] = epoch, before + time.monotonic() - start
-        board.add(row | {"epoch": epoch, "n_parameters": count_parameters(trainer.model)})
-        if args.output_dir and args.save_ckpt:
+        progress |= {"epoch": epoch, "partial": None, "bad_images": sorted(bad.known)}
+        row |= {"epoch": epoch, "n_parameters": count_parameters(trainer.model)}
+        utils.main_only(lambda row=row, speed=speed: board.add(row, {"train_images_per_second": speed}))
+        if keeps:
             for name in better:  # before the numbered one: a run killed in between does this epoch again, this too
-                checkpoint.save(args, trainer, name, progress)
+                save(name)
             if last or (epoch + 1) % args.save_ckpt_freq == 0:
-                checkpoint.save(args, trainer, epoch, progress)
-                utils.prune_checkpoints(args.output_dir, args.save_ckpt_num)
+                board.checkpoint = save()
+                utils.main_only(lambda: checkpoint.prune(args.output_dir, args.save_ckpt_num))
         left = (time.monotonic() - start) / (epoch + 1 - first) * (args.epochs - 1 - epoch)
-        say(f"epoch {epoch}: {utils.describe(row)}, {utils.duration(left)} left")
+        say(f"epoch {epoch}: {utils.describe(row)}, {speed:.0f} images/s, {utils.duration(left)} left")
 
 
 def average_batch_statistics(trainer: Trainer) -> None:
@@ -209,6 +258,7 @@ def results(args, progress: dict, facts: dict) -> dict:
     figures = {key.replace("-", "_"): progress[key] for key in progress if key.startswith(("best", "last"))}
     return {
         **figures,
+        **({"bad_images": progress["bad_images"]} if progress.get("bad_images") else {}),
         "epochs": args.epochs,
         "seed": args.seed,
         "model": args.model,
@@ -232,8 +282,13 @@ def main(argv=None) -> None:
     device, dtype = check_hardware(args, launch.local_rank)
     set_fused_attn(device.type == "cuda")  # on a CPU the fused kernel is no faster, and slower in bfloat16
     share_batch(args, launch.world_size)
-    utils.init_distributed(launch, device, args.dist_url)
+    utils.init_distributed(launch, device, args.dist_url, args.timeout)
+    with Consensus(args.timeout) as consensus:
+        run(args, launch, device, dtype, consensus)
 
+
+def run(args, launch, device, dtype, consensus: Consensus) -> None:
+    """Train or evaluate, in one of the processes."""
     train_set = None if args.eval else build_dataset(args, train=True)[0]
     test_set, classes = build_dataset(args, train=False)
     if args.nb_classes not in (None, classes):
@@ -248,33 +303,36 @@ def main(argv=None) -> None:
         utils.check_writable(args.log_dir, "--log_dir")
     model = build_model(args, classes)
     teacher = None if args.eval or args.distillation == "none" else build_teacher(args, classes)
-    found = None if args.eval else checkpoint.open_output(args)
-    trainer = build_trainer(args, model, device, dtype, launch, steps, classes, teacher)
-    progress = {"epoch": args.start_epoch - 1, "seconds": 0.0}
-    if found or args.resume:
-        progress = checkpoint.resume(args, trainer, found or Path(args.resume))
-
     testing = eval_loader(test_set, args, *((launch.rank, launch.world_size) if args.dist_eval else (0, 1)))
-    if args.eval:
-        say(f"{args.model}: {utils.describe(test(args, trainer, testing))}")
-        return
-    batches = TrainBatches(
-        len(train_set), args.batch_size, steps, args.update_freq, launch.rank, launch.world_size, args.seed
-    )
-    facts = {
-        "train_images": len(train_set),
-        "test_images": len(test_set),
-        "n_parameters": count_parameters(model),
-        "total_batch_size": args.total_batch_size,
-        "processes": launch.world_size,
-    }
-    say(f"{args.model}: " + utils.describe(facts))
-    if progress["epoch"] == args.epochs - 1:
-        say("all epochs are done; nothing left to train")
-    with utils.Board(args, progress["epoch"] + 1, checkpoint.plain(args)) as board:
-        train(args, trainer, (train_loader(train_set, batches, args), testing), progress, board)
-    if args.output_dir and utils.is_main():
-        utils.write_json(Path(args.output_dir) / "results.json", results(args, progress, facts))
+    # Until here nothing has been written: what is refused leaves no run behind.
+    with contextlib.nullcontext() if args.eval else checkpoint.open_output(args) as found:
+        trainer = build_trainer(args, model, device, dtype, launch, consensus, steps, classes, teacher)
+        images = None if args.eval else len(train_set)
+        progress = {"epoch": args.start_epoch - 1, "seconds": 0.0, "train_images": images}
+        if found or args.resume:
+            progress = checkpoint.resume(args, trainer, found or Path(args.resume), images)
+        consensus.patient = True
+        if args.eval:
+            say(f"{args.model}: {utils.describe(test(args, trainer, testing))}")
+            return
+        facts = {
+            "train_images": images,
+            "test_images": len(test_set),
+            "n_parameters": count_parameters(model),
+            "total_batch_size": args.total_batch_size,
+            "processes": launch.world_size,
+        }
+        say(f"{args.model}: " + utils.describe(facts))
+        if progress["epoch"] == args.epochs - 1:
+            say("all epochs are done; nothing left to train")
+        batches = TrainBatches(
+            images, args.batch_size, steps, args.update_freq, launch.rank, launch.world_size, args.seed
+        )
+        with Board(args, progress["epoch"] + 1, checkpoint.plain(args)) as board:
+            train(args, trainer, (train_loader(train_set, batches, args), testing), progress, board)
+        if args.output_dir:
+            record = results(args, progress, facts)
+            utils.main_only(lambda: utils.write_json(Path(args.output_dir) / "results.json", record))
     say("; ".join(f"{key} {utils.describe(progress[key])}" for key in progress if key.startswith(("best", "last"))))
 
 

@@ -9,6 +9,7 @@ import yaml
 from datasets import SOURCES
 from models import check_kwargs
 from models.initialization import SCHEMES
+from untrusted import Damaged, read_text
 from utils import InputError, Kwargs, Parser, boolean
 
 
@@ -94,12 +95,14 @@ def get_args_parser() -> Parser:
     group("--imagenet_default_mean_and_std", type=boolean, default=True, help="false: 0.5 and 0.5")
     group("--num_workers", type=int, help="loader processes (default: 10, or this process's share of the cores)")
     group("--pin_mem", type=boolean, default=True)
+    group("--skip_bad_images", type=int, default=0, metavar="N", help="replace up to N damaged training images")
 
     group = parser.add_argument_group("run").add_argument
     group("--output_dir", metavar="DIR", help="checkpoints, log.txt and results.json; nothing is written without it")
     group("--log_dir", metavar="DIR", help="TensorBoard")
     group("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     group("--seed", type=int, default=0)
+    group("--deterministic", type=boolean, default=False, help="only algorithms that give the same bits each time")
     group("--use_amp", type=boolean, default=False, help="mixed precision")
     group("--amp_dtype", choices=("float16", "bfloat16"), help="default: float16 on cuda, bfloat16 on cpu")
     group("--eval", type=boolean, default=False, help="only evaluate --resume, --initialize or --finetune")
@@ -111,7 +114,8 @@ def get_args_parser() -> Parser:
     group("--overwrite", type=boolean, default=False, help="delete the run that --output_dir holds, and start anew")
     group("--save_ckpt", type=boolean, default=True)
     group("--save_ckpt_freq", type=int, default=1, metavar="EPOCHS")
-    group("--save_ckpt_num", type=int, default=3, help="numbered checkpoints to keep")
+    group("--save_ckpt_steps", type=int, metavar="STEPS", help="checkpoints within an epoch too, every so many steps")
+    group("--save_ckpt_num", type=int, default=3, help="numbered checkpoints to keep, of each kind")
     group("--start_epoch", type=int, default=0, help="first epoch, counted from 0; a checkpoint sets its own")
     group("--enable_wandb", type=boolean, default=False, help="log to Weights & Biases")
     group("--project", default="weight-selection", help="its project")
@@ -122,6 +126,7 @@ def get_args_parser() -> Parser:
     group("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
     group("--dist_on_itp", type=boolean, default=False, help="started by Open MPI's mpirun")
     group("--dist_url", default="env://", help="where the processes meet")
+    group("--timeout", type=float, default=1800, metavar="SECONDS", help="longest wait for a process or loader worker")
     return parser
 
 
@@ -137,8 +142,11 @@ def read_config(path: str, parser: Parser) -> list:
         if key not in known:
             raise InputError(f"--config {path}: {key} is not an option of main.py")
         if isinstance(value, dict):
-            value = [f"{name}={item}" for name, item in value.items()]
-        words += [f"--{key}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+            value = [f"{name}={item}" if isinstance(item, str) else None for name, item in value.items()]
+        value = value if isinstance(value, list) else [value]
+        if not all(isinstance(word, str) for word in value):
+            raise InputError(f"--config {path}: {key} must be a word, a list of words, or NAME: WORD lines")
+        words += [f"--{key}", *value]
     return words
 
 
@@ -154,10 +162,10 @@ def read_yaml(path: Path, above: tuple) -> dict:
     """
     where = f"--config {path}" + (f", a base of {above[-1]}" if above else "")
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
+        content = yaml.load(read_text(path), yaml.BaseLoader)  # all values as the text they are on the command line
+    except Damaged as error:
         raise InputError(f"{where}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{where}: not YAML ({error})") from error
     if not isinstance(content, dict):
         raise InputError(f"{where}: must be NAME: VALUE lines")
@@ -166,7 +174,9 @@ def read_yaml(path: Path, above: tuple) -> dict:
     bases = content.pop("base", [])
     merged = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        merged |= read_yaml(path.parent / str(base), (*above, path))
+        if not isinstance(base, str):
+            raise InputError(f"{where}: base must be a file or a list of files")
+        merged |= read_yaml(path.parent / base, (*above, path))
     return merged | content
 
 
@@ -216,13 +226,14 @@ def check_options(args, given: set) -> None:
         "mixup",
         "cutmix",
         "distillation_alpha",
+        "skip_bad_images",
     ):
         if not getattr(args, name) >= 0:
             raise InputError(f"--{name} {getattr(args, name)}: give a number from 0 up")
     for name in ("drop_path", "smoothing", "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
         if not 0 <= getattr(args, name) <= 1:
             raise InputError(f"--{name} {getattr(args, name)}: give a number from 0 to 1")
-    for name in ("clip_grad", "crop_pct"):
+    for name in ("clip_grad", "crop_pct", "save_ckpt_steps", "timeout"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name} {getattr(args, name)}: give a number above 0, or leave it out")
     if args.crop_pct is not None and args.crop_pct > 1:
@@ -283,9 +294,13 @@ def check_options(args, given: set) -> None:
         (
             args.output_dir is None,
             "no --output_dir",
-            ("overwrite", "save_ckpt", "save_ckpt_freq", "save_ckpt_num", "wandb_ckpt"),
+            ("overwrite", "save_ckpt", "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num", "wandb_ckpt"),
         ),
-        (not args.save_ckpt, "--save_ckpt false", ("save_ckpt_freq", "save_ckpt_num", "wandb_ckpt")),
+        (
+            not args.save_ckpt,
+            "--save_ckpt false",
+            ("save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num", "wandb_ckpt"),
+        ),
         (not args.enable_wandb, "--enable_wandb false", ("project", "wandb_ckpt")),
     )
     for condition, why, names in without_effect:

@@ -6,12 +6,15 @@ import datetime
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +32,28 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that started well cannot go on. The message is one line."""
+    """A run that started well cannot go on, and all its processes know. The message is one line."""
+
+
+class LocalError(RuntimeError):
+    """This process cannot go on, and the others do not know why. The message is one line."""
+
+
+class Stopped(BaseException):
+    """A signal asked the run to stop. No handler of errors should take it for one.
+
+    Args:
+        number: of the signal.
+        saved: the checkpoint to go on from, if one was written.
+    """
+
+    def __init__(self, number, saved=None):
+        super().__init__(number, saved)
+        self.number, self.saved = number, saved
+
+    def __str__(self):
+        kept = f"the same command goes on from {self.saved}" if self.saved else "nothing was saved for it"
+        return f"stopped by {signal.Signals(self.number).name}; {kept}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,31 +90,66 @@ def boolean(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
 def run_program(name, main):
     """Run ``main()`` and exit with a status, and for an error one line on stderr instead of a traceback.
 
-    0: done. 1: ``RunError``. 2: ``InputError``. 130: Ctrl-C. 141: who read the output has gone.
+    0: done. 1: ``RunError`` or ``LocalError``. 2: ``InputError``. 75: stopped by a signal of a scheduler, to go on
+    later. 130: Ctrl-C. 141: who read the output has gone.
 
-    Of several processes only the first of each machine prints the line; all of them exit with the status.
+    Of what all processes know only the first of each machine prints the line; all of them exit with the status.
     """
-    prints = find_launch(os.environ).local_rank == 0
+    local_rank = find_launch(os.environ).local_rank
     try:
         main()
-        status = 0
+        status, line = 0, None
     except (InputError, RunError) as error:
-        if prints:
-            print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2 if isinstance(error, InputError) else 1
+        status, line = 2 if isinstance(error, InputError) else 1, f"error: {error}"
+    except Stopped as stopped:
+        status, line = 130 if stopped.number == signal.SIGINT else REQUEUE, str(stopped)
     except KeyboardInterrupt:
-        if prints:
-            print(f"\n{name}: interrupted", file=sys.stderr)
-        status = 130
+        status, line = 130, "interrupted"
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes
-        status = 141
+        status, line = 141, None
+    except RuntimeError as error:
+        if not isinstance(error, LocalError) and not _is_of_other_process(error):
+            raise
+        status, line = 1, f"error: {error if isinstance(error, LocalError) else _lost(error)}"
+        name, local_rank = f"{name}, process {dist.get_rank() if dist.is_initialized() else 0}", 0
+    if line is not None and local_rank == 0:
+        echoed = "\n" if status == 130 else ""  # after the terminal's ^C
+        print(f"{echoed}{name}: {printable(line)}", file=sys.stderr)
+    for child in multiprocessing.active_children():  # loader workers: one that hangs would keep this process too
+        child.kill()
     if dist.is_initialized():
+        if status:  # the others may be gone, and closing would wait for them
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
         dist.destroy_process_group()
     sys.exit(status)
+
+
+def printable(text):
+    """A text in one line, without the control characters that a stranger's file may have put into it."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text).split()))
+
+
+def _is_of_other_process(error):
+    """Whether an error is torch.distributed's, whose gloo has no class of its own for them."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def _lost(error):
+    reason = str(error).strip().splitlines()[0]
+    what = "does not answer (--timeout)" if "timed out" in reason.lower() else "is gone"
+    return (
+        f"another process {what}: look for the one that says something else, or nothing; started again, the run goes "
+        f"on from its last checkpoint ({reason})"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -143,8 +202,15 @@ def slurm_master(environ):
     return nodes.replace(",", " ").split()[0], str(20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000)
 
 
-def init_distributed(launch, device, url="env://"):
-    """Join the process group (NCCL on GPUs, gloo on CPUs) when there is more than one process."""
+def init_distributed(launch, device, url="env://", timeout=1800):
+    """Join the process group (NCCL on GPUs, gloo on CPUs) when there is more than one process.
+
+    Args:
+        launch: this process's place.
+        device: where it computes.
+        url: where the processes meet.
+        timeout: seconds to wait for another process; NCCL, which then aborts without a word of ours, waits longer.
+    """
     if launch.world_size == 1:
         return
     if url == "env://" and "MASTER_ADDR" not in os.environ:
@@ -155,23 +221,47 @@ def init_distributed(launch, device, url="env://"):
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm_master(os.environ)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    patience = datetime.timedelta(seconds=timeout + (60 if device.type == "cuda" else 0))
+    store, *_ = next(dist.rendezvous(url, launch.rank, launch.world_size, timeout=patience))
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        store = store_of_attempt(store, launch, timeout)
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
-        init_method=url,
+        timeout=patience,
+        store=store,
         rank=launch.rank,
         world_size=launch.world_size,
     )
 
 
+def store_of_attempt(store, launch, timeout):
+    """The part of a store that only the processes of this attempt use.
+
+    torchrun keeps one store when it restarts processes. The addresses of those that it killed still stand there, and
+    who reads them waits for ever. So the first process names the attempt, the others answer with names of their own,
+    and an attempt is this one when the first has read this process's name in it.
+
+    Raises:
+        LocalError: the first process has not come in time.
+    """
+    name, end = uuid.uuid4().hex, time.monotonic() + timeout
+    if launch.rank == 0:
+        store.set("attempt", name)
+        others = [store.get(f"{name}/{rank}").decode() for rank in range(1, launch.world_size)]
+        store.set(f"{name}/all", " ".join(others))
+        return dist.PrefixStore(name, store)
+    while time.monotonic() < end:
+        attempt = store.get("attempt").decode()
+        store.set(f"{attempt}/{launch.rank}", name)
+        if store.check([f"{attempt}/all"]) and name in store.get(f"{attempt}/all").decode().split():
+            return dist.PrefixStore(attempt, store)
+        time.sleep(0.05)
+    raise LocalError(f"--timeout {timeout}: the first process has not come")
+
+
 def is_main():
     """True in the one process that prints and writes."""
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def barrier():
-    """Wait for all processes, if there are several."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def all_reduce_sum(values):
@@ -181,20 +271,27 @@ def all_reduce_sum(values):
     return values
 
 
-def main_first(action):
-    """Run ``action()`` in the main process and then in the others; an ``InputError`` of the first is raised in all."""
+def main_only(action):
+    """Run ``action()`` in the main process alone; what it returns, or its InputError or RunError, comes to all."""
     if not dist.is_initialized():
         return action()
-    outcome = [None]
+    outcome = [None, None]
     if is_main():
         try:
-            result = action()
-        except InputError as error:
-            outcome = [str(error)]
+            outcome[0] = action()
+        except (InputError, RunError) as error:
+            outcome[1] = error
     dist.broadcast_object_list(outcome)
-    if outcome[0] is not None:
-        raise InputError(outcome[0])
-    return result if is_main() else action()
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def main_first(action):
+    """Run ``action()`` in the main process and then in the others; an InputError of the first is raised in all."""
+    result = []
+    main_only(lambda: result.extend([action()]))
+    return result[0] if result else action()
 
 
 def seed_everything(*numbers):
@@ -228,9 +325,14 @@ def check_file(path, option):
         raise InputError(f"{option} {path}: no such file")
 
 
+PARTIAL = ".partial-"  # begins the name of a file that is being written
+
+
 @contextlib.contextmanager
 def new_file(path):
     """Give a temporary path beside ``path`` to write to; it takes the place of ``path`` only if the block succeeds.
+
+    At every moment, even when the power fails, ``path`` is the whole old file or the whole new one.
 
     Raises:
         InputError: the operating system refused (permissions, full disk, a directory of that name).
@@ -238,18 +340,28 @@ def new_file(path):
     path = Path(path)
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL, suffix=f"-{path.name}")
         os.close(handle)
         yield Path(temporary)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide results from the rest of a group
+        _to_disk(temporary)
         os.replace(temporary, path)
+        _to_disk(path.parent)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _to_disk(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path, value):
@@ -285,10 +397,6 @@ def versions():
     }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Checkpoints: plain types and tensors only, so that torch.load(weights_only=True) reads them
-
-
 def save_torch(value, path):
     """``torch.save``, with an OSError whatever the reason that the file cannot be written. Use within ``new_file``."""
     try:
@@ -296,46 +404,6 @@ def save_torch(value, path):
             torch.save(value, file)
     except RuntimeError as error:  # torch hides a full disk behind a message about its archive writer
         raise OSError(f"is the disk full? {str(error).splitlines()[0]}") from error
-
-
-def load_torch(path, option, also=()):
-    """``torch.load(weights_only=True)`` with one-line errors.
-
-    Args:
-        path: the file.
-        option: the command-line option that named it, for errors.
-        also: classes that may be in it, beside tensors and plain types.
-
-    Raises:
-        InputError: no such file, or not a file that holds only these.
-    """
-    check_file(path, option)
-    try:
-        with torch.serialization.safe_globals(list(also)):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # corrupt input makes torch raise nearly anything; nothing else runs in this block
-        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise InputError(
-            f"{option} {path}: not a readable PyTorch file of tensors and plain types (empty, truncated, or with "
-            f"code in it: {reason})"
-        ) from error
-
-
-def checkpoint_epochs(directory):
-    """Epochs of the ``checkpoint-EPOCH.pth`` files in a directory, ascending."""
-    names = (path.stem.removeprefix("checkpoint-") for path in Path(directory).glob("checkpoint-*.pth"))
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def checkpoint_path(directory, epoch):
-    """Path of the checkpoint written after epoch ``epoch`` (counted from 0), or of ``"best"``."""
-    return Path(directory) / f"checkpoint-{epoch}.pth"
-
-
-def prune_checkpoints(directory, keep):
-    """Delete all but the ``keep`` newest numbered checkpoints."""
-    for epoch in checkpoint_epochs(directory)[:-keep]:
-        checkpoint_path(directory, epoch).unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -355,15 +423,18 @@ def duration(seconds):
 
 
 class Progress:
-    """Progress through ``total`` steps: a bar with the time left on a terminal, else ``lines`` lines with it."""
+    """Progress through ``total`` steps: a bar with the time left on a terminal, else ``lines`` lines with it.
 
-    def __init__(self, header, total, lines=5):
+    ``done`` of them were done before.
+    """
+
+    def __init__(self, header, total, lines=5, done=0):
         self.header, self.total = header, total
         self.every = max(1, total // lines) if lines else math.inf
-        self.done, self.start = 0, time.monotonic()
+        self.first, self.done, self.start = done, done, time.monotonic()
         self.bar = None
         if is_main() and sys.stderr.isatty():
-            self.bar = tqdm(total=total, desc=header, leave=False, dynamic_ncols=True)
+            self.bar = tqdm(total=total, initial=done, desc=header, leave=False, dynamic_ncols=True)
 
     def step(self, describe):
         """Count one step. ``describe()`` gives the text; it is called only when something is shown."""
@@ -374,7 +445,7 @@ class Progress:
                 self.bar.set_postfix_str(describe(), refresh=False)
             self.bar.update()
         elif shown and is_main():
-            left = (time.monotonic() - self.start) / self.done * (self.total - self.done)
+            left = (time.monotonic() - self.start) / (self.done - self.first) * (self.total - self.done)
             say(f"{self.header} [{self.done:>{len(str(self.total))}}/{self.total}] {describe()} eta {duration(left)}")
 
     def __enter__(self):
@@ -391,50 +462,3 @@ def describe(figures):
         f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
     )
     return ", ".join(words)
-
-
-class Board:
-    """Where the figures of each epoch go: ``log.txt`` in the output directory, TensorBoard, Weights & Biases.
-
-    Args:
-        args: uses output_dir, log_dir, enable_wandb, project and wandb_ckpt.
-        first_epoch: rows of earlier epochs in an existing ``log.txt`` are kept, later ones are trained again.
-        options: plain dict of all options, for Weights & Biases.
-    """
-
-    def __init__(self, args, first_epoch, options):
-        self.path = Path(args.output_dir) / "log.txt" if args.output_dir and is_main() else None
-        rows = map(json.loads, self.path.read_text().splitlines()) if self.path and self.path.exists() else ()
-        self.rows = [row for row in rows if row["epoch"] < first_epoch]
-        self.board = self.wandb = None
-        if args.log_dir and is_main():
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(args.log_dir, purge_step=first_epoch)
-        if args.enable_wandb and is_main():
-            import wandb
-
-            self.wandb = wandb.init(project=args.project, config=options)
-        self.upload = args.wandb_ckpt
-
-    def add(self, row):
-        """Log one epoch's figures."""
-        self.rows.append(row)
-        if self.path:
-            with new_file(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        for name, value in row.items() if self.board else ():
-            self.board.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
-        if self.wandb:
-            self.wandb.log(row, step=row["epoch"])
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        if self.board:
-            self.board.close()
-        if self.wandb:
-            if self.upload and self.rows:
-                self.wandb.log_model(str(checkpoint_path(self.path.parent, self.rows[-1]["epoch"])))
-            self.wandb.finish(exit_code=int(exception[0] is not None))

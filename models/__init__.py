@@ -93,7 +93,8 @@ def check_kwargs(kwargs: dict, option: str, taken: dict) -> None:
     Raises:
         InputError: names the first.
     """
-    own = dict.fromkeys(("name", "option", "device", "input_size", "pretrained"), "it is not the model's")
+    own = ("name", "option", "device", "input_size", "pretrained", "checkpoint_path")
+    own = dict.fromkeys(own, "it is not the model's")
     for key, value in kwargs.items():
         if key in own | taken:
             raise InputError(f"{option} {key}={value}: leave it out; {(own | taken)[key]}")

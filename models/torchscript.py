@@ -11,6 +11,7 @@ from collections import OrderedDict
 
 import torch
 
+from untrusted import check_archive, is_archive
 from utils import InputError
 
 DTYPES = {
@@ -32,10 +33,13 @@ DTYPES = {
 
 def is_torchscript(path) -> bool:
     """Whether a file is a TorchScript archive: a zip file that holds a program's constants."""
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except Exception:  # a zip archive that is none makes zipfile raise nearly anything
+        return False
 
 
 def read_torchscript(path, option: str) -> dict:
@@ -52,6 +56,7 @@ def read_torchscript(path, option: str) -> dict:
         InputError: damaged, or more than modules, tensors and plain values in it.
     """
     try:
+        check_archive(path)
         with zipfile.ZipFile(path) as archive:
             return dict(_tensors(_Unpickler(archive).load()))
     except Exception as error:  # corrupt input makes pickle raise nearly anything; nothing else runs in this block

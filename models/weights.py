@@ -1,7 +1,6 @@
 """Weights on disk: reading files that may come from strangers, writing ours, and loading that asserts every key."""
 
 import argparse
-import json
 import re
 from pathlib import Path
 
@@ -9,14 +8,14 @@ import huggingface_hub
 import numpy as np
 import safetensors
 import safetensors.torch
-import torch
 import torch.nn as nn
 from timm.models import clean_state_dict
 
 from models import create_model
 from models.families import Family, classifier_pattern, family_by_class, family_of
 from models.torchscript import is_torchscript, read_torchscript
-from utils import InputError, check_file, load_torch, save_torch, sha256
+from untrusted import Damaged, check_archive, is_plain, load_torch, parse_json, read_text
+from utils import InputError, check_file, save_torch, sha256
 
 # Entries under which training scripts nest a state_dict, in the order in which timm's own loader looks for them; then
 # DINO's: of its two networks the teacher, the moving average of the other, is what its authors publish and evaluate.
@@ -74,7 +73,7 @@ def _read_safetensors(path, option):
 
 
 def _is_named_tensor(item):
-    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
+    return isinstance(item[0], str) and is_plain(item[1])
 
 
 def write_weights(state_dict: dict, path) -> None:
@@ -143,8 +142,7 @@ def _converted(state_dict, model, family, origin):
     extras = [key for key in state_dict if re.search(family.extras, key)]
     try:
         converted = family.filter_fn(dict(state_dict), model)
-    except (KeyError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        # timm's conversions assume one of the layouts they know, and fail in their own ways on any other
+    except Exception as error:  # they assume one of the layouts they know, and fail in their own ways on any other
         raise InputError(f"{origin}: timm cannot convert it for a {family.name} model ({error!r})") from error
     converted = {key: value for key, value in converted.items() if key not in extras}
     lost = len(state_dict) - len(extras) - len(converted)
@@ -172,6 +170,7 @@ def _read_npz(path, model, family, option):
             f"{option} {path}: timm reads no .npz for a {type(model).__name__}; convert it to .safetensors"
         )
     try:
+        check_archive(path)
         with np.load(path, allow_pickle=False) as arrays:
             names = arrays.files
             classes = arrays["head/bias"].shape[0] if "head/bias" in names else 0
@@ -287,9 +286,9 @@ def _left_out(path, option):
     if not record.is_file():
         return set()
     try:
-        content = json.loads(record.read_text())
+        content = parse_json(read_text(record))
         left_out, digest = set(content["left_out"]), content["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (Damaged, KeyError, TypeError) as error:
         raise InputError(
             f"{option} {path}: the {record.name} beside it is not weight_selection.py's; move it"
         ) from error

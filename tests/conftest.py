@@ -68,10 +68,10 @@ def interrupted(train, monkeypatch):
     def run(epoch, *options):
         train_one_epoch = main.train_one_epoch
 
-        def until(trainer, loader, number):
-            if number == epoch:
+        def until(trainer, loader, figures, after_step):
+            if figures.epoch == epoch:
                 raise Interrupted
-            return train_one_epoch(trainer, loader, number)
+            return train_one_epoch(trainer, loader, figures, after_step)
 
         with monkeypatch.context() as patch:
             patch.setattr(main, "train_one_epoch", until)

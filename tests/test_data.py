@@ -36,7 +36,7 @@ def epoch_of_steps(world_size, update_freq, epoch=0, seed=0):
     """For each step of an epoch of 50 images, the micro-batches of 4 that all processes see in it, in order."""
     processes = [TrainBatches(50, 4, 6, update_freq, rank, world_size, seed) for rank in range(world_size)]
     for batches in processes:
-        batches.set_epoch(epoch)
+        batches.set_position(epoch, 0)
         assert len(batches) == 6 * update_freq
     shares = [list(batches) for batches in processes]
     rounds = [list(micro_batches) for micro_batches in zip(*shares, strict=True)]
@@ -72,13 +72,13 @@ def test_augmentation_of_an_image_depends_on_no_worker(image_folder):
     def epoch_of_images(workers, epoch):
         args.num_workers = workers
         batches = TrainBatches(len(dataset), 6, 4, 1, rank=0, world_size=1, seed=5)
-        batches.set_epoch(epoch)
+        batches.set_position(epoch, 0)
         order = [index for batch in batches for index, _ in batch]
         torch.manual_seed(workers)
         loaded = list(train_loader(dataset, batches, args))
-        labels = torch.cat([labels for _, labels in loaded]).tolist()
-        assert labels == [dataset.targets[index] for index in order]
-        return dict(zip(order, torch.cat([images for images, _ in loaded]), strict=True))
+        labels = torch.cat([labels for _, labels, _ in loaded]).tolist()
+        assert labels == [dataset.samples[index][1] for index in order]
+        return dict(zip(order, torch.cat([images for images, _, _ in loaded]), strict=True))
 
     here, elsewhere, later = epoch_of_images(0, 0), epoch_of_images(2, 0), epoch_of_images(0, 1)
     assert here.keys() == elsewhere.keys()
@@ -92,7 +92,7 @@ def test_processes_share_test_images_out_without_duplicates(images, world_size):
     args = options("--data_set digits --num_workers 0 --batch_size 2")
     dataset = [(index, 0) for index in range(images)]
     shards = [eval_loader(dataset, args, rank, world_size) for rank in range(world_size)]
-    seen = [[index for indices, _ in shard for index in indices.tolist()] for shard in shards]
+    seen = [[index for indices, _, _ in shard for index in indices.tolist()] for shard in shards]
     assert sorted(sum(seen, [])) == list(range(images))
     assert max(map(len, seen)) - min(map(len, seen)) <= 1, "fair shares"
 
@@ -366,7 +366,9 @@ def build_both(*args):
 def test_class_folders_are_classes_in_alphabetical_order(folders):
     (train, classes), (test, test_classes) = build_both(folders)
     assert classes == test_classes == 3
-    assert train.class_to_idx == test.class_to_idx == {"blue": 0, "green": 1, "red": 2}
+    assert train.classes == test.classes == ["blue", "green", "red"]
+    for dataset in (train, test):
+        assert {Path(path).parent.name: label for path, label in dataset.samples} == {"blue": 0, "green": 1, "red": 2}
     assert (len(train), len(test)) == (48, 13)
 
 

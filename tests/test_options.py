@@ -421,12 +421,9 @@ def test_run_stopped_before_its_first_checkpoint_starts_anew(interrupted, train,
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("name", ["args.json", "checkpoint-1.pth"])
-def test_damaged_run_is_not_continued(refused, held, name):
-    (held / name).write_bytes((held / name).read_bytes()[:-100])
-    message = refused("--output_dir", held)
-    assert message.startswith("--output_dir ")
-    assert name in message
+def test_run_with_damaged_options_is_not_continued(refused, held):
+    (held / "args.json").write_bytes((held / "args.json").read_bytes()[:-100])
+    assert "args.json is damaged" in refused("--output_dir", held)
 
 
 @pytest.mark.parametrize("option", ["--output_dir", "--log_dir"])

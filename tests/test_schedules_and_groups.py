@@ -79,7 +79,7 @@ def small_trainer(family, options):
     """Trainer of a run of one epoch of ten steps, four of them warm-up."""
     args = parse_args(f"{SMALL_MODELS[family]} --device cpu --epochs 1 --warmup_steps 4 {options}".split())
     model = main.build_model(args, classes=3)
-    return main.build_trainer(args, model, torch.device("cpu"), None, Launch(), steps_per_epoch=10, classes=3)
+    return main.build_trainer(args, model, torch.device("cpu"), None, Launch(), None, steps_per_epoch=10, classes=3)
 
 
 VIT_LAYERS = ["cls_token pos_embed patch_embed.", "blocks.0.", "blocks.1.", "blocks.2.", "blocks.3. norm.", "head."]

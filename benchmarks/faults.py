@@ -1,0 +1,248 @@
+#!/usr/bin/env python3
+"""Kill training runs at random moments, let them go on, and compare them with one that was never interrupted.
+
+    python benchmarks/faults.py --kills 50
+
+Half of the kills are aimed: they hit while a checkpoint is being written. With several processes, about half of the
+kills take one of them only, and torchrun restarts the run; all others take every process, and the same command is given
+again. A run has all that could be lost: accumulation, mixed precision, a moving average, mixup, drop path, loader
+workers and checkpoints within an epoch. Compared are all that the last and the best checkpoint hold (weights, moving
+average, optimiser, accuracies), log.txt byte by byte, and results.json; not compared is what a clock says (seconds,
+wall_time). "while writing" counts the kills at which a checkpoint was half written. Exits with status 1 if anything
+differs.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+MAIN = Path(__file__).resolve().parent.parent / "main.py"
+EPOCHS = 4
+OPTIONS = (
+    "--data_set image_folder --data_path ../data --output_dir run --device cpu --num_workers 1 "
+    "--model vit_tiny --model_kwargs embed_dim=192 depth=4 num_heads=3 patch_size=4 --input_size 16 --drop_path 0.1 "
+    f"--epochs {EPOCHS} --warmup_epochs 1 --total_batch_size 48 --batch_size 8 --save_ckpt_steps 3 "
+    "--model_ema true --model_ema_decay 0.9 --model_ema_eval true"
+).split()
+CLOCK = {"seconds", "wall_time"}
+
+
+def make_images(root: Path) -> None:
+    """Class folders of noise around a colour: 384 images to train on, 48 to test on."""
+    rng = np.random.default_rng(0)
+    for part, images in (("train", 384), ("val", 48)):
+        for number in range(images):
+            folder = root / part / str(number % 4)
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.normal(40 + 50 * (number % 4), 40, (20, 20, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+class Launched:
+    """A run of main.py in one process or in several, and what it has printed."""
+
+    def __init__(self, directory: Path, processes: int, options: list):
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            launcher += ["--max_restarts=100", "--monitor_interval=0.1"]
+        self.processes = processes
+        self.output = open(directory / "output.txt", "a")
+        self.start = self.output.tell()
+        self.process = subprocess.Popen(
+            [*launcher, str(MAIN), *options],
+            cwd=directory,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+
+    def printed(self) -> str:
+        """Of this launch."""
+        with open(self.output.name) as file:
+            file.seek(self.start)
+            return file.read()
+
+    def starts(self) -> int:
+        """How often training has begun since."""
+        return self.printed().count("train_images ")
+
+    def ranks(self) -> list:
+        """Numbers of the processes that train."""
+        if self.processes == 1:
+            return [self.process.pid]
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(child) for child in children]
+
+    def kill(self, rank: int | None) -> None:
+        """Kill one of the processes that train, or all and the launcher."""
+        ranks = self.ranks()
+        if rank is not None and rank < len(ranks):
+            os.kill(ranks[rank], signal.SIGKILL)
+            return
+        for number in {self.process.pid, *ranks}:
+            os.kill(number, signal.SIGKILL)
+        self.process.wait()
+
+    def wait_for(self, condition, interval=0.0005, limit=300) -> bool:
+        """Wait until a condition holds (True) or the run has ended (False)."""
+        start = time.monotonic()
+        while not condition():
+            if self.process.poll() is not None:
+                return False
+            if time.monotonic() - start > limit:
+                raise TimeoutError(f"{self.process.args}: nothing in {limit} s:\n{self.printed()[-2000:]}")
+            time.sleep(interval)
+        return True
+
+
+@dataclass
+class Count:
+    """What happened to the runs of one number of processes."""
+
+    kills: int = 0
+    aimed: int = 0
+    hits: int = 0  # left a checkpoint behind that was being written
+    alone: int = 0  # one process of several
+    runs: int = 0
+    equal: int = 0
+    differences: list = field(default_factory=list)
+
+
+def partial_files(directory: Path) -> set:
+    """Checkpoints that are being written."""
+    return {path.name for path in (directory / "run").glob(".partial-*checkpoint*")}
+
+
+def strike(launched: Launched, directory: Path, aimed: bool, alone: bool, seconds: float, rng) -> bool | None:
+    """Kill a run that trains: at some moment, or while it writes a checkpoint.
+
+    Returns:
+        Whether it was writing one; None if it ended before it could be killed.
+    """
+    if aimed:
+        for _ in range(rng.randint(1, 3)):
+            seen = partial_files(directory)
+            if not launched.wait_for(lambda seen=seen: partial_files(directory) - seen):
+                return None
+        time.sleep(rng.random() * 0.01)
+    else:
+        moment = time.monotonic() + rng.random() * 0.6 * seconds
+        if not launched.wait_for(lambda: time.monotonic() > moment, 0.01):
+            return None
+    starts = launched.starts()
+    launched.kill(rng.randrange(launched.processes) if alone else None)
+    writing = bool(partial_files(directory))
+    if alone:  # wait until the launcher has started them again
+        launched.wait_for(lambda: launched.starts() > starts, 0.05)
+    return writing
+
+
+def survive(directory, reference, processes, kills, seconds, options, rng) -> Count:
+    """Kill runs until there were ``kills``, each time letting them go on, and compare each that ends."""
+    count = Count()
+    while count.kills < kills:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        launched = Launched(directory, processes, options)
+        while count.kills < kills:
+            launched.wait_for(lambda running=launched: running.starts() > 0, 0.05)
+            alone, aimed = processes > 1 and rng.random() < 0.5, count.aimed <= count.kills // 2
+            hit = strike(launched, directory, aimed, alone, seconds, rng)
+            if hit is None:
+                break
+            count.kills, count.aimed, count.alone = count.kills + 1, count.aimed + aimed, count.alone + alone
+            count.hits += hit
+            if not alone:
+                launched = Launched(directory, processes, options)
+        status = launched.process.wait()
+        count.runs += 1
+        found = [f"exit status {status}"] if status else differences(directory / "run", reference / "run")
+        count.equal += not found
+        count.differences += found
+        if found:
+            print(
+                f"processes {processes}, run {count.runs}: {', '.join(found[:3])}; {launched.printed()[-500:]}",
+                flush=True,
+            )
+    return count
+
+
+def differences(ours: Path, theirs: Path) -> list:
+    """What differs between two finished runs, in words."""
+    names = [{path.name for path in run.iterdir()} for run in (ours, theirs)]
+    found = [f"only one has {name}" for name in sorted(names[0] ^ names[1])]
+    for name in sorted(name for name in names[0] & names[1] if name.endswith(".pth")):
+        found += [f"{name}: {what}" for what in unequal(*(torch.load(run / name) for run in (ours, theirs)))]
+    results = [json.loads((run / "results.json").read_text()) for run in (ours, theirs)]
+    found += [f"results.json: {what}" for what in unequal(*results)]
+    if (ours / "log.txt").read_bytes() != (theirs / "log.txt").read_bytes():
+        found.append("log.txt")
+    return found
+
+
+def unequal(ours, theirs, where="") -> list:
+    """Paths to the values that differ in bits or kind, except those of the clock."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        if ours.keys() != theirs.keys():
+            return [f"{where}: {sorted(map(str, ours.keys() ^ theirs.keys()))}"]
+        return [what for key in ours if key not in CLOCK for what in unequal(ours[key], theirs[key], f"{where}.{key}")]
+    if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(ours) == len(theirs):
+        return [
+            what for i, pair in enumerate(zip(ours, theirs, strict=True)) for what in unequal(*pair, f"{where}.{i}")
+        ]
+    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        same = ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    else:
+        same = type(ours) is type(theirs) and ours == theirs
+    return [] if same else [where]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="in all")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes to train in")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    amp = ["--use_amp", "true"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+    failed = False
+    with tempfile.TemporaryDirectory() as root:
+        root = Path(root)
+        make_images(root / "data")
+        print("processes  kills  while writing  of one process  runs  bit-equal  values that differ", flush=True)
+        for number, processes in enumerate(args.processes):
+            share = args.kills * (number + 1) // len(args.processes) - args.kills * number // len(args.processes)
+            reference = root / f"whole-{processes}"
+            reference.mkdir()
+            launched = Launched(reference, processes, OPTIONS + amp)
+            launched.wait_for(lambda running=launched: running.starts() > 0, 0.05)
+            start = time.monotonic()
+            if launched.process.wait():
+                sys.exit(f"the uninterrupted run failed:\n{launched.printed()[-2000:]}")
+            seconds = time.monotonic() - start
+            count = survive(root / "killed", reference, processes, share, seconds, OPTIONS + amp, rng)
+            failed |= count.equal < count.runs
+            print(
+                f"{processes:9}  {count.kills:5}  {count.hits:13}  {count.alone:14}  {count.runs:4}  "
+                f"{count.equal:9}  {len(count.differences):18}",
+                flush=True,
+            )
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
