@@ -1,12 +1,15 @@
 """A run on disk: who may write there, may it go on, restoring it, saving it."""
 
 import contextlib
+import copy
 import fcntl
 import json
 import os
 import re
 import socket
 from pathlib import Path
+
+import torch
 
 import untrusted
 import utils
@@ -233,7 +236,8 @@ def resume(args, trainer: Trainer, path: Path, train_images: int | None) -> dict
     if trainer.projector is not None:
         _load(trainer.projector, content.get("projector"), f"{origin}: of another distillation: projector")
     if trainer.ema is not None:
-        _load(trainer.ema.module, content["model_ema"] or content["model"], f"{origin}: moving average")
+        average = content.get("model_ema")
+        _load(trainer.ema.module, content["model"] if average is None else average, f"{origin}: moving average")
     if not args.eval:
         _load_optimizer(trainer.optimizer, content["optimizer"], f"{origin}: of another optimiser")
         if trainer.scaler.is_enabled() and content["scaler"]:
@@ -267,7 +271,7 @@ PROGRESS = {
     "bad_images": [str],
     **dict.fromkeys(("best", "last", "best-ema", "last-ema"), FIGURES),
 }
-REQUIRED = {"model": dict, "optimizer": dict, "epoch": int, "scaler": dict, "args": dict, "model_ema": object}
+REQUIRED = {"model": dict, "optimizer": dict, "epoch": int, "scaler": dict, "args": dict}
 
 
 def _read(origin, path, args):
@@ -342,9 +346,24 @@ def _load_optimizer(optimizer, state_dict, origin):
             if not fits and not _alike(value, 0):
                 raise InputError(f"{origin}: its {key} does not fit the parameter")
     try:
+        optimizer.load_state_dict(copy.deepcopy(state_dict))
+        _rehearse(optimizer)
         optimizer.load_state_dict(state_dict)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{origin}: {error}") from error
+    except Exception as error:  # every optimiser has its own ways of failing on a state that is not its own
+        raise InputError(f"{origin}: its state does not fit: {error!r}") from error
+
+
+def _rehearse(optimizer):
+    """Take a step on no gradient and undo it; what it leaves in the optimiser's state is to be replaced."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    before = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
 
 
 def _alike(value, ours):

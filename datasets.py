@@ -1,6 +1,8 @@
 """Data sets, transforms and loaders. Every image a step sees depends on seed, epoch and total batch only."""
 
+import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -482,10 +484,20 @@ class Share(Sampler):
         return -(-self.most // batch_size)
 
 
-def _leave_signals_to_the_parent(worker):
-    """A launcher, a scheduler or Ctrl-C sends them to every process; the parent still needs batches until it stops."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def _obey_only_the_parent(worker):
+    """Let no signal end a loader worker but its parent's.
+
+    Launchers, schedulers and Ctrl-C send theirs to every process, and the parent needs batches until it has stopped.
+    """
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def wait():
+        while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _loader_options(args):
@@ -493,8 +505,9 @@ def _loader_options(args):
         "num_workers": args.num_workers,
         "pin_memory": args.pin_mem and args.device == "cuda",
         "collate_fn": _collate,
-        "worker_init_fn": _leave_signals_to_the_parent,
+        "worker_init_fn": _obey_only_the_parent,
         "timeout": args.timeout if args.num_workers > 0 else 0,
+        "multiprocessing_context": "fork" if args.num_workers > 0 else None,  # not Python 3.14's, which imports anew
     }
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from consensus import Consensus
 from datasets import BadImages
 from distillation import Loss
-from utils import LocalError, Progress, RunError, Stopped, all_reduce_sum, seed_everything
+from utils import Progress, RunError, Stopped, all_reduce_sum, seed_everything
 
 READ_INTERVAL = 50  # steps from one look at the figures of training to the next: each look waits for the device
 MIN_LOSS_SCALE = 1.0  # below it, float16 overflows on gradients as they are, not on scaled ones
@@ -207,26 +207,6 @@ class Figures:
         return row
 
 
-def fetch(loader):
-    """The batches of a loader, whose workers may die or hang.
-
-    Raises:
-        LocalError: they did.
-    """
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:  # torch's only class for it
-            if "DataLoader" not in str(error):
-                raise
-            reason = str(error).splitlines()[0]
-            raise LocalError(f"--num_workers: {reason} (--timeout is how long one may take)") from error
-        yield batch
-
-
 def train_one_epoch(trainer: Trainer, loader, figures: Figures, after_step: Callable) -> None:
     """Train through an epoch, or the rest of it.
 
@@ -237,7 +217,7 @@ def train_one_epoch(trainer: Trainer, loader, figures: Figures, after_step: Call
         after_step: is called after every step, with no arguments.
 
     Raises:
-        RunError, LocalError: the run cannot go on.
+        RunError: the run cannot go on.
     """
     trainer.forward.train()
     start, first, epoch = time.monotonic(), figures.step, figures.epoch
@@ -248,7 +228,7 @@ def train_one_epoch(trainer: Trainer, loader, figures: Figures, after_step: Call
         lr = figures.learning_rate(figures.step)
         return f"loss {figures.running_loss():.4f} lr {lr:.2e} {speed:.0f} images/s"
 
-    batches = fetch(loader)
+    batches = iter(loader)
     with Progress(f"epoch {epoch}", trainer.steps, done=first) as progress:
         for step in range(first, trainer.steps):
             trainer.set_schedule(epoch * trainer.steps + step)
@@ -287,7 +267,7 @@ def evaluate(model: nn.Module, loader, trainer: Trainer, shared: bool = True) ->
     device = next(model.parameters()).device
     dtype = trainer.autocast if device == trainer.device else None
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    batches, longest = fetch(loader), loader.sampler.batches(loader.batch_size)
+    batches, longest = iter(loader), loader.sampler.batches(loader.batch_size)
     with Progress("test", longest, lines=0) as progress:
         for _ in range(longest):  # as often in every process, though the last batch may be missing in some
             images, targets, problems = next(batches, (None, None, []))

@@ -299,6 +299,8 @@ def run(args, launch, device, dtype, consensus: Consensus) -> None:
             f"--batch_size {args.batch_size}: the {len(train_set)} training images are fewer than one batch of "
             f"{args.total_batch_size}; lower it, --update_freq or --total_batch_size"
         )
+    if not args.eval and args.skip_bad_images >= len(train_set):
+        raise InputError(f"--skip_bad_images {args.skip_bad_images}: there are only {len(train_set)} training images")
     if args.log_dir:
         utils.check_writable(args.log_dir, "--log_dir")
     model = build_model(args, classes)

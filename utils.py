@@ -115,13 +115,15 @@ def run_program(name, main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes
         status, line = 141, None
     except RuntimeError as error:
-        if not isinstance(error, LocalError) and not _is_of_other_process(error):
+        reason = _local_fault(error)
+        if reason is None:
             raise
-        status, line = 1, f"error: {error if isinstance(error, LocalError) else _lost(error)}"
+        status, line = 1, f"error: {reason}"
         name, local_rank = f"{name}, process {dist.get_rank() if dist.is_initialized() else 0}", 0
     if line is not None and local_rank == 0:
         echoed = "\n" if status == 130 else ""  # after the terminal's ^C
         print(f"{echoed}{name}: {printable(line)}", file=sys.stderr)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them
     for child in multiprocessing.active_children():  # loader workers: one that hangs would keep this process too
         child.kill()
     if dist.is_initialized():
@@ -138,17 +140,24 @@ def printable(text):
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text).split()))
 
 
-def _is_of_other_process(error):
-    """Whether an error is torch.distributed's, whose gloo has no class of its own for them."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+def _local_fault(error):
+    """What to say of an error that this process had alone; None if it is a mistake in the program.
 
-
-def _lost(error):
-    reason = str(error).strip().splitlines()[0]
-    what = "does not answer (--timeout)" if "timed out" in reason.lower() else "is gone"
+    Torch has no classes for what gloo and its loader report.
+    """
+    first = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, LocalError):
+        return first
+    if "DataLoader" in first:
+        return (
+            f"--num_workers: {first}; out of memory, of shared memory, or slower than --timeout; run it again to go on"
+        )
+    if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+        return None
+    what = "does not answer (--timeout)" if "timed out" in first.lower() else "is gone"
     return (
         f"another process {what}: look for the one that says something else, or nothing; started again, the run goes "
-        f"on from its last checkpoint ({reason})"
+        f"on from its last checkpoint ({first})"
     )
 
 

@@ -4,6 +4,7 @@ import json
 import re
 
 import torch
+import torch.nn as nn
 
 from models import create_model
 
@@ -98,3 +99,19 @@ def jax_names(weights, heads):
 
 def prefixed(prefix, weights):
     return {prefix + key: value for key, value in weights.items()}
+
+
+def save_torchscript(state_dict, path):
+    """Save a TorchScript archive of modules that have these tensors; OpenAI's also has three numbers as buffers."""
+    root = nn.Module()
+    for key, value in state_dict.items():
+        *parents, name = key.split(".")
+        module = root
+        for parent in parents:
+            if parent not in dict(module.named_children()):
+                module.add_module(parent, nn.Module())
+            module = module.get_submodule(parent)
+        module.register_parameter(name, nn.Parameter(value))
+    for name, value in {"input_resolution": 32, "context_length": 7, "vocab_size": 30}.items():
+        root.register_buffer(name, torch.tensor(value))
+    torch.jit.script(root).save(str(path))

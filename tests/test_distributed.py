@@ -1,6 +1,5 @@
 """Several processes: what launchers say, and that two processes train as one does."""
 
-import os
 import re
 import socket
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 import torch
 from conftest import TEST_IMAGES
 from helpers import assert_same, read_checkpoint, read_log, read_results
+from processes import environment, start_together
 
 import main
 import utils
@@ -106,21 +106,28 @@ def test_only_the_first_process_prints_an_error_found_before_they_meet(tiny_run,
 # Two processes
 
 
-def environment(**more):
-    """This one's, without what a launcher above the tests may have left."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "GROUP_", "TORCHELASTIC_")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(names)}
-    return kept | {"OMP_NUM_THREADS": "1"} | more
-
-
 @pytest.fixture
-def by_two(tiny_run):
+def by_launcher(tiny_run):
     """Run main.py with further options in two processes that a launcher starts."""
 
     def run(launcher, *options):
         words = [word for option in options for word in str(option).split()]
         command = [sys.executable, *LAUNCHERS[launcher], str(ROOT / "main.py"), *tiny_run, *words]
         return subprocess.run(command, capture_output=True, text=True, env=environment())
+
+    return run
+
+
+@pytest.fixture
+def by_two(tiny_run, tmp_path):
+    """Run main.py with further options in two processes; what each printed."""
+
+    def run(*options, statuses=(0, 0)):
+        words = [word for option in options for word in str(option).split()]
+        pair = start_together(2, [*tiny_run, *words], tmp_path)
+        ended = pair.wait()
+        assert ended == list(statuses), pair.printed(0, "err") + pair.printed(1, "err")
+        return pair
 
     return run
 
@@ -134,10 +141,10 @@ def assert_same_run(ours, theirs, last):
             assert row[key] == pytest.approx(expected[key], rel=1e-4)
 
 
-def test_two_processes_train_as_one_does_with_mixup_and_accumulation(train, by_two, tmp_path):
+def test_two_processes_train_as_one_does_with_mixup_and_accumulation(train, by_launcher, tmp_path):
     """Momentum instead of AdamW, which would blow up the rounding of gradients that are nearly zero."""
     options = "--total_batch_size 16 --batch_size 4 --drop_path 0.2 --opt momentum --lr 0.1"
-    ended = by_two("launch", options, "--output_dir", tmp_path / "two")
+    ended = by_launcher("launch", options, "--output_dir", tmp_path / "two")
     assert ended.returncode == 0, ended.stderr
     train(options, "--output_dir", tmp_path / "one")
     assert_same_run(tmp_path / "two", tmp_path / "one", last=1)
@@ -159,8 +166,7 @@ def test_two_processes_distill_as_one_does(train, by_two, tmp_path):
     )
     options = f"--distillation feature {teacher}/teacher/checkpoint-0.pth"
     options += " --total_batch_size 16 --batch_size 4 --opt momentum --lr 0.1 --epochs 1"
-    ended = by_two("torchrun", options, "--output_dir", tmp_path / "two")
-    assert ended.returncode == 0, ended.stderr
+    by_two(options, "--output_dir", tmp_path / "two")
     train(options, "--output_dir", tmp_path / "one")
     assert_same_run(tmp_path / "two", tmp_path / "one", last=0)
     projectors = [read_checkpoint(tmp_path / name, 0)["projector"] for name in ("two", "one")]
@@ -172,8 +178,7 @@ def test_two_processes_distill_as_one_does(train, by_two, tmp_path):
 def test_two_processes_evaluate_the_batch_statistics_that_they_save(train, by_two, tmp_path, capsys):
     """Each process has its own; what is evaluated and kept is their mean."""
     probe = "--linear_probe true --opt lars --weight_decay 0 --lr 10"
-    ended = by_two("torchrun", probe, "--total_batch_size 16 --epochs 1 --output_dir", tmp_path)
-    assert ended.returncode == 0, ended.stderr
+    by_two(probe, "--total_batch_size 16 --epochs 1 --output_dir", tmp_path)
     capsys.readouterr()
     train(probe, "--epochs 1 --eval true --resume", tmp_path / "checkpoint-0.pth")
     loss = float(re.search(r"loss (\d+\.\d+)", capsys.readouterr().out)[1])
@@ -184,9 +189,8 @@ def test_two_processes_go_on_with_the_run_of_one(train, by_two, interrupted, tmp
     options = "--total_batch_size 24 --batch_size 12 --mixup 0 --cutmix 0 --opt momentum --lr 0.1 --epochs 3"
     train(options, "--output_dir", tmp_path / "whole")
     interrupted(1, options, "--output_dir", tmp_path / "parts")
-    ended = by_two("torchrun", options, "--output_dir", tmp_path / "parts")
-    assert ended.returncode == 0, ended.stderr
-    assert "checkpoint-0.pth, written after epoch 0" in ended.stdout
+    pair = by_two(options, "--output_dir", tmp_path / "parts")
+    assert "checkpoint-0.pth, written after epoch 0" in pair.printed(0)
     assert_same_run(tmp_path / "parts", tmp_path / "whole", last=2)
     results = [read_results(tmp_path / name) for name in ("parts", "whole")]
     assert results[0]["best"] == pytest.approx(results[1]["best"], rel=1e-4)
@@ -226,8 +230,8 @@ def test_two_slurm_tasks_share_the_test_images_and_one_prints(train, tiny_run, t
     assert silence == ""
 
 
-def test_loss_that_is_not_finite_ends_both_processes_with_one_line(by_two):
-    ended = by_two("torchrun", "--lr 1e20 --opt momentum --total_batch_size 16")
+def test_loss_that_is_not_finite_ends_both_processes_with_one_line(by_launcher):
+    ended = by_launcher("torchrun", "--lr 1e20 --opt momentum --total_batch_size 16")
     assert ended.returncode == 1
     assert ended.stderr.count("main.py: error: loss is ") == 1
     assert "[rank1]: Traceback" not in ended.stderr

@@ -13,8 +13,18 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torch.nn as nn
-from helpers import assert_same, jax_names, meta, prefixed, random_weights, read, release_names, words, written
+from helpers import (
+    assert_same,
+    jax_names,
+    meta,
+    prefixed,
+    random_weights,
+    read,
+    release_names,
+    save_torchscript,
+    words,
+    written,
+)
 
 import weight_selection
 from models import create_model
@@ -230,22 +240,6 @@ def openai_precision(weights):
     """Half precision as in OpenAI's file: all but embeddings and normalisations."""
     whole = r"(^|\.)(ln_\w+\.\w+|class_embedding|positional_embedding|token_embedding\.weight|logit_scale)$"
     return {key: value if re.search(whole, key) else value.half() for key, value in weights.items()}
-
-
-def save_torchscript(state_dict, path):
-    """Save a TorchScript archive of modules that have these tensors; OpenAI's also has three numbers as buffers."""
-    root = nn.Module()
-    for key, value in state_dict.items():
-        *parents, name = key.split(".")
-        module = root
-        for parent in parents:
-            if parent not in dict(module.named_children()):
-                module.add_module(parent, nn.Module())
-            module = module.get_submodule(parent)
-        module.register_parameter(name, nn.Parameter(value))
-    for name, value in {"input_resolution": 32, "context_length": 7, "vocab_size": 30}.items():
-        root.register_buffer(name, torch.tensor(value))
-    torch.jit.script(root).save(str(path))
 
 
 def save_npz(arrays, path):
