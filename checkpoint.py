@@ -127,8 +127,9 @@ def _look_into(args, directory):
             path.unlink()
     held = [directory / name for name in ("args.json", "log.txt", "results.json") if (directory / name).exists()]
     held += sorted(directory.glob("checkpoint-*.pth")) + sorted(directory.glob("checkpoint-*.pth.damaged"))
-    if args.resume:
+    if args.resume and not _is_restart(args, directory):
         _check_resume(args, directory, held)
+        utils.write_json(directory / "args.json", plain(args))
         return Path(args.resume)
     if args.overwrite:
         for path in held:
@@ -143,6 +144,12 @@ def _look_into(args, directory):
         raise InputError(f"--output_dir {directory}: holds a run without a checkpoint to go on from; {WAYS_OUT}")
     utils.write_json(directory / "args.json", plain(args))
     return found
+
+
+def _is_restart(args, directory):
+    """Whether the same --resume was given before, and the run has got further since: then it goes on from there."""
+    options = directory / "args.json"
+    return options.exists() and read_options(options).get("resume") == args.resume and bool(numbered(directory))
 
 
 def _check_resume(args, directory, held):
@@ -226,9 +233,10 @@ def resume(args, trainer: Trainer, path: Path, train_images: int | None) -> dict
     Raises:
         InputError: unreadable, or of another model, or (when found in ``--output_dir``) of other options.
     """
-    origin = f"{'--resume' if args.resume else '--output_dir'} {path}"
+    named = args.resume is not None and path == Path(args.resume)
+    origin = f"{'--resume' if named else '--output_dir'} {path}"
     content = _read(origin, path, args)
-    if not args.resume:
+    if not named:
         check_same_run(args, content["args"], path.name)
     if not -1 <= content["epoch"] < args.epochs and not args.eval:
         raise InputError(f"{origin}: written after epoch {content['epoch']}, not one of --epochs {args.epochs}")

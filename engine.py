@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from consensus import Consensus
 from datasets import BadImages
 from distillation import Loss
-from utils import Progress, RunError, Stopped, all_reduce_sum, seed_everything
+from utils import Progress, RunError, Stopped, seed_everything
 
 READ_INTERVAL = 50  # steps from one look at the figures of training to the next: each look waits for the device
 MIN_LOSS_SCALE = 1.0  # below it, float16 overflows on gradients as they are, not on scaled ones
@@ -287,7 +287,6 @@ def evaluate(model: nn.Module, loader, trainer: Trainer, shared: bool = True) ->
             if number := trainer.consensus.poll():
                 raise Stopped(number)
     trainer.consensus.settle()
-    if shared:
-        all_reduce_sum(totals)
-    loss, top1, top5, count = totals.tolist()
+    totals = totals.cpu()
+    loss, top1, top5, count = sum(trainer.consensus.gather(totals) if shared else [totals]).tolist()
     return {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "images": int(count)}

@@ -273,13 +273,6 @@ def is_main():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def all_reduce_sum(values):
-    """Sum a tensor over all processes, in place, and return it."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
 def main_only(action):
     """Run ``action()`` in the main process alone; what it returns, or its InputError or RunError, comes to all."""
     if not dist.is_initialized():

@@ -321,6 +321,14 @@ def test_going_back_to_an_older_checkpoint_needs_a_place_of_its_own(train, stopp
     assert len(checkpoint.numbered(stopped)) == 2
 
 
+def test_run_that_resumes_another_goes_on_by_the_same_command_too(train, interrupted, stopped):
+    options = "--epochs 5 --resume run/checkpoint-1.pth --output_dir"
+    train(options, "whole")
+    interrupted(4, options, "other")
+    train(options, "other")
+    assert [what for what in differences(Path("other"), Path("whole")) if "output_dir" not in what] == []
+
+
 def test_full_disk_ends_the_run_with_a_line_and_it_goes_on_when_there_is_space(tiny_run, train, stopped):
     """A limit of file sizes, as a full disk would: the operating system refuses to write on."""
     before = {path.name: path.read_bytes() for path in stopped.glob("*.pth")}

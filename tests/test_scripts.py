@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -314,10 +315,29 @@ def test_slurm_starts_torchrun_on_every_node(tmp_path):
     script = str(ROOT / "scripts" / "table12.sh")
     line = shell("slurm", script, "cifar10", "random", DRY_RUN="1", NPROC="4", **environment).stdout.splitlines()[0]
     assert line.startswith(
-        "srun --ntasks-per-node=1 --cpus-per-task=80 py -m torch.distributed.run --nnodes=2 --nproc_per_node=4 "
+        "srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task=80 "
+        "py -m torch.distributed.run --nnodes=2 --nproc_per_node=4 "
         "--rdzv_id=77 --rdzv_backend=c10d --rdzv_endpoint=node1:29500 main.py --config recipes/vit_tiny/cifar10.yaml"
     )
     assert parse_args(shlex.split(line)[shlex.split(line).index("main.py") + 1 :]).total_batch_size == 512
+
+
+def test_slurm_job_whose_time_is_over_stops_its_steps_and_queues_itself_again(tmp_path):
+    """With a scancel that ends the script as a stopped run would, and a scontrol that notes what it is told."""
+    (tmp_path / "long.sh").write_text(f"trap 'exit 75' USR1; echo $$ >{tmp_path}/pid; sleep 30 & wait")
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/told\n')
+    (tmp_path / "scancel").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/told\nkill -USR1 $(cat {tmp_path}/pid)\n')
+    for name in ("scontrol", "scancel"):
+        (tmp_path / name).chmod(0o755)
+    environment = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node1"}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    command = ["bash", str(ROOT / "scripts" / "slurm.sh"), str(tmp_path / "long.sh")]
+    with subprocess.Popen(command, env=os.environ | environment) as job:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        job.terminate()
+        assert job.wait(10) == 75
+    assert (tmp_path / "told").read_text().splitlines()[1:] == ["--signal=TERM 77", "requeue 77"]
 
 
 def test_slurm_outside_of_a_job_says_how():
