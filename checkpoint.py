@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import reprlib
 import socket
 from pathlib import Path
 
@@ -67,7 +68,10 @@ def prune(directory, keep: int) -> None:
     within = [path for path in paths if position(path)[1] > 0]
     over = position(ends[-1]) if ends else (0, 0)
     for path in [*ends[:-keep], *within[:-keep], *(path for path in within[-keep:] if position(path) < over)]:
-        path.unlink()
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot delete {path}: {error.strerror}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -94,7 +98,10 @@ def open_output(args):
 
         def lock_and_look():
             _lock(directory, stack)
-            return _look_into(args, directory)
+            try:
+                return _look_into(args, directory)
+            except OSError as error:
+                raise InputError(f"--output_dir {directory}: {error}; repair it, or choose another") from error
 
         yield utils.main_only(lock_and_look)
 
@@ -103,21 +110,24 @@ def _lock(directory, stack):
     utils.check_writable(directory, "--output_dir")
     try:
         handle = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        file = stack.enter_context(open(handle, "r+"))
+        file = stack.enter_context(open(handle, "r+", errors="replace"))
     except OSError as error:
         raise InputError(f"--output_dir {directory}: cannot open its .lock ({error.strerror})") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        holder = utils.printable(file.read(200))
+        holder = utils.printable(file.read(200)) or "its name is not known"
         raise InputError(
             f"--output_dir {directory}: another run is writing there ({holder}); wait for it, or choose another"
         ) from error
     except OSError as error:
         say(f"warning: --output_dir {directory}: cannot be locked ({error.strerror}); start no second run there")
-    file.truncate()
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    with contextlib.suppress(
+        OSError
+    ):  # who it is matters less than that it is: a full disk may be made free by this run
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
 
 
 def _look_into(args, directory):
@@ -131,7 +141,7 @@ def _look_into(args, directory):
         _check_resume(args, directory, held)
         utils.write_json(directory / "args.json", plain(args))
         return Path(args.resume)
-    if args.overwrite:
+    if args.overwrite and not _restarted_by_its_launcher():
         for path in held:
             path.unlink()
         held = []
@@ -139,7 +149,13 @@ def _look_into(args, directory):
         raise InputError(f"--output_dir {directory}: holds a run ({held[0].name}); {WAYS_OUT}")
     elif (directory / "args.json") in held:
         check_same_run(args, read_options(directory / "args.json"), "args.json")
+    if directory / "log.txt" in held:
+        read_log(directory / "log.txt")  # that all processes hear of it if it is damaged
     found = newest_whole(directory) if held else None
+    if not found and args.resume:
+        return Path(args.resume)
+    if not found and any(path.suffix == ".damaged" for path in held):
+        raise InputError(f"--output_dir {directory}: all its checkpoints are damaged; {WAYS_OUT}")
     if not found and any(path.name != "args.json" for path in held) and not stopped_early(args, directory):
         raise InputError(f"--output_dir {directory}: holds a run without a checkpoint to go on from; {WAYS_OUT}")
     utils.write_json(directory / "args.json", plain(args))
@@ -147,9 +163,14 @@ def _look_into(args, directory):
 
 
 def _is_restart(args, directory):
-    """Whether the same --resume was given before, and the run has got further since: then it goes on from there."""
+    """Whether the same --resume was given before, so that what the directory holds comes from it."""
     options = directory / "args.json"
-    return options.exists() and read_options(options).get("resume") == args.resume and bool(numbered(directory))
+    return options.exists() and read_options(options).get("resume") == args.resume
+
+
+def _restarted_by_its_launcher():
+    """Then the run that --overwrite would delete is this one."""
+    return any(int(os.environ.get(f"{launcher}_RESTART_COUNT", 0)) > 0 for launcher in ("TORCHELASTIC", "SLURM"))
 
 
 def _check_resume(args, directory, held):
@@ -166,22 +187,15 @@ def _check_resume(args, directory, held):
 
 
 def newest_whole(directory: Path) -> Path | None:
-    """The newest checkpoint of a run that is as it was written; damaged ones are set aside under another name.
-
-    Raises:
-        InputError: there are checkpoints, and all of them are damaged.
-    """
-    paths = numbered(directory)
-    for path in reversed(paths):
+    """The newest checkpoint of a run that is as it was written; damaged ones are set aside under another name."""
+    for path in reversed(numbered(directory)):
         try:
             untrusted.check_archive(path)
             return path
         except Damaged as error:
             aside = path.with_name(f"{path.name}.damaged")
             path.rename(aside)
-            say(f"warning: {path} is damaged ({error}); set aside as {aside.name}, going on from the one before")
-    if paths:
-        raise InputError(f"--output_dir {directory}: all its checkpoints are damaged; {WAYS_OUT}")
+            say(f"warning: {path} is damaged ({error}); set aside as {aside.name}; the one before is next")
     return None
 
 
@@ -209,6 +223,7 @@ def check_same_run(args, other: dict, name: str) -> None:
     for key in mine:
         theirs = other.get(key, defaults[key])
         if key not in FREE_OPTIONS and mine[key] != theirs:
+            theirs = theirs if isinstance(theirs, (str, int, float)) else reprlib.repr(theirs)
             raise InputError(
                 f"--output_dir {args.output_dir}: {name} is of a run with --{key} {theirs}, not {mine[key]}; {WAYS_OUT}"
             )
@@ -279,7 +294,7 @@ PROGRESS = {
     "bad_images": [str],
     **dict.fromkeys(("best", "last", "best-ema", "last-ema"), FIGURES),
 }
-REQUIRED = {"model": dict, "optimizer": dict, "epoch": int, "scaler": dict, "args": dict}
+REQUIRED = {"model": dict, "optimizer": dict, "epoch": int, "scaler": dict, "args": dict, "seconds": (int, float)}
 
 
 def _read(origin, path, args):
@@ -290,9 +305,15 @@ def _read(origin, path, args):
         if not isinstance(content.get(key), kind):
             raise InputError(f"{origin}: not a checkpoint of main.py: it has no {key}")
     if not (type(content.get("version", 1)) is int and content.get("version", 1) <= VERSION):
-        raise InputError(f"{origin}: of version {content['version']}, this program knows {VERSION}; update it")
+        raise InputError(
+            f"{origin}: of version {reprlib.repr(content['version'])}, this program knows {VERSION}; update it"
+        )
+    try:
+        json.dumps(content["args"])
+    except TypeError as error:
+        raise InputError(f"{origin}: not a checkpoint of main.py: its args are none") from error
     for key, kind in PROGRESS.items():
-        if content.get(key) is not None and not _fits(content[key], kind):
+        if key in content and not (key == "partial" and content[key] is None) and not _fits(content[key], kind):
             raise InputError(f"{origin}: not a checkpoint of main.py: its {key} is none")
     return content
 
@@ -334,25 +355,18 @@ def _load_optimizer(optimizer, state_dict, origin):
     if not isinstance(groups, list) or not isinstance(state, dict) or len(groups) != len(expected):
         raise InputError(f"{origin}: other groups of parameters")
     for ours, theirs in zip(expected, groups, strict=True):
-        if not isinstance(theirs, dict) or theirs.get("params") != ours["params"]:
+        numbers = theirs.get("params") if isinstance(theirs, dict) else None
+        if not isinstance(numbers, list) or not _alike(numbers, ours["params"]) or numbers != ours["params"]:
             raise InputError(f"{origin}: other parameters")
         for key, value in ours.items():
             if not _alike(theirs.get(key), value):
-                raise InputError(f"{origin}: its {key} is {theirs.get(key)}")
-        if not all(_alike(value, 0) for key, value in theirs.items() if key not in ours):  # such as LAMB's step
+                raise InputError(f"{origin}: its {key} is {reprlib.repr(theirs.get(key))}")
+        if not all(map(_is_state, (value for key, value in theirs.items() if key not in ours))):  # such as LAMB's step
             raise InputError(f"{origin}: other settings")
-    shapes = {
-        number: parameter.shape
-        for group, ours in zip(optimizer.param_groups, expected, strict=True)
-        for number, parameter in zip(ours["params"], group["params"], strict=True)
-    }
+    known = {number for ours in expected for number in ours["params"]}
     for number, values in state.items():
-        if number not in shapes or not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        if number not in known or not isinstance(values, dict) or not all(map(_is_state, values.values())):
             raise InputError(f"{origin}: state of no parameter")
-        for key, value in values.items():
-            fits = untrusted.is_plain(value) and (value.numel() <= max(1, shapes[number].numel()))
-            if not fits and not _alike(value, 0):
-                raise InputError(f"{origin}: its {key} does not fit the parameter")
     try:
         optimizer.load_state_dict(copy.deepcopy(state_dict))
         _rehearse(optimizer)
@@ -372,6 +386,13 @@ def _rehearse(optimizer):
     with torch.no_grad():
         for parameter, value in zip(parameters, before, strict=True):
             parameter.copy_(value)
+
+
+def _is_state(value):
+    """Whether a value may be an optimiser's: a number, a tensor, or a list of these."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_state, value))
+    return value is None or isinstance(value, (bool, int, float)) or untrusted.is_plain(value)
 
 
 def _alike(value, ours):

@@ -34,6 +34,7 @@ class Consensus:
         self.patient = False
         self.word = 0  # this process's: 0, a signal's number, or FAULT
         self.reason = None
+        self.interrupts = 0  # by Ctrl-C
         self.largest = torch.zeros(1, dtype=torch.int64)
         self.exchange = None
 
@@ -46,8 +47,9 @@ class Consensus:
             signal.signal(number, handler)
 
     def _receive(self, number, frame):
-        if not self.patient or number == self.word == signal.SIGINT:
-            raise Stopped(number)
+        self.interrupts += number == signal.SIGINT
+        if not self.patient or self.interrupts > 1:
+            raise Stopped(number, agreed=False)
         self.word = max(self.word, number)
 
     def fail(self, reason: str) -> None:

@@ -24,14 +24,14 @@ from timm.data import (
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
 
 from consensus import SIGNALS, Consensus
-from utils import InputError, main_first, say, seed_everything
+from utils import InputError, main_first, printable, say, seed_everything
 
 # ---------------------------------------------------------------------------------------------------------
 # Data sets
 
 
 # What files of images are read as. Pillow would also run Ghostscript on PostScript that is called an image.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "MPO")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 
 class BadImage(Exception):
@@ -62,7 +62,7 @@ class ImageFiles(Dataset):
             with Image.open(path, formats=FORMATS) as file:
                 image = file.convert("RGB")
         except Exception as error:  # a damaged image makes Pillow raise nearly anything; only it runs here
-            raise BadImage(f"{path} cannot be read ({str(error) or type(error).__name__})") from error
+            raise BadImage(printable(f"{path} cannot be read ({str(error) or type(error).__name__})")) from error
         return self.transform(image), label
 
 

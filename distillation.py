@@ -123,6 +123,6 @@ def build_teacher(args, classes: int) -> Teacher:
 def teacher_normalization(args, model: nn.Module) -> tuple:
     """Mean and standard deviation that the teacher was trained with."""
     options = {} if args.teacher_path is None else training_options(args.teacher_path, "--teacher_path")
-    if "imagenet_default_mean_and_std" in options:
+    if isinstance(options.get("imagenet_default_mean_and_std"), bool):
         return normalization(options["imagenet_default_mean_and_std"])
     return model.pretrained_cfg["mean"], model.pretrained_cfg["std"]

@@ -172,6 +172,7 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: Board) 
     first, before, start = progress["epoch"] + 1, progress["seconds"], time.monotonic()
     bad = BadImages(args.skip_bad_images, trainer.consensus, progress.get("bad_images", ()))
     keeps = args.output_dir and args.save_ckpt
+    unless = "--overwrite" if args.overwrite else "" if args.auto_resume else "--auto_resume false"
 
     def save(name=None):
         progress["seconds"] = before + time.monotonic() - start
@@ -192,8 +193,10 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: Board) 
                 figures.read()
                 saved = save_within(figures)
             if number:
-                raise Stopped(number, saved)
+                raise Stopped(number, saved=saved, unless=unless)
 
+    if keeps:
+        utils.main_only(lambda: checkpoint.prune(args.output_dir, args.save_ckpt_num))  # a killed run may not have
     if first < args.epochs:
         pixels = torch.zeros(args.batch_size, 3, args.input_size, args.input_size)
         trainer.rehearse(pixels, torch.zeros(args.batch_size, dtype=torch.long))
@@ -212,9 +215,10 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: Board) 
             try:
                 stats = test(args, trainer, testing)
             except (Stopped, RunError) as stop:
-                saved = save_within(figures) if keeps else None
+                agreed = not isinstance(stop, Stopped) or stop.agreed
+                saved = save_within(figures) if keeps and agreed else None
                 if isinstance(stop, Stopped):
-                    stop.saved = saved
+                    stop.saved, stop.unless = saved, unless
                 raise
             row |= {f"test_{key}": value for key, value in stats.items() if key != "images"}
             better = note_accuracy(progress, stats, epoch)
@@ -272,6 +276,14 @@ def results(args, progress: dict, facts: dict) -> dict:
         "versions": utils.versions(),
         "args": checkpoint.plain(args),
     }
+
+
+def write_results(path: Path, record: dict) -> None:
+    """Write ``results.json``; RunError if there is no space."""
+    try:
+        utils.write_json(path, record)
+    except InputError as error:
+        raise RunError(f"{error}; all epochs are done and saved: run it again for the results") from error
 
 
 def main(argv=None) -> None:
@@ -334,7 +346,7 @@ def run(args, launch, device, dtype, consensus: Consensus) -> None:
             train(args, trainer, (train_loader(train_set, batches, args), testing), progress, board)
         if args.output_dir:
             record = results(args, progress, facts)
-            utils.main_only(lambda: utils.write_json(Path(args.output_dir) / "results.json", record))
+            utils.main_only(lambda: write_results(Path(args.output_dir) / "results.json", record))
     say("; ".join(f"{key} {utils.describe(progress[key])}" for key in progress if key.startswith(("best", "last"))))
 
 

@@ -162,7 +162,9 @@ def read_yaml(path: Path, above: tuple) -> dict:
     """
     where = f"--config {path}" + (f", a base of {above[-1]}" if above else "")
     try:
-        content = yaml.load(read_text(path), yaml.BaseLoader)  # all values as the text they are on the command line
+        content = yaml.load(
+            read_text(path, 1 << 20), yaml.BaseLoader
+        )  # all values as the text they are on the command line
     except Damaged as error:
         raise InputError(f"{where}: cannot be read ({error})") from error
     except (yaml.YAMLError, RecursionError) as error:
@@ -236,6 +238,8 @@ def check_options(args, given: set) -> None:
     for name in ("clip_grad", "crop_pct", "save_ckpt_steps", "timeout"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name} {getattr(args, name)}: give a number above 0, or leave it out")
+    if args.timeout > 1e7:
+        raise InputError(f"--timeout {args.timeout}: give a number up to 1e7, which is four months")
     if args.crop_pct is not None and args.crop_pct > 1:
         raise InputError(f"--crop_pct {args.crop_pct}: give a number above 0 and up to 1")
     if args.num_workers is not None and args.num_workers < 0:

@@ -21,11 +21,11 @@ GLOBALS = {
     "torch device",
     "__builtin__ set",
     "builtins set",
-    "_codecs encode",
 }
 EXPANSION = 20  # times its size that a file may unpack to: weights hardly shrink when they are compressed
 MAGIC = b"PK\x03\x04"
 TEXT_LIMIT = 64 << 20  # bytes: a log of a million epochs
+DEPTH_LIMIT = 5000  # of values in values; Python and torch recurse into them without a net
 
 
 class Damaged(ValueError):
@@ -49,6 +49,9 @@ def check_archive(path) -> None:
             unpacked, packed = sum(entry.file_size for entry in archive.infolist()), Path(path).stat().st_size
             if unpacked > EXPANSION * packed:
                 raise Damaged(f"its {packed:,} bytes unpack to {unpacked:,}")
+            names = [name.lower() for name in archive.namelist()]  # torch does not tell upper from lower case
+            if len(set(names)) < len(names):
+                raise Damaged("two records of it have one name")
             bad = archive.testzip()
     except Damaged:
         raise
@@ -73,7 +76,7 @@ def check_pickles(path, also: tuple) -> None:
         if is_archive(path):
             with zipfile.ZipFile(path) as archive:
                 for name in archive.namelist():
-                    if name.rpartition("/")[2] == "data.pkl":
+                    if name.lower().rpartition("/")[2] == "data.pkl":
                         _check_pickle(archive.read(name), allowed)
         else:
             with open(path, "rb") as file:
@@ -86,14 +89,47 @@ def check_pickles(path, also: tuple) -> None:
 
 
 def _check_pickle(pickle, allowed):
-    for operation, argument, _ in pickletools.genops(pickle):
-        if operation.name == "GLOBAL" and argument not in allowed and not _is_torch_type(argument):
+    for operation, argument in pickle_operations(pickle):
+        if operation == "GLOBAL" and argument not in allowed and not _is_torch_type(argument):
             raise Damaged(f"it asks for {argument.replace(' ', '.')}")
+
+
+def pickle_operations(pickle):
+    """Yield the operations of a pickle, (name, argument), while they nest and remember no more than they may.
+
+    Raises:
+        Damaged: they do.
+    """
+    stack, memo, mark = [], {}, object()  # of how deep each value is, or a little more
+    for number, (operation, argument, _) in enumerate(pickletools.genops(pickle)):
+        if "PUT" in operation.name:
+            if argument > number:
+                raise Damaged("it remembers more values than it has")
+            memo[argument] = stack[-1]
+        elif "GET" in operation.name:
+            stack.append(memo[argument])
+        elif operation.name == "MARK":
+            stack.append(mark)
+        else:
+            taken = []
+            for kind in reversed(operation.stack_before):
+                if kind is pickletools.stackslice:
+                    while stack[-1] is not mark:
+                        taken.append(stack.pop())
+                else:
+                    taken.append(stack.pop())
+            depth = 1 + max((value for value in taken if value is not mark), default=0)
+            if depth > DEPTH_LIMIT:
+                raise Damaged("its values are nested too deeply")
+            stack += [depth] * len(operation.stack_after)
+        yield operation.name, argument
 
 
 def _is_torch_type(name):
     module, _, name = name.partition(" ")
-    return module == "torch" and (name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype))
+    if module != "torch" or "." in name:
+        return False
+    return name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
 
 
 def load_torch(path, option, also=()):
@@ -113,13 +149,56 @@ def load_torch(path, option, also=()):
             check_archive(path)
         check_pickles(path, also)
         with torch.serialization.safe_globals(list(also)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _only_plain(content, also)
+        _check_storages(content, Path(path))
+        return content
     except Exception as error:  # corrupt input makes torch raise nearly anything; nothing else runs in this block
         reason = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise InputError(
             f"{option} {path}: not a readable PyTorch file of tensors and plain types (empty, truncated, or with "
             f"code in it: {reason})"
         ) from error
+
+
+def _only_plain(value, also, depth=0):
+    """A copy of nested values with the containers that they say they are, and nothing attached to these.
+
+    Raises:
+        Damaged: anything else is in it.
+    """
+    if depth > 50:
+        raise Damaged("its values are nested too deeply")
+    if isinstance(value, dict):
+        if not all(isinstance(key, (str, int, float, bool, type(None))) for key in value):
+            raise Damaged("a key in it is neither text nor number")
+        return {key: _only_plain(item, also, depth + 1) for key, item in dict.items(value)}
+    if isinstance(value, torch.Size):
+        return value
+    if isinstance(value, (list, tuple, set)):
+        kind = next(kind for kind in (list, tuple, set) if isinstance(value, kind))
+        return kind([_only_plain(item, also, depth + 1) for item in value])
+    if isinstance(value, tuple(also)):
+        return _only_plain(vars(value), also, depth + 1)
+    if isinstance(value, (torch.Tensor, torch.dtype, torch.device, str, int, float, bytes, type(None))):
+        return value
+    raise Damaged(f"it holds a {type(value).__name__}")
+
+
+def _check_storages(content, path):
+    """Raise Damaged if the tensors have more numbers than the file, from which they came."""
+    sizes, values = {}, [content]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            values += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            values += value
+        elif isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu":
+            sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    size = path.stat().st_size
+    if sum(sizes.values()) > (EXPANSION * size if is_archive(path) else size):
+        raise Damaged(f"its {size:,} bytes hold no {sum(sizes.values()):,} bytes of tensors")
 
 
 def is_plain(value) -> bool:
@@ -136,8 +215,8 @@ def is_plain(value) -> bool:
     )
 
 
-def read_text(path) -> str:
-    """Text of a file of moderate size.
+def read_text(path, limit: int = TEXT_LIMIT) -> str:
+    """Text of a file of at most ``limit`` bytes.
 
     Raises:
         Damaged: not a file, too large, or not text.
@@ -145,8 +224,8 @@ def read_text(path) -> str:
     path = Path(path)
     if not path.is_file():
         raise Damaged("not a file")
-    if path.stat().st_size > TEXT_LIMIT:
-        raise Damaged(f"larger than {TEXT_LIMIT:,} bytes")
+    if path.stat().st_size > limit:
+        raise Damaged(f"larger than {limit:,} bytes")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import math
@@ -44,15 +45,19 @@ class Stopped(BaseException):
 
     Args:
         number: of the signal.
+        agreed: all processes stop at this step.
         saved: the checkpoint to go on from, if one was written.
+        unless: options with which the same command does not go on from it.
     """
 
-    def __init__(self, number, saved=None):
-        super().__init__(number, saved)
-        self.number, self.saved = number, saved
+    def __init__(self, number, agreed=True, saved=None, unless=""):
+        super().__init__(number, agreed, saved, unless)
+        self.number, self.agreed, self.saved, self.unless = number, agreed, saved, unless
 
     def __str__(self):
-        kept = f"the same command goes on from {self.saved}" if self.saved else "nothing was saved for it"
+        kept = "nothing was saved for it"
+        if self.saved:
+            kept = f"the same command{self.unless and f' without {self.unless}'} goes on from {self.saved}"
         return f"stopped by {signal.Signals(self.number).name}; {kept}"
 
 
@@ -101,31 +106,14 @@ def run_program(name, main):
 
     Of what all processes know only the first of each machine prints the line; all of them exit with the status.
     """
-    local_rank = find_launch(os.environ).local_rank
     try:
-        main()
-        status, line = 0, None
-    except (InputError, RunError) as error:
-        status, line = 2 if isinstance(error, InputError) else 1, f"error: {error}"
-    except Stopped as stopped:
-        status, line = 130 if stopped.number == signal.SIGINT else REQUEUE, str(stopped)
-    except KeyboardInterrupt:
-        status, line = 130, "interrupted"
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes
-        status, line = 141, None
-    except RuntimeError as error:
-        reason = _local_fault(error)
-        if reason is None:
-            raise
-        status, line = 1, f"error: {reason}"
-        name, local_rank = f"{name}, process {dist.get_rank() if dist.is_initialized() else 0}", 0
-    if line is not None and local_rank == 0:
+        status, line, known_to_all = _outcome(main)
+    finally:
+        end_children()
+    if line is not None and (find_launch(os.environ).local_rank == 0 or not known_to_all):
+        who = name if known_to_all else f"{name}, process {dist.get_rank() if dist.is_initialized() else 0}"
         echoed = "\n" if status == 130 else ""  # after the terminal's ^C
-        print(f"{echoed}{name}: {printable(line)}", file=sys.stderr)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them
-    for child in multiprocessing.active_children():  # loader workers: one that hangs would keep this process too
-        child.kill()
+        print(f"{echoed}{who}: {printable(line)[:2000]}", file=sys.stderr)
     if dist.is_initialized():
         if status:  # the others may be gone, and closing would wait for them
             sys.stdout.flush()
@@ -133,6 +121,34 @@ def run_program(name, main):
             os._exit(status)
         dist.destroy_process_group()
     sys.exit(status)
+
+
+def _outcome(main):
+    """Run ``main()``; its exit status, what to print or None, and whether all processes know."""
+    try:
+        main()
+        return 0, None, True
+    except (InputError, RunError) as error:
+        return 2 if isinstance(error, InputError) else 1, f"error: {error}", True
+    except Stopped as stopped:
+        return 130 if stopped.number == signal.SIGINT else REQUEUE, str(stopped), True
+    except KeyboardInterrupt:
+        return 130, "interrupted", True
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes
+        return 141, None, True
+    except RuntimeError as error:
+        reason = _local_fault(error)
+        if reason is None:
+            raise
+        return 1, f"error: {reason}", False
+
+
+def end_children():
+    """Kill loader workers: one that hangs would keep this process too."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def printable(text):
@@ -149,6 +165,10 @@ def _local_fault(error):
     if isinstance(error, LocalError):
         return first
     if "DataLoader" in first:
+        if first.startswith("Caught"):  # what the worker itself raised
+            first = str(error).strip().splitlines()[-1]
+            if not any(word in first for word in ("No space left", "shared memory", "memory map")):
+                return None
         return (
             f"--num_workers: {first}; out of memory, of shared memory, or slower than --timeout; run it again to go on"
         )
@@ -350,7 +370,11 @@ def new_file(path):
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide results from the rest of a group
         _to_disk(temporary)
         os.replace(temporary, path)
-        _to_disk(path.parent)
+        try:
+            _to_disk(path.parent)
+        except OSError as error:  # some network file systems know no such thing
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:

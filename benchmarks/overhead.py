@@ -23,20 +23,18 @@ from faults import make_images
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = "--data_set image_folder --data_path ../data --device cpu --num_workers 1 --epochs 5 --warmup_epochs 1"
 BATCH = 8
-OPTIONS += (
-    f" --model vit_tiny --input_size 64 --batch_size {BATCH} --disable_eval true --model_ema true --output_dir run"
-)
+OPTIONS += f" --model vit_tiny --input_size 64 --batch_size {BATCH} --disable_eval true --model_ema true"
 VARIANTS = {"before": (), "now": (), "now, --save_ckpt_steps 25": ("--save_ckpt_steps", "25")}
 
 
 def images_per_second(code: Path, directory: Path, processes: int, options) -> float:
-    """Of a run of main.py: the median over its epochs but the first, each from its first line of progress to its last."""
+    """Of a run of main.py: the median over its epochs but the first, each from its first line of progress on."""
     directory.mkdir()
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     run = subprocess.Popen(
-        [*launcher, str(code / "main.py"), *OPTIONS.split(), *options],
+        [*launcher, str(code / "main.py"), *OPTIONS.split(), "--output_dir", "run", *options],
         cwd=directory,
         stdout=subprocess.PIPE,
         text=True,

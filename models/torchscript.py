@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 import torch
 
-from untrusted import check_archive, is_archive
+from untrusted import check_archive, is_archive, pickle_operations
 from utils import InputError
 
 DTYPES = {
@@ -82,7 +82,11 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, archive):
         self.archive = archive
         self.root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix(".pkl")
-        super().__init__(io.BytesIO(archive.read(f"{self.root}.pkl")))
+        self.storages = {}
+        content = archive.read(f"{self.root}.pkl")
+        for _ in pickle_operations(content):
+            pass
+        super().__init__(io.BytesIO(content))
 
     def find_class(self, module, name):
         if module.startswith("__torch__"):
@@ -99,5 +103,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid):
         _, dtype, key, _, count = pid
-        content = bytearray(self.archive.read(f"{self.root}/{key}"))
-        return torch.frombuffer(content, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+        if key not in self.storages:
+            content = bytearray(self.archive.read(f"{self.root}/{key}"))
+            self.storages[key] = torch.frombuffer(content, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+        return self.storages[key]

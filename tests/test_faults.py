@@ -128,6 +128,18 @@ def test_second_ctrl_c_does_not_wait_for_the_step(train, at_call):
     assert not list(Path("run").glob("*.pth"))
 
 
+def test_second_ctrl_c_does_not_wait_for_an_evaluation(train, at_call):
+    def twice():
+        send(signal.SIGTERM)()
+        send(signal.SIGINT)()
+        send(signal.SIGINT)()
+
+    at_call(main, "test", 1, twice)
+    with pytest.raises(Stopped, match="nothing was saved"):
+        train("--output_dir run")
+    assert not list(Path("run").glob("*.pth"))
+
+
 def test_signal_before_training_ends_at_once_and_leaves_nothing(train, at_call):
     at_call(main, "build_model", 1, send(signal.SIGTERM))
     with pytest.raises(Stopped, match="nothing was saved"):
@@ -273,7 +285,7 @@ def test_run_whose_checkpoints_are_all_damaged_is_not_started_anew(train, stoppe
     for path in checkpoint.numbered(stopped):
         path.write_bytes(path.read_bytes()[:-1])
     for _ in range(2):
-        with pytest.raises(InputError, match="--output_dir run: .*checkpoint.*--overwrite true"):
+        with pytest.raises(InputError, match="--output_dir run: all its checkpoints are damaged; .*--overwrite true"):
             train("--epochs 3 --output_dir run")
     assert len(list(stopped.glob("*.damaged"))) == 2
 
@@ -327,6 +339,24 @@ def test_run_that_resumes_another_goes_on_by_the_same_command_too(train, interru
     interrupted(4, options, "other")
     train(options, "other")
     assert [what for what in differences(Path("other"), Path("whole")) if "output_dir" not in what] == []
+
+
+@pytest.mark.parametrize("opt", ["lamb", "muon", "kron", "lookahead_adamw", "adafactor", "sgdw"])
+def test_run_of_every_kind_of_optimiser_goes_on(train, interrupted, opt):
+    options = f"--opt {opt} --epochs 2 --output_dir run"
+    interrupted(1, options)
+    train(options)
+    assert [row["epoch"] for row in read_log(Path("run"))] == [0, 1]
+
+
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC", "SLURM"])
+def test_run_that_its_launcher_starts_again_is_not_overwritten(train, at_call, monkeypatch, launcher, capsys):
+    at_call(engine.Trainer, "update", 4, send(signal.SIGTERM))
+    with pytest.raises(Stopped, match="the same command without --overwrite goes on from run/checkpoint-1-step-1.pth"):
+        train("--overwrite true --output_dir run")
+    monkeypatch.setenv(f"{launcher}_RESTART_COUNT", "1")
+    train("--overwrite true --output_dir run")
+    assert "resumed run/checkpoint-1-step-1.pth" in capsys.readouterr().out
 
 
 def test_full_disk_ends_the_run_with_a_line_and_it_goes_on_when_there_is_space(tiny_run, train, stopped):

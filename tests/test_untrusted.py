@@ -1,5 +1,6 @@
 """Files from strangers: whatever is in them, a reader gives what they say or refuses them in one line."""
 
+import codecs
 import io
 import json
 import os
@@ -69,6 +70,47 @@ def pickled(value):
     return "forged.pth"
 
 
+def renamed(old, new):
+    """A file of torch.save with one record under another name, and a harmless one under its own."""
+    source = pickled(Call(bytearray, 1 << 30))
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile("renamed.pth", "w") as forged:
+        for entry in archive.infolist():
+            forged.writestr(entry.filename.replace(old, new), archive.read(entry))
+        if old.lower() == new.lower():
+            forged.writestr(f"archive/{old}", pickle.dumps({}, 2))
+    return "renamed.pth"
+
+
+def without_numbers():
+    """A file of the old format that ends before its numbers, and says that there are none to come."""
+    torch.save({"a": torch.zeros(1 << 16)}, file := io.BytesIO(), _use_new_zipfile_serialization=False)
+    content = file.getvalue()
+    Path("legacy.pth").write_bytes(content[: content.rindex(b"\x80\x02]")] + pickle.dumps([], 2))
+    return "legacy.pth"
+
+
+def nested(depth):
+    content = b"\x80\x02}" + b"N" + b"\x85" * depth + b"K\x01s."
+    with zipfile.ZipFile(pickled({})) as old, zipfile.ZipFile("nested.pth", "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, content if entry.filename.endswith("data.pkl") else old.read(entry))
+    return "nested.pth"
+
+
+def torchscript_of(content):
+    with zipfile.ZipFile("forged.pt", "w") as archive:
+        archive.writestr("forged/constants.pkl", b"\x80\x02).")
+        archive.writestr("forged/data.pkl", content)
+    return "forged.pt"
+
+
+def encoded(times):
+    value = "x" * 100
+    for _ in range(times):
+        value = Call(codecs.encode, value, "hex")
+    return {"a": value}
+
+
 def claims(**changes):
     """A tensor in a file that says other sizes of it than it has numbers."""
     values = {"size": (4,), "stride": (1,)} | changes
@@ -103,6 +145,12 @@ BOMBS = {
     "evaluated": lambda: pickled(Call(eval, "open('ran', 'w')")),
     "bytearray": lambda: pickled(Call(bytearray, 20 << 30)),
     "a tensor made from its size": lambda: pickled({"a": Call(torch.Tensor, 20, 1 << 28)}),
+    "a storage made from its size": lambda: pickled({"a": Call(torch.storage.UntypedStorage, 1 << 31)}),
+    "code in capitals": lambda: renamed("data.pkl", "DATA.PKL"),
+    "encoded over and over": lambda: pickled(encoded(25)),
+    "old format without its numbers": without_numbers,
+    "nested": lambda: nested(1_000_000),
+    "TorchScript that remembers": lambda: torchscript_of(b"\x80\x02Nr\x00\x00\x00\x08."),
     "one number, repeated": lambda: claims(size=(1 << 40,), stride=(0,)),
     "on no device": lambda: saved({"a": torch.empty(1 << 40, device="meta")}, "meta.pth"),
     "sparse": lambda: saved({"a": torch.sparse_coo_tensor(size=(1 << 20, 1 << 20))}, "sparse.pth"),
@@ -131,7 +179,7 @@ def test_files_of_honest_people_are_read(legacy):
     weights = OrderedDict(a=torch.ones(2, 3), b=torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16)))
     weights["view"] = torch.arange(10.0)[2:7]
     content = {"model": weights, "args": Namespace(lr=0.1), "epoch": 3, "names": {"x"}, "shape": torch.Size([2])}
-    content |= {"dtype": torch.float16, "device": torch.device("cpu"), "raw": b"bytes"}
+    content |= {"dtype": torch.float16, "device": torch.device("cpu")}
     read = read_weights(saved(content, "honest.pth", legacy), "--finetune")
     assert read.keys() == weights.keys()
     assert all(torch.equal(read[key], weights[key]) for key in weights)
