@@ -154,7 +154,7 @@ def _look_into(args, directory):
     found = newest_whole(directory) if held else None
     if not found and args.resume:
         return Path(args.resume)
-    if not found and any(path.suffix == ".damaged" for path in held):
+    if not found and any(directory.glob("checkpoint-*.pth.damaged")):
         raise InputError(f"--output_dir {directory}: all its checkpoints are damaged; {WAYS_OUT}")
     if not found and any(path.name != "args.json" for path in held) and not stopped_early(args, directory):
         raise InputError(f"--output_dir {directory}: holds a run without a checkpoint to go on from; {WAYS_OUT}")
