@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-CUDA_VISIBLE_DEVICES="" .venv/bin/python -m pytest "$@"
+CUDA_VISIBLE_DEVICES="" .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -162,6 +162,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_forged_file_runs_no_code_and_takes_no_memory(bomb):
     path = BOMBS[bomb]()
