@@ -122,9 +122,7 @@ def _lock(directory, stack):
         ) from error
     except OSError as error:
         say(f"warning: --output_dir {directory}: cannot be locked ({error.strerror}); start no second run there")
-    with contextlib.suppress(
-        OSError
-    ):  # who it is matters less than that it is: a full disk may be made free by this run
+    with contextlib.suppress(OSError):  # on a full disk: that it is locked matters more than by whom
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

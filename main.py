@@ -267,8 +267,6 @@ def results(args, progress: dict, facts: dict) -> dict:
         "seed": args.seed,
         "model": args.model,
         "initialize": args.initialize,
-        "initialize_sha256": args.initialize and utils.sha256(args.initialize),
-        "teacher_sha256": args.teacher_path and utils.sha256(args.teacher_path),
         "data_set": args.data_set,
         **facts,
         "wall_time": progress["seconds"],
@@ -337,6 +335,8 @@ def run(args, launch, device, dtype, consensus: Consensus) -> None:
             "processes": launch.world_size,
         }
         say(f"{args.model}: " + utils.describe(facts))
+        for option, path in (("initialize", args.initialize), ("teacher", args.teacher_path)):
+            facts[f"{option}_sha256"] = path and utils.sha256(path)
         if progress["epoch"] == args.epochs - 1:
             say("all epochs are done; nothing left to train")
         batches = TrainBatches(
