@@ -21,7 +21,7 @@ from pathlib import Path
 from faults import make_images
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = "--data_set image_folder --data_path ../data --device cpu --num_workers 1 --epochs 5 --warmup_epochs 1"
+OPTIONS = "--data_set image_folder --data_path ../data --device cpu --num_workers 1 --epochs 4 --warmup_epochs 1"
 BATCH = 8
 OPTIONS += f" --model vit_tiny --input_size 64 --batch_size {BATCH} --disable_eval true --model_ema true"
 VARIANTS = {"before": (), "now": (), "now, --save_ckpt_steps 25": ("--save_ckpt_steps", "25")}
