@@ -147,14 +147,13 @@ def _look_into(args, directory):
         raise InputError(f"--output_dir {directory}: holds a run ({held[0].name}); {WAYS_OUT}")
     elif (directory / "args.json") in held:
         check_same_run(args, read_options(directory / "args.json"), "args.json")
-    if directory / "log.txt" in held:
-        read_log(directory / "log.txt")  # that all processes hear of it if it is damaged
+    logged = len(read_log(directory / "log.txt")) if directory / "log.txt" in held else 0  # or: it is damaged
     found = newest_whole(directory) if held else None
     if not found and args.resume:
         return Path(args.resume)
     if not found and any(directory.glob("checkpoint-*.pth.damaged")):
         raise InputError(f"--output_dir {directory}: all its checkpoints are damaged; {WAYS_OUT}")
-    if not found and any(path.name != "args.json" for path in held) and not stopped_early(args, directory):
+    if not found and any(path.name != "args.json" for path in held) and not stopped_early(args, directory, logged):
         raise InputError(f"--output_dir {directory}: holds a run without a checkpoint to go on from; {WAYS_OUT}")
     utils.write_json(directory / "args.json", plain(args))
     return found
@@ -197,10 +196,11 @@ def newest_whole(directory: Path) -> Path | None:
     return None
 
 
-def stopped_early(args, directory: Path) -> bool:
-    """Whether a run was stopped before its first numbered checkpoint was written, so that nothing is lost with it."""
-    log = directory / "log.txt"
-    logged = len(read_log(log)) if log.exists() else 0
+def stopped_early(args, directory: Path, logged: int) -> bool:
+    """Whether a run, with so many epochs in its log, was stopped before its first numbered checkpoint was written.
+
+    Then nothing is lost with it.
+    """
     return args.save_ckpt and logged <= args.save_ckpt_freq and not (directory / "results.json").exists()
 
 

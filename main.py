@@ -176,13 +176,17 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: Board) 
 
     def save(name=None):
         progress["seconds"] = before + time.monotonic() - start
-        return checkpoint.save(args, trainer, progress, name)
+        path = checkpoint.save(args, trainer, progress, name)
+        if name is None:
+            prune()
+        return path
+
+    def prune():
+        utils.main_only(lambda: checkpoint.prune(args.output_dir, args.save_ckpt_num))
 
     def save_within(figures):
         progress["partial"], progress["bad_images"] = figures.sums, sorted(bad.known)
-        path = save()
-        utils.main_only(lambda: checkpoint.prune(args.output_dir, args.save_ckpt_num))
-        return path
+        return save()
 
     def after_step():
         number = trainer.consensus.poll()
@@ -196,7 +200,7 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: Board) 
                 raise Stopped(number, saved=saved, unless=unless)
 
     if keeps:
-        utils.main_only(lambda: checkpoint.prune(args.output_dir, args.save_ckpt_num))  # a killed run may not have
+        prune()  # a killed run may not have
     if first < args.epochs:
         pixels = torch.zeros(args.batch_size, 3, args.input_size, args.input_size)
         trainer.rehearse(pixels, torch.zeros(args.batch_size, dtype=torch.long))
@@ -230,7 +234,6 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: Board) 
                 save(name)
             if last or (epoch + 1) % args.save_ckpt_freq == 0:
                 board.checkpoint = save()
-                utils.main_only(lambda: checkpoint.prune(args.output_dir, args.save_ckpt_num))
         left = (time.monotonic() - start) / (epoch + 1 - first) * (args.epochs - 1 - epoch)
         say(f"epoch {epoch}: {utils.describe(row)}, {speed:.0f} images/s, {utils.duration(left)} left")
 

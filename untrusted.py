@@ -61,7 +61,7 @@ def check_archive(path) -> None:
         raise Damaged(f"the check sum of {bad} is wrong")
 
 
-def check_pickles(path, also: tuple) -> None:
+def _check_pickles(path, also: tuple) -> None:
     """Check that the pickles in a file of ``torch.save`` ask for nothing but tensors and plain types.
 
     Args:
@@ -69,23 +69,18 @@ def check_pickles(path, also: tuple) -> None:
         also: classes that they may ask for too.
 
     Raises:
-        Damaged: they do, or are no pickles.
+        Damaged: they do. What are no pickles raise nearly anything, as in ``torch.load``.
     """
     allowed = GLOBALS | {f"{cls.__module__} {cls.__name__}" for cls in also}
-    try:
-        if is_archive(path):
-            with zipfile.ZipFile(path) as archive:
-                for name in archive.namelist():
-                    if name.lower().rpartition("/")[2] == "data.pkl":
-                        _check_pickle(archive.read(name), allowed)
-        else:
-            with open(path, "rb") as file:
-                for _ in range(5):
-                    _check_pickle(file, allowed)
-    except Damaged:
-        raise
-    except Exception as error:  # what is no pickle makes pickletools raise nearly anything
-        raise Damaged(str(error) or type(error).__name__) from error
+    if is_archive(path):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.lower().rpartition("/")[2] == "data.pkl":
+                    _check_pickle(archive.read(name), allowed)
+    else:
+        with open(path, "rb") as file:
+            for _ in range(5):
+                _check_pickle(file, allowed)
 
 
 def _check_pickle(pickle, allowed):
@@ -147,7 +142,7 @@ def load_torch(path, option, also=()):
     try:
         if is_archive(path):
             check_archive(path)
-        check_pickles(path, also)
+        _check_pickles(path, also)
         with torch.serialization.safe_globals(list(also)):
             content = torch.load(path, map_location="cpu", weights_only=True)
         content = _only_plain(content, also)

@@ -231,7 +231,7 @@ def slurm_master(environ):
     return nodes.replace(",", " ").split()[0], str(20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000)
 
 
-def init_distributed(launch, device, url="env://", timeout=1800):
+def init_distributed(launch, device, url, timeout):
     """Join the process group (NCCL on GPUs, gloo on CPUs) when there is more than one process.
 
     Args:

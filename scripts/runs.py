@@ -1,11 +1,11 @@
 """What runs of main.py left on disk, and statistics over their seeds."""
 
-import json
 import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from untrusted import parse_json
 from utils import InputError
 
 
@@ -43,7 +43,7 @@ def read_run(directory: Path) -> Run:
     """
     path = Path(directory) / "results.json"
     try:
-        results = json.loads(path.read_text())
+        results = parse_json(path.read_text())
         run = Run(Path(directory), results)
         for epoch in ("best", "last"):
             if not 0 <= run.accuracy(epoch) <= 100:
@@ -70,7 +70,7 @@ def read_curve(directory: Path) -> dict:
     """Accuracy on the test set after each epoch (counted from 1) that was evaluated, from ``log.txt``."""
     path = Path(directory) / "log.txt"
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [parse_json(line) for line in path.read_text().splitlines()]
         return {row["epoch"] + 1: row["test_acc1"] for row in rows if "test_acc1" in row}
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error

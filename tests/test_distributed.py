@@ -68,7 +68,7 @@ def test_processes_of_open_mpi_are_told_where_to_meet(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.delenv("SLURM_PROCID", raising=False)
     with pytest.raises(InputError, match="--dist_url env://: MASTER_ADDR and MASTER_PORT are not set"):
-        utils.init_distributed(Launch(0, 2, 0), torch.device("cpu"))
+        utils.init_distributed(Launch(0, 2, 0), torch.device("cpu"), "env://", timeout=10)
 
 
 def test_tasks_of_a_slurm_job_meet_at_its_first_node():

@@ -245,6 +245,7 @@ def test_refusals(cli, words, message):
         (lambda text: re.sub(r'"acc1": [\d.]+', '"acc1": "77"', text), "not supported"),
         (lambda text: re.sub(r'"data_set": "\w+"', '"data_set": null', text), "data_set is None"),
         (lambda text: "\udcff", "utf-8"),
+        (lambda text: "[" * 100_000, "not JSON"),
     ],
 )
 def test_a_damaged_result_is_named(make_run, cli, tmp_path, damage, reason):
