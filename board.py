@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-import untrusted
-from untrusted import Damaged
-from utils import InputError, RunError, is_main, new_file
+import files
+from files import Damaged, new_file
+from program import InputError, RunError
+from utils import is_main
 
 
 class Board:
@@ -80,8 +81,8 @@ def read_log(path: Path) -> list:
     """
     rows = []
     try:
-        for line in untrusted.read_text(path).splitlines():
-            row = untrusted.parse_json(line)
+        for line in files.read_text(path).splitlines():
+            row = files.parse_json(line)
             if not isinstance(row, dict) or type(row.get("epoch")) is not int:
                 raise Damaged("no figures of an epoch")
             rows.append(row)

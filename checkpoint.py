@@ -12,14 +12,16 @@ from pathlib import Path
 
 import torch
 
+import files
 import untrusted
 import utils
 from board import read_log
 from engine import Trainer
+from files import Damaged
 from models.weights import first_mismatch
 from options import get_args_parser
-from untrusted import Damaged
-from utils import InputError, RunError, say
+from program import InputError, RunError, printable
+from utils import say
 
 # What may change when a run goes on: where things lie, how they are computed, what is kept of them. The total batch
 # must stay; how it is shared out may change with the machine.
@@ -107,7 +109,7 @@ def open_output(args):
 
 
 def _lock(directory, stack):
-    utils.check_writable(directory, "--output_dir")
+    files.check_writable(directory, "--output_dir")
     try:
         handle = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         file = stack.enter_context(open(handle, "r+", errors="replace"))
@@ -116,7 +118,7 @@ def _lock(directory, stack):
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        holder = utils.printable(file.read(200)) or "its name is not known"
+        holder = printable(file.read(200)) or "its name is not known"
         raise InputError(
             f"--output_dir {directory}: another run is writing there ({holder}); wait for it, or choose another"
         ) from error
@@ -130,14 +132,14 @@ def _lock(directory, stack):
 
 def _look_into(args, directory):
     """The checkpoint to go on from, or None; leaves ``args.json`` there."""
-    for path in directory.glob(f"{utils.PARTIAL}*"):
+    for path in directory.glob(f"{files.PARTIAL}*"):
         if path.is_file():  # a run was killed while it wrote it
             path.unlink()
     held = [directory / name for name in ("args.json", "log.txt", "results.json") if (directory / name).exists()]
     held += sorted(directory.glob("checkpoint-*.pth")) + sorted(directory.glob("checkpoint-*.pth.damaged"))
     if args.resume and not _is_restart(args, directory):
         _check_resume(args, directory, held)
-        utils.write_json(directory / "args.json", plain(args))
+        files.write_json(directory / "args.json", plain(args))
         return Path(args.resume)
     if args.overwrite and not _restarted_by_its_launcher():
         for path in held:
@@ -155,7 +157,7 @@ def _look_into(args, directory):
         raise InputError(f"--output_dir {directory}: all its checkpoints are damaged; {WAYS_OUT}")
     if not found and any(path.name != "args.json" for path in held) and not stopped_early(args, directory, logged):
         raise InputError(f"--output_dir {directory}: holds a run without a checkpoint to go on from; {WAYS_OUT}")
-    utils.write_json(directory / "args.json", plain(args))
+    files.write_json(directory / "args.json", plain(args))
     return found
 
 
@@ -207,7 +209,7 @@ def stopped_early(args, directory: Path, logged: int) -> bool:
 def read_options(path: Path) -> dict:
     """The options of a run, from its ``args.json``."""
     try:
-        options = untrusted.parse_json(untrusted.read_text(path))
+        options = files.parse_json(files.read_text(path))
         if not isinstance(options, dict):
             raise Damaged("no options")
         return options
@@ -445,7 +447,7 @@ def save(args, trainer: Trainer, progress: dict, name: str | None = None) -> Pat
             **progress,
         }
         try:
-            with utils.new_file(path) as temporary:
+            with files.new_file(path) as temporary:
                 utils.save_torch(content, temporary)
         except InputError as error:
             raise RunError(f"{error}; the checkpoints before are whole: free some space and run it again") from error

@@ -6,7 +6,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-from utils import RunError, Stopped
+from program import RunError, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FAULT = 255  # more than any signal's number, so that the largest word of all processes is the one that counts

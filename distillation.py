@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 
 from datasets import normalization
-from models import check_input_size, create_model
+from models.create import check_input_size, create_model
 from models.weights import create_pretrained, load_into_teacher, training_options
-from utils import InputError
+from program import InputError
 
 
 class Teacher(nn.Module):

@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from consensus import Consensus
-from datasets import BadImages
 from distillation import Loss
-from utils import Progress, RunError, Stopped, seed_everything
+from loaders import BadImages
+from program import RunError, Stopped
+from utils import Progress, seed_everything
 
 READ_INTERVAL = 50  # steps from one look at the figures of training to the next: each look waits for the device
 MIN_LOSS_SCALE = 1.0  # below it, float16 overflows on gradients as they are, not on scaled ones

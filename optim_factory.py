@@ -6,7 +6,7 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_weight_decay
 
 import utils
-from utils import InputError
+from program import InputError
 
 
 def create_optimizer(model: nn.Module, args, projector: nn.Module | None = None) -> torch.optim.Optimizer:

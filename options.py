@@ -6,11 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from datasets import SOURCES
-from models import check_kwargs
-from models.initialization import SCHEMES
-from untrusted import Damaged, read_text
-from utils import InputError, Kwargs, Parser, boolean
+from files import Damaged, check_file, read_text
+from models import SCHEMES
+from program import InputError, Kwargs, Parser, boolean, check_kwargs
+from sources import SOURCES
 
 
 def get_args_parser() -> Parser:
@@ -256,6 +255,11 @@ def check_options(args, given: set) -> None:
         raise InputError(f"--start_epoch {args.start_epoch}: must be less than --epochs {args.epochs}")
     if args.initialize and args.finetune:
         raise InputError(f"--initialize {args.initialize}: give it or --finetune, not both")
+    if args.initialize and not Path(args.initialize).exists():
+        raise InputError(f"--initialize {args.initialize}: no such file or directory")
+    for name in ("finetune", "teacher_path"):
+        if getattr(args, name):
+            check_file(getattr(args, name), f"--{name}")
     if args.eval and not (args.resume or args.initialize or args.finetune):
         raise InputError("--eval true: name the weights to evaluate with --resume, --initialize or --finetune")
     if args.distillation != "none" and args.teacher is None:

@@ -1,13 +1,13 @@
 """Reading files that may come from strangers: none runs code, or takes more memory than its size allows."""
 
-import json
 import pickletools
 import zipfile
 from pathlib import Path
 
 import torch
 
-from utils import InputError, check_file
+from files import Damaged, check_file
+from program import InputError
 
 # All that a file of torch.save may ask for. ``torch.load(weights_only=True)`` runs no code, but it would let a file of
 # a few bytes ask for a bytearray or a tensor of any size.
@@ -28,35 +28,44 @@ TEXT_LIMIT = 64 << 20  # bytes: a log of a million epochs
 DEPTH_LIMIT = 5000  # of values in values; Python and torch recurse into them without a net
 
 
-class Damaged(ValueError):
-    """A file is not what its kind must be; the message says in what way."""
-
-
 def is_archive(path) -> bool:
     """Whether a file is a zip archive, as torch sees it: by its first bytes."""
     with open(path, "rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
+def open_archive(path) -> zipfile.ZipFile:
+    """Open a zip archive (torch.save, TorchScript, .npz) after a look at its directory.
+
+    Reading a record of it raises ``zipfile.BadZipFile`` if its check sum is wrong.
+
+    Raises:
+        Damaged: truncated, or it would unpack to many times its size.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+        unpacked, packed = sum(entry.file_size for entry in archive.infolist()), Path(path).stat().st_size
+        names = [name.lower() for name in archive.namelist()]  # torch does not tell upper from lower case
+    except Exception as error:  # a zip archive that is none makes zipfile raise nearly anything
+        raise Damaged(str(error) or type(error).__name__) from error
+    if unpacked > EXPANSION * packed:
+        raise Damaged(f"its {packed:,} bytes unpack to {unpacked:,}")
+    if len(set(names)) < len(names):
+        raise Damaged("two records of it have one name")
+    return archive
+
+
 def check_archive(path) -> None:
-    """Check the sizes and check sums of all that is in a zip archive (torch.save, TorchScript, .npz).
+    """Check the sizes and check sums of all that is in a zip archive.
 
     Raises:
         Damaged: truncated, changed since it was written, or it would unpack to many times its size.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked, packed = sum(entry.file_size for entry in archive.infolist()), Path(path).stat().st_size
-            if unpacked > EXPANSION * packed:
-                raise Damaged(f"its {packed:,} bytes unpack to {unpacked:,}")
-            names = [name.lower() for name in archive.namelist()]  # torch does not tell upper from lower case
-            if len(set(names)) < len(names):
-                raise Damaged("two records of it have one name")
+    with open_archive(path) as archive:
+        try:
             bad = archive.testzip()
-    except Damaged:
-        raise
-    except Exception as error:  # a zip archive that is none makes zipfile raise nearly anything
-        raise Damaged(str(error) or type(error).__name__) from error
+        except Exception as error:  # as above
+            raise Damaged(str(error) or type(error).__name__) from error
     if bad is not None:
         raise Damaged(f"the check sum of {bad} is wrong")
 
@@ -208,32 +217,3 @@ def is_plain(value) -> bool:
         and not (value.is_quantized or value.is_complex())
         and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
-
-
-def read_text(path, limit: int = TEXT_LIMIT) -> str:
-    """Text of a file of at most ``limit`` bytes.
-
-    Raises:
-        Damaged: not a file, too large, or not text.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise Damaged("not a file")
-    if path.stat().st_size > limit:
-        raise Damaged(f"larger than {limit:,} bytes")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Damaged(str(error)) from error
-
-
-def parse_json(text: str):
-    """What a text in JSON says.
-
-    Raises:
-        Damaged: it is none.
-    """
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"not JSON: {error}") from error

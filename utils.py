@@ -1,224 +1,25 @@
-"""Distributed set-up, checkpoints, logging and the error users see. Nothing here knows about models or data."""
+"""Processes that train together, seeds, and what a run prints. Nothing here knows about models or data."""
 
-import argparse
-import contextlib
 import datetime
-import errno
-import hashlib
-import json
 import math
-import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 import torch.distributed as dist
 import torchvision
-from timm.utils import ParseKwargs
 from tqdm import tqdm
 
-
-class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: the option, its value, what to do."""
-
-
-class RunError(RuntimeError):
-    """A run that started well cannot go on, and all its processes know. The message is one line."""
-
-
-class LocalError(RuntimeError):
-    """This process cannot go on, and the others do not know why. The message is one line."""
-
-
-class Stopped(BaseException):
-    """A signal asked the run to stop. No handler of errors should take it for one.
-
-    Args:
-        number: of the signal.
-        agreed: all processes stop at this step.
-        saved: the checkpoint to go on from, if one was written.
-        unless: options with which the same command does not go on from it.
-    """
-
-    def __init__(self, number, agreed=True, saved=None, unless=""):
-        super().__init__(number, agreed, saved, unless)
-        self.number, self.agreed, self.saved, self.unless = number, agreed, saved, unless
-
-    def __str__(self):
-        kept = "nothing was saved for it"
-        if self.saved:
-            kept = f"the same command{self.unless and f' without {self.unless}'} goes on from {self.saved}"
-        return f"stopped by {signal.Signals(self.number).name}; {kept}"
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations and reports what is wrong in one line."""
-
-    def __init__(self, program, description):
-        super().__init__(
-            prog=program,
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message):
-        raise InputError(f"{message}; see --help")
-
-
-class Kwargs(ParseKwargs):
-    """timm's ``K=V ...`` arguments, with an error for a word without ``=``."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        for value in values:
-            if "=" not in value:
-                parser.error(f"{option_string} {value}: write NAME=VALUE")
-        super().__call__(parser, namespace, values, option_string)
-
-
-def boolean(text):
-    """Value of an option that takes true or false."""
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
-
-
-def run_program(name, main):
-    """Run ``main()`` and exit with a status, and for an error one line on stderr instead of a traceback.
-
-    0: done. 1: ``RunError`` or ``LocalError``. 2: ``InputError``. 75: stopped by a signal of a scheduler, to go on
-    later. 130: Ctrl-C. 141: who read the output has gone.
-
-    Of what all processes know only the first of each machine prints the line; all of them exit with the status.
-    """
-    try:
-        status, line, known_to_all = _outcome(main)
-    finally:
-        end_children()
-    if line is not None and (find_launch(os.environ).local_rank == 0 or not known_to_all):
-        who = name if known_to_all else f"{name}, process {dist.get_rank() if dist.is_initialized() else 0}"
-        echoed = "\n" if status == 130 else ""  # after the terminal's ^C
-        print(f"{echoed}{who}: {printable(line)[:2000]}", file=sys.stderr)
-    if dist.is_initialized():
-        if status:  # the others may be gone, and closing would wait for them
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        dist.destroy_process_group()
-    sys.exit(status)
-
-
-def _outcome(main):
-    """Run ``main()``; its exit status, what to print or None, and whether all processes know."""
-    try:
-        main()
-        return 0, None, True
-    except (InputError, RunError) as error:
-        return 2 if isinstance(error, InputError) else 1, f"error: {error}", True
-    except Stopped as stopped:
-        return 130 if stopped.number == signal.SIGINT else REQUEUE, str(stopped), True
-    except KeyboardInterrupt:
-        return 130, "interrupted", True
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes
-        return 141, None, True
-    except RuntimeError as error:
-        reason = _local_fault(error)
-        if reason is None:
-            raise
-        return 1, f"error: {reason}", False
-
-
-def end_children():
-    """Kill loader workers: one that hangs would keep this process too."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them
-    for child in multiprocessing.active_children():
-        child.kill()
-
-
-def printable(text):
-    """A text in one line, without the control characters that a stranger's file may have put into it."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text).split()))
-
-
-def _local_fault(error):
-    """What to say of an error that this process had alone; None if it is a mistake in the program.
-
-    Torch has no classes for what gloo and its loader report.
-    """
-    first = next(iter(str(error).strip().splitlines()), "")
-    if isinstance(error, LocalError):
-        return first
-    if "DataLoader" in first:
-        if first.startswith("Caught"):  # what the worker itself raised
-            first = str(error).strip().splitlines()[-1]
-            if not any(word in first for word in ("No space left", "shared memory", "memory map")):
-                return None
-        return (
-            f"--num_workers: {first}; out of memory, of shared memory, or slower than --timeout; run it again to go on"
-        )
-    if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
-        return None
-    what = "does not answer (--timeout)" if "timed out" in first.lower() else "is gone"
-    return (
-        f"another process {what}: look for the one that says something else, or nothing; started again, the run goes "
-        f"on from its last checkpoint ({first})"
-    )
-
+from program import InputError, LocalError, RunError
 
 # ---------------------------------------------------------------------------------------------------------
 # Processes
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Where this process stands among all processes of the run, as its launcher says."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-
-def find_launch(environ, mpi=False):
-    """Read rank, world size and local rank from the environment of torchrun, SLURM's srun or Open MPI's mpirun.
-
-    Args:
-        environ: mapping such as ``os.environ``.
-        mpi: trust Open MPI's variables (``--dist_on_itp``); they also exist in shells that only inherited them.
-
-    Raises:
-        InputError: MPI was asked for and its variables are missing.
-    """
-    if mpi:
-        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
-        if any(name not in environ for name in names):
-            raise InputError(
-                "--dist_on_itp true: not started by mpirun (no OMPI_COMM_WORLD_RANK); leave the option out"
-            )
-        return Launch(*(int(environ[name]) for name in names))
-    if "RANK" in environ and "WORLD_SIZE" in environ:  # torchrun, python -m torch.distributed.launch
-        return Launch(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0)))
-    # A step's own count first: inside an allocation of 8 tasks, a plain `python main.py` is still one process.
-    # srun sets it. Where somebody else played srun's part, MASTER_ADDR tells that several processes were meant.
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS") if "MASTER_ADDR" in environ else None)
-    if "SLURM_PROCID" in environ and tasks is not None and int(tasks) > 1:
-        return Launch(int(environ["SLURM_PROCID"]), int(tasks), int(environ.get("SLURM_LOCALID", 0)))
-    return Launch()
 
 
 def slurm_master(environ):
@@ -326,90 +127,6 @@ def seed_everything(*numbers):
     random.seed(int(words[0]))
     np.random.seed(words[1])
     torch.manual_seed(int(words[2]))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Files
-
-
-def sha256(path):
-    """SHA-256 of a file as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def check_file(path, option):
-    """Raise an InputError that names ``option`` unless ``path`` is a file."""
-    if not Path(path).is_file():
-        raise InputError(f"{option} {path}: no such file")
-
-
-PARTIAL = ".partial-"  # begins the name of a file that is being written
-
-
-@contextlib.contextmanager
-def new_file(path):
-    """Give a temporary path beside ``path`` to write to; it takes the place of ``path`` only if the block succeeds.
-
-    At every moment, even when the power fails, ``path`` is the whole old file or the whole new one.
-
-    Raises:
-        InputError: the operating system refused (permissions, full disk, a directory of that name).
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL, suffix=f"-{path.name}")
-        os.close(handle)
-        yield Path(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide results from the rest of a group
-        _to_disk(temporary)
-        os.replace(temporary, path)
-        try:
-            _to_disk(path.parent)
-        except OSError as error:  # some network file systems know no such thing
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def _to_disk(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path, value):
-    """Write ``value`` as indented JSON, all of it or nothing."""
-    with new_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def check_writable(directory, option):
-    """Create ``directory`` if need be and make sure files can be made in it.
-
-    Raises:
-        InputError: they cannot; the message names ``option``.
-    """
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"{option} {directory}: cannot write there ({error.strerror}); name another directory"
-        ) from error
 
 
 def versions():

@@ -3,7 +3,7 @@
 import torch.nn as nn
 
 from models.mimetic import mimetic
-from utils import InputError
+from program import InputError
 
 SCHEMES = ("timm", "xavier", "kaiming", "mimetic")
 

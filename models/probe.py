@@ -3,7 +3,7 @@
 import torch.nn as nn
 from timm.layers import trunc_normal_
 
-from utils import InputError
+from program import InputError
 
 
 def make_linear_probe(model: nn.Module, name: str) -> None:

@@ -2,7 +2,9 @@
 
 import argparse
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 
 import huggingface_hub
 import numpy as np
@@ -11,11 +13,14 @@ import safetensors.torch
 import torch.nn as nn
 from timm.models import clean_state_dict
 
-from models import create_model
-from models.families import Family, classifier_pattern, family_by_class, family_of
-from models.torchscript import is_torchscript, read_torchscript
-from untrusted import Damaged, check_archive, is_plain, load_torch, parse_json, read_text
-from utils import InputError, check_file, save_torch, sha256
+from files import Damaged, check_file, parse_json, read_text, sha256
+from models.archives import Stored, find_tensors, is_torchscript, read_torchscript
+from models.create import create_model
+from models.families import Family
+from models.membership import classifier_pattern, family_by_class, family_of
+from program import InputError
+from untrusted import check_archive, is_archive, is_plain, load_torch
+from utils import save_torch
 
 # Entries under which training scripts nest a state_dict, in the order in which timm's own loader looks for them; then
 # DINO's: of its two networks the teacher, the moving average of the other, is what its authors publish and evaluate.
@@ -39,10 +44,18 @@ def read_weights(path, option: str, nested=NESTED) -> dict:
     Raises:
         InputError: missing, empty, truncated, with code in it, or no state_dict.
     """
-    content = _read(Path(path), option)
+    return _state_dict(_read(Path(path), option), nested, is_plain, option, path)
+
+
+def _state_dict(content, nested, is_tensor, option, path):
+    """The state_dict in what a file holds; tensors are what ``is_tensor`` says."""
     if isinstance(content, dict):
         content = next((content[key] for key in nested if content.get(key) is not None), content)
-    if not isinstance(content, dict) or not content or not all(map(_is_named_tensor, content.items())):
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(key, str) and is_tensor(value) for key, value in dict.items(content))
+    ):
         raise InputError(
             f"{option} {path}: holds no state_dict (names with a tensor each), at the top or under {nested}"
         )
@@ -72,14 +85,10 @@ def _read_safetensors(path, option):
         raise InputError(f"{option} {path}: not a readable safetensors file ({error})") from error
 
 
-def _is_named_tensor(item):
-    return isinstance(item[0], str) and is_plain(item[1])
-
-
 def write_weights(state_dict: dict, path) -> None:
     """Write a plain state_dict as .safetensors or, by any other suffix, with ``torch.save``.
 
-    Use within ``utils.new_file``, which turns the OSError of a full disk into an InputError and leaves no half a file.
+    Use within ``files.new_file``, which turns the OSError of a full disk into an InputError and leaves no half a file.
     """
     if Path(path).suffix != ".safetensors":
         save_torch(state_dict, path)
@@ -101,6 +110,50 @@ def first_mismatch(state_dict: dict, model: nn.Module, may_be_missing=lambda key
             return f"{key} is {tuple(state_dict[key].shape)}, the model's is {tuple(value.shape)}"
     extra = next((key for key in state_dict if key not in expected), None)
     return None if extra is None else f"{extra} is not a key of the model"
+
+
+class Weights(Mapping):
+    """A state_dict whose tensors are read from a file each time they are asked for, and not kept.
+
+    Args:
+        stored: {key: ``Stored``}.
+    """
+
+    def __init__(self, stored: dict):
+        self.stored = stored
+
+    def __getitem__(self, key):
+        return self.stored[key].read()
+
+    def __iter__(self):
+        return iter(self.stored)
+
+    def __len__(self):
+        return len(self.stored)
+
+
+def open_teacher(path, model: nn.Module, family: Family, option: str) -> tuple:
+    """As ``read_teacher``, but of a file with timm's own names, tensors are read when they are asked for.
+
+    Other layouts (those of publishers, .npz, TorchScript, ``torch.save`` before PyTorch 1.6) are read whole.
+    """
+    stored = _stored_under_timms_names(Path(path), model, option)
+    if stored is None:
+        return read_teacher(path, model, family, option)
+    expected = model.state_dict()
+    known = {key: value for key, value in stored.items() if key in expected}
+    return Weights(known), [key for key in stored if key not in known]
+
+
+def _stored_under_timms_names(path, model, option):
+    """{key: Stored} of a file whose tensors are a model's but for its classifier; None for another layout."""
+    check_file(path, option)
+    if path.suffix == ".npz" or not (path.suffix == ".safetensors" or is_archive(path)) or is_torchscript(path):
+        return None
+    stored = _state_dict(find_tensors(path, option), NESTED, lambda value: isinstance(value, Stored), option, path)
+    pattern = classifier_pattern(model)
+    backbone = {key: value for key, value in stored.items() if not re.search(pattern, key)}
+    return stored if first_mismatch(backbone, model, lambda key: re.search(pattern, key)) is None else None
 
 
 def read_teacher(path, model: nn.Module, family: Family | None, option: str) -> tuple:
@@ -141,7 +194,7 @@ def _converted(state_dict, model, family, origin):
     state_dict, unused = _tower(state_dict, family)
     extras = [key for key in state_dict if re.search(family.extras, key)]
     try:
-        converted = family.filter_fn(dict(state_dict), model)
+        converted = resolve_name(family.filter_fn)(dict(state_dict), model, **family.filter_options)
     except Exception as error:  # they assume one of the layouts they know, and fail in their own ways on any other
         raise InputError(f"{origin}: timm cannot convert it for a {family.name} model ({error!r})") from error
     converted = {key: value for key, value in converted.items() if key not in extras}
@@ -220,6 +273,18 @@ def create_pretrained(name: str, kwargs: dict, option: str, remedy: str) -> nn.M
     except OSError as error:  # what requests, urllib and huggingface_hub raise without a network or such a file
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{option} {name}: cannot fetch its weights ({reason}); {remedy}") from error
+
+
+def open_published(name: str, model: nn.Module, kwargs: dict, option: str, remedy: str) -> Mapping:
+    """The published weights of a model, tensor by tensor if the hub's cache has them under timm's names.
+
+    Args, Raises: as ``create_pretrained``, which gives them otherwise; ``model`` may be on the meta device.
+    """
+    file = downloaded_file(model.pretrained_cfg)
+    stored = file and _stored_under_timms_names(file, model, f"{option} {name}:")
+    if stored:
+        return Weights(stored)
+    return create_pretrained(name, kwargs, option, remedy).state_dict()
 
 
 def downloaded_file(pretrained_cfg: dict) -> Path | None:

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 from torchvision.datasets import CIFAR100
 
 from datasets import UNREADABLE
-from utils import InputError, Parser, check_writable, run_program
+from files import check_writable
+from program import InputError, Parser, run_program
 
 
 def open_cifar100(root: Path, train: bool) -> CIFAR100:

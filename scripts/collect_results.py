@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 import paper
+from files import new_file
+from program import InputError, Parser, run_program
 from runs import read_run, seed_directories, spread
-from utils import InputError, Parser, new_file, run_program
 
 FIGURES = ("mean", "std", "median")
 LEGEND = "Test accuracy in %: mean, or median where it says so, ± sample standard deviation over seeds (their number)."

@@ -28,11 +28,13 @@ import torch
 import torch.nn as nn
 
 import style
-from models import check_kwargs, create_model
-from models.families import family_by_class
-from models.initialization import SCHEMES, initialize
+from models import SCHEMES
+from models.create import create_model
+from models.initialization import initialize
+from models.membership import family_by_class
 from models.weights import create_pretrained, find_weights, load_initial, provenance_path, read_teacher
-from utils import InputError, Kwargs, Parser, run_program, seed_everything
+from program import InputError, Kwargs, Parser, check_kwargs, run_program
+from utils import seed_everything
 
 PRODUCTS = {"W_q W_k^T": r"$W_q\,W_k^\top$", "W_v W_proj": r"$W_v\,W_{\mathrm{proj}}$"}  # as printed, as drawn
 

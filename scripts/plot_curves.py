@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 import style
+from program import InputError, Parser, run_program
 from runs import read_curve, read_run, seed_directories, spread
-from utils import InputError, Parser, run_program
 
 
 def read_groups(words: list) -> list:

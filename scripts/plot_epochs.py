@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 import paper
 import style
+from program import InputError, Parser, run_program
 from runs import read_run, seed_directories
-from utils import InputError, Parser, run_program
 
 RANDOM, SELECTED, TUNED = "random init", "weight selection", "pretraining and fine-tuning"
 DIRECTORY = "vit_tiny/cifar100"

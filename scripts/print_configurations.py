@@ -13,8 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 import torch.nn as nn
 
-from models import create_model
-from utils import Parser, run_program
+from models.create import create_model
+from program import Parser, run_program
 
 MODELS = {
     "ViT-T (student)": "vit_tiny",

@@ -5,8 +5,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from untrusted import parse_json
-from utils import InputError
+from files import parse_json
+from program import InputError
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
-from models import create_model
+from files import new_file
+from models.create import create_model
 from models.weights import write_weights
-from utils import InputError, Kwargs, Parser, new_file, run_program, seed_everything
+from program import InputError, Kwargs, Parser, run_program
+from utils import seed_everything
 
 COLOURS = {"blue": (40, 60, 200), "green": (60, 190, 70), "red": (200, 50, 50)}
 PIXELS, TRAIN_IMAGES, TEST_IMAGES = 32, 16, 6

@@ -9,7 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from utils import InputError, new_file
+from files import new_file
+from program import InputError
 
 # Okabe and Ito's colours, which colour-blind people tell apart; the markers differ too, for a grey printer.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -1,0 +1,5 @@
+"""Weight selection (paper, section 3), and what of it options can name. Imports no torch; the modules in here do."""
+
+LAYER_SELECTION = ("first_n", "mid_n", "last_n", "uniform")
+ELEMENT_SELECTION = ("uniform", "consecutive", "random", "random_inconsistent", "l1", "magnitude")
+SEEDED = ("random", "random_inconsistent")  # of them, those that --seed changes

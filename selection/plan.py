@@ -1,15 +1,17 @@
 """The plan: what every student tensor is made from, decided from shapes alone; and carrying it out."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
-from models.families import Family, family_of
+from models.families import Family
+from models.membership import family_of
+from program import InputError
 from selection.rules import layer_indices, select_elements
-from utils import InputError
 
 
 @dataclass(frozen=True)
@@ -214,23 +216,43 @@ def _entry(family, key, shape, source, source_shape, teacher, student, allow_unu
     return Entry(key, shape, "selected", source, source_shape, neurons, parts, grid, prefix)
 
 
-def apply_plan(plan: list, weights: dict, *, element_selection: str = "uniform", seed: int = 0) -> dict:
+def apply_plan(
+    plan: list, weights: Mapping, *, element_selection: str = "uniform", seed: int = 0, option: str = "teacher"
+) -> dict:
     """Carry out a plan.
 
     Args:
         plan: from ``make_plan``.
-        weights: the teacher's state_dict.
+        weights: the teacher's state_dict; a mapping that reads a tensor when it is asked for needs no more memory than
+            the largest.
         element_selection: one of ``ELEMENT_SELECTION``.
         seed: of the random selections.
+        option: where the weights came from, for errors.
 
     Returns:
         The student's state_dict, in the student's order and the teacher's dtype, without what is not selected.
+
+    Raises:
+        InputError: a tensor is not there, of another shape (a classifier's), or has values that are not finite.
     """
-    return {
-        entry.key: _apply(entry, weights[entry.source].detach(), element_selection, seed)
-        for entry in plan
-        if entry.role == "selected"
-    }
+    selected = {}
+    for entry in plan:
+        if entry.role == "selected":
+            weight = _checked(entry, weights.get(entry.source), option)
+            selected[entry.key] = _apply(entry, weight, element_selection, seed)
+    return selected
+
+
+def _checked(entry, weight, option):
+    if weight is None or tuple(weight.shape) != entry.source_shape:
+        found = "absent" if weight is None else tuple(weight.shape)
+        raise InputError(
+            f"{option}: {entry.source} is {found}, {entry.source_shape} is needed; set --teacher_kwargs "
+            "num_classes=N to the file's, or leave out --include_head"
+        )
+    if not weight.isfinite().all():
+        raise InputError(f"{option}: {entry.source} has values that are not finite")
+    return weight.detach()
 
 
 def _apply(entry, weight, element_selection, seed):

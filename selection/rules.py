@@ -5,11 +5,8 @@ import zlib
 import numpy as np
 import torch
 
-from utils import InputError
-
-LAYER_SELECTION = ("first_n", "mid_n", "last_n", "uniform")
-ELEMENT_SELECTION = ("uniform", "consecutive", "random", "random_inconsistent", "l1", "magnitude")
-SEEDED = ("random", "random_inconsistent")
+from program import InputError
+from selection import ELEMENT_SELECTION, LAYER_SELECTION
 
 
 def uniform_indices(t: int, s: int) -> torch.Tensor:

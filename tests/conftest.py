@@ -11,7 +11,8 @@ from hypothesis import settings
 from PIL import Image
 
 import main
-from utils import InputError
+import training
+from program import InputError
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("repeatable")
@@ -66,7 +67,7 @@ def interrupted(train, monkeypatch):
     """Run main.py with further options until it would begin ``epoch``."""
 
     def run(epoch, *options):
-        train_one_epoch = main.train_one_epoch
+        train_one_epoch = training.train_one_epoch
 
         def until(trainer, loader, figures, after_step):
             if figures.epoch == epoch:
@@ -74,7 +75,7 @@ def interrupted(train, monkeypatch):
             return train_one_epoch(trainer, loader, figures, after_step)
 
         with monkeypatch.context() as patch:
-            patch.setattr(main, "train_one_epoch", until)
+            patch.setattr(training, "train_one_epoch", until)
             with pytest.raises(Interrupted):
                 train(*options)
 

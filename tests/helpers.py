@@ -6,7 +6,7 @@ import re
 import torch
 import torch.nn as nn
 
-from models import create_model
+from models.create import create_model
 
 
 def read_log(directory):

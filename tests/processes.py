@@ -7,12 +7,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import main
-import utils
+from program import run_program
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "GROUP_", "TORCHELASTIC_")
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["main"])
+SERVER.set_forkserver_preload(["training"])
 
 
 def environment(**more):
@@ -64,5 +66,5 @@ def _run(words, rank, directory, environ):
         handle = os.open(f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, stream.fileno())
     multiprocessing.current_process()._config["daemon"] = False  # it has children of its own: loader workers
-    utils.torch.set_num_threads(1)
-    utils.run_program("main.py", lambda: main.main(words))
+    torch.set_num_threads(1)
+    run_program("main.py", lambda: main.main(words))

@@ -19,9 +19,9 @@ from processes import start_together
 from timm.data import ImageDataset
 
 import engine
-from datasets import BadImage, ImageFiles
 from faults import differences
-from utils import InputError, RunError, Stopped
+from program import InputError, RunError, Stopped
+from sources import BadImage, ImageFiles
 
 
 @pytest.fixture

@@ -15,9 +15,12 @@ import torchvision.datasets as tv
 from fabricate import FABRICATE, number_of
 from PIL import Image
 
-from datasets import SOURCES, Digits, TrainBatches, build_dataset, build_transform, eval_loader, train_loader
+from datasets import build_dataset, build_transform
+from loaders import TrainBatches, eval_loader, train_loader
 from options import parse_args
-from utils import InputError, seed_everything
+from program import InputError
+from sources import SOURCES, Digits
+from utils import seed_everything
 
 ROOT = Path(__file__).parent.parent
 

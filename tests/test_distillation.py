@@ -10,9 +10,9 @@ from helpers import assert_same, differ, read_checkpoint, read_log
 import main
 from datasets import normalization
 from distillation import Loss, Teacher, build_teacher
-from models import create_model
+from models.create import create_model
 from options import parse_args
-from utils import InputError
+from program import InputError
 
 TEACHER = "--teacher vit_tiny --teacher_kwargs embed_dim=48 depth=2 num_heads=3 patch_size=4"
 

@@ -15,7 +15,7 @@ from processes import environment, start_together
 import main
 import utils
 from options import parse_args
-from utils import InputError, Launch, find_launch
+from program import InputError, Launch, find_launch, run_program
 
 ROOT = Path(main.__file__).parent
 LAUNCHERS = {
@@ -97,7 +97,7 @@ def test_only_the_first_process_prints_an_error_found_before_they_meet(tiny_run,
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
-        utils.run_program("main.py", lambda: main.main([*tiny_run, "--epochs", "0"]))
+        run_program("main.py", lambda: main.main([*tiny_run, "--epochs", "0"]))
     assert ended.value.code == 2
     assert capsys.readouterr().err == ""
 

@@ -24,14 +24,14 @@ from hypothesis import strategies as st
 from processes import environment, start_together
 
 import checkpoint
-import datasets
 import distillation
 import engine
 import main
+import training
 import untrusted
-import utils
 from faults import Launched, differences, partial_files
-from utils import InputError, RunError, Stopped
+from program import InputError, RunError, Stopped, run_program
+from sources import ImageFiles
 
 BFLOAT16 = ["--use_amp", "true"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
 # All that could be lost: accumulation, mixed precision, a moving average, mixup, drop path. 3 epochs of 2 steps.
@@ -109,7 +109,7 @@ def test_signal_within_an_epoch_saves_and_the_run_ends_as_if_there_had_been_none
 
 def test_signal_in_the_evaluation_saves_the_epoch_before_it(train, whole, at_call):
     calls = at_call(engine.Trainer, "update", 99, None)
-    at_call(main, "test", 2, send(signal.SIGTERM))
+    at_call(training, "test", 2, send(signal.SIGTERM))
     with pytest.raises(Stopped, match="run/checkpoint-1-step-2.pth"):
         train(everything())
     train(everything())
@@ -134,14 +134,14 @@ def test_second_ctrl_c_does_not_wait_for_an_evaluation(train, at_call):
         send(signal.SIGINT)()
         send(signal.SIGINT)()
 
-    at_call(main, "test", 1, twice)
+    at_call(training, "test", 1, twice)
     with pytest.raises(Stopped, match="nothing was saved"):
         train("--output_dir run")
     assert not list(Path("run").glob("*.pth"))
 
 
 def test_signal_before_training_ends_at_once_and_leaves_nothing(train, at_call):
-    at_call(main, "build_model", 1, send(signal.SIGTERM))
+    at_call(training, "build_model", 1, send(signal.SIGTERM))
     with pytest.raises(Stopped, match="nothing was saved"):
         train("--output_dir run")
     assert not Path("run").exists()
@@ -457,7 +457,7 @@ def in_float16(monkeypatch):
     """float16 with loss scaling, which main.py leaves to GPUs, on the CPU; its first scale."""
 
     def prepare(scale):
-        monkeypatch.setattr(main, "check_hardware", lambda args, rank: (torch.device("cpu"), torch.float16))
+        monkeypatch.setattr(training, "check_hardware", lambda args, rank: (torch.device("cpu"), torch.float16))
         monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=scale))
 
     return prepare
@@ -505,9 +505,9 @@ def test_loss_scaler_without_a_scale_ends_the_run(train, in_float16, loss_times)
     ],
 )
 def test_loader_worker_that_hangs_or_dies_ends_the_run_with_a_line(tiny_run, monkeypatch, capsys, does, says):
-    monkeypatch.setattr(datasets.ImageFiles, "__getitem__", does)
+    monkeypatch.setattr(ImageFiles, "__getitem__", does)
     with pytest.raises(SystemExit) as ended:
-        utils.run_program("main.py", lambda: main.main([*tiny_run, "--num_workers", "1", "--timeout", "1"]))
+        run_program("main.py", lambda: main.main([*tiny_run, "--num_workers", "1", "--timeout", "1"]))
     assert ended.value.code == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1

@@ -16,7 +16,7 @@ import cifar100_folders
 import plot_attention
 import print_configurations
 import weight_selection
-from models import create_model
+from models.create import create_model
 from models.initialization import initialize
 
 LARGE = {"embed_dim": 64, "num_heads": 2, "depth": 2}

@@ -4,12 +4,12 @@ import pytest
 import torch
 from helpers import assert_same, differ, read_checkpoint
 
-import main
-from models import create_model
+import training
+from models.create import create_model
 from models.probe import make_linear_probe
 from optim_factory import create_optimizer
 from options import parse_args
-from utils import InputError
+from program import InputError
 
 PROBE = "--linear_probe true --opt lars --weight_decay 0 --mixup 0 --cutmix 0 --smoothing 0"
 
@@ -82,7 +82,7 @@ def test_a_probe_starts_from_its_own_classifier(train, tmp_path):
     train(f"--output_dir {tmp_path}")
     small = "--model vit_tiny --model_kwargs embed_dim=32 depth=2 num_heads=2 patch_size=4 --input_size 16"
     args = parse_args(f"--linear_probe true --finetune {tmp_path}/checkpoint-1.pth {small}".split())
-    probe = main.build_model(args, classes=3)
+    probe = training.build_model(args, classes=3)
     assert differ({"w": probe.head[1].weight}, {"w": read_checkpoint(tmp_path, 1)["model"]["head.weight"]})
 
 

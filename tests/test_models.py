@@ -7,10 +7,11 @@ import pytest
 import timm
 import torch
 
-from models import PAPER_MODELS, create_model
-from models.families import FAMILIES, classifier_pattern, family_of
+from models.create import PAPER_MODELS, create_model
+from models.families import FAMILIES
 from models.initialization import initialize
-from utils import InputError
+from models.membership import classifier_pattern, family_of
+from program import InputError
 
 FAMILY_NAMES = sorted(FAMILIES)
 PAPER_SIZES = {  # width and depth

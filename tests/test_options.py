@@ -12,10 +12,10 @@ import torch
 from helpers import read_log
 
 import main
-import utils
-from models import create_model
+import training
+from models.create import create_model
 from options import parse_args, share_batch
-from utils import InputError
+from program import InputError, RunError, run_program
 
 ROOT = Path(main.__file__).parent
 
@@ -28,7 +28,7 @@ def refused(tiny_run, monkeypatch):
         raise AssertionError("trained instead of refusing the options")
 
     def run(options, *more):
-        monkeypatch.setattr(main, "train_one_epoch", no_training)
+        monkeypatch.setattr(training, "train_one_epoch", no_training)
         with pytest.raises(InputError) as caught:
             main.main([*tiny_run, *options.split(), *map(str, more)])
         return " ".join(str(caught.value).split())  # as run_program prints it
@@ -304,7 +304,7 @@ def test_bfloat16_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *including_emulation: False)
     args = parse_args(["--device", "cuda", "--use_amp", "true", "--amp_dtype", "bfloat16"])
     with pytest.raises(InputError, match="--amp_dtype bfloat16: "):
-        main.check_hardware(args, local_rank=0)
+        training.check_hardware(args, local_rank=0)
 
 
 def test_weights_and_biases_that_is_not_installed(refused, monkeypatch):
@@ -449,7 +449,7 @@ def test_overwrite_starts_anew_and_deletes_only_the_run(tiny_run, held):
     ("error", "status", "lines"),
     [
         (InputError("--a b:\nc"), 2, "main.py: error: --a b: c\n"),
-        (utils.RunError("no"), 1, "main.py: error: no\n"),
+        (RunError("no"), 1, "main.py: error: no\n"),
         (KeyboardInterrupt(), 130, "\nmain.py: interrupted\n"),
         (None, 0, ""),
     ],
@@ -460,7 +460,7 @@ def test_status_and_line_of_each_way_to_end(error, status, lines, capsys):
             raise error
 
     with pytest.raises(SystemExit) as ended:
-        utils.run_program("main.py", program)
+        run_program("main.py", program)
     assert ended.value.code == status
     assert capsys.readouterr().err == lines
 
@@ -477,10 +477,45 @@ def test_error_is_one_line_and_status_2():
 def test_loss_that_is_not_finite_ends_the_run_with_status_1(tiny_run, tmp_path, capsys):
     command = [*tiny_run, "--lr", "1e20", "--opt", "momentum", "--output_dir", str(tmp_path)]
     with pytest.raises(SystemExit) as ended:
-        utils.run_program("main.py", lambda: main.main(command))
+        run_program("main.py", lambda: main.main(command))
     assert ended.value.code == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert errors[0].startswith("main.py: error: loss is ")
     assert "--lr" in errors[0]
     assert not list(tmp_path.glob("*.pth")), "weights that are not finite are not kept"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Start-up
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("main.py --help", 0),
+        ("main.py --epochs 0", 2),
+        ("main.py --no_such_option", 2),
+        ("main.py --data_set no_such_set", 2),
+        ("main.py --initialize no_such_file.pth", 2),
+        ("main.py --config no_such_file.yaml", 2),
+        ("main.py --model_kwargs num_classes=3", 2),
+        ("main.py --total_batch_size 7", 2),
+        ("weight_selection.py --help", 0),
+        ("weight_selection.py --model_type no_such_type", 2),
+        ("weight_selection.py --model_type vit --pretrained_path no_such_file.pth --output_dir x", 2),
+        ("weight_selection.py --model_type vit --seed 3 --output_dir x", 2),
+    ],
+)
+def test_help_and_mistakes_in_options_do_not_wait_for_torch(command, status):
+    """Its import takes seconds; theirs, without it, a fraction of one (``benchmarks/train.py`` measures them)."""
+    program, *words = command.split()
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / program), *words], capture_output=True, text=True
+    )
+    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
+    said = [line for line in run.stderr.splitlines() if not line.startswith("import time:")]
+    assert run.returncode == status
+    assert "argparse" in imported
+    assert not imported & {"torch", "timm", "torchvision", "sklearn", "scipy", "huggingface_hub"}
+    assert len(said) == (status != 0), "one line for an error"

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-import main
-from models import create_model
+import training
+from models.create import create_model
 from optim_factory import cosine_schedule, create_optimizer
 from options import parse_args
-from utils import InputError, Launch
+from program import InputError, Launch
 
 # ViT-T on CIFAR-100 at batch 512: 97 steps an epoch, 300 epochs of which 50 are warm-up, peak 2e-3.
 RECIPE = {"base": 2e-3, "final": 1e-6, "steps": 300 * 97, "warmup_steps": 50 * 97}
@@ -78,8 +78,8 @@ def test_an_optimiser_that_cannot_be_made_is_refused():
 def small_trainer(family, options):
     """Trainer of a run of one epoch of ten steps, four of them warm-up."""
     args = parse_args(f"{SMALL_MODELS[family]} --device cpu --epochs 1 --warmup_steps 4 {options}".split())
-    model = main.build_model(args, classes=3)
-    return main.build_trainer(args, model, torch.device("cpu"), None, Launch(), None, steps_per_epoch=10, classes=3)
+    model = training.build_model(args, classes=3)
+    return training.build_trainer(args, model, torch.device("cpu"), None, Launch(), None, steps_per_epoch=10, classes=3)
 
 
 VIT_LAYERS = ["cls_token pos_embed patch_embed.", "blocks.0.", "blocks.1.", "blocks.2.", "blocks.3. norm.", "head."]

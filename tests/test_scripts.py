@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import paper
-from models import check_name
+from models.create import check_name
 from options import parse_args
 from weight_selection import get_args_parser as selection_parser
 

@@ -8,15 +8,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from selection.rules import (
-    ELEMENT_SELECTION,
-    LAYER_SELECTION,
-    SEEDED,
-    element_indices,
-    layer_indices,
-    select_elements,
-    uniform_indices,
-)
+from selection import ELEMENT_SELECTION, LAYER_SELECTION, SEEDED
+from selection.rules import element_indices, layer_indices, select_elements, uniform_indices
 
 SLICING = [method for method in ELEMENT_SELECTION if method != "magnitude"]
 

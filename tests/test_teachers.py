@@ -27,7 +27,7 @@ from helpers import (
 )
 
 import weight_selection
-from models import create_model
+from models.create import create_model
 from models.weights import load_initial
 from selection.plan import make_plan
 

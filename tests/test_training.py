@@ -12,10 +12,11 @@ from helpers import assert_same, differ, read_checkpoint, read_log, read_results
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
-import main
-import utils
-from models import create_model
+import training
+from files import PARTIAL, sha256
+from models.create import create_model
 from optim_factory import cosine_schedule
+from program import InputError, RunError
 
 PLAIN = "--aa none --color_jitter 0 --reprob 0 --mixup 0 --cutmix 0 --hflip 0 --scale 1 1"  # no randomness in images
 BFLOAT16 = pytest.mark.skipif(
@@ -80,7 +81,7 @@ def test_results_say_what_was_run_and_what_came_out(finished):
         "test_images": TEST_IMAGES,
         "total_batch_size": 16,
         "initialize": str(file),
-        "initialize_sha256": utils.sha256(file),
+        "initialize_sha256": sha256(file),
     }
     assert facts.items() <= results.items()
     assert results["wall_time"] > 0
@@ -117,7 +118,7 @@ def test_finished_run_is_left_as_it_is(finished, train, monkeypatch, capsys):
         raise AssertionError("trained a finished run")
 
     files = {path.name: path.read_bytes() for path in (finished / "run").iterdir()}
-    monkeypatch.setattr(main, "train_one_epoch", no_training)
+    monkeypatch.setattr(training, "train_one_epoch", no_training)
     train(
         "--epochs 4 --warmup_steps -1 --warmup_epochs 1 --save_ckpt_num 2 --seed 5",
         "--model_ema true --model_ema_decay 0.9 --model_ema_eval true",
@@ -225,13 +226,13 @@ def test_moving_average_moves_by_its_decay(train, tmp_path):
 def test_mixed_precision_on_cpu_computes_in_bfloat16_and_keeps_float32_weights(
     train, tmp_path, monkeypatch, precision, dtype
 ):
-    computed, train_one_epoch = [], main.train_one_epoch
+    computed, train_one_epoch = [], training.train_one_epoch
 
     def observed(trainer, *args):
         trainer.model.blocks[1].mlp.fc1.register_forward_hook(lambda module, args, out: computed.append(out.dtype))
         return train_one_epoch(trainer, *args)
 
-    monkeypatch.setattr(main, "train_one_epoch", observed)
+    monkeypatch.setattr(training, "train_one_epoch", observed)
     train(f"{precision} --epochs 1 --output_dir {tmp_path}")
     assert set(computed) == {dtype}
     assert {value.dtype for value in read_checkpoint(tmp_path, 0)["model"].values()} == {torch.float32}
@@ -353,10 +354,10 @@ def test_full_disk_leaves_the_checkpoints_before_and_the_run_goes_on_later(train
     files = {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full_disk)
-        with pytest.raises(utils.RunError, match=f"cannot write {tmp_path}/checkpoint-.*disk full"):
+        with pytest.raises(RunError, match=f"cannot write {tmp_path}/checkpoint-.*disk full"):
             train("--output_dir", tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")} == files
-    assert not list(tmp_path.glob(f"{utils.PARTIAL}*")), "no temporary files"
+    assert not list(tmp_path.glob(f"{PARTIAL}*")), "no temporary files"
     train("--output_dir", tmp_path)
     assert [row["epoch"] for row in read_log(tmp_path)] == [0, 1]
 
@@ -381,7 +382,7 @@ def test_checkpoint_of_one_run_is_not_continued_into_the_log_of_another(train, t
     for name, lr in (("first", "1e-3"), ("second", "2e-3")):
         train(f"--lr {lr} --output_dir", tmp_path / name)
     log = (tmp_path / "second" / "log.txt").read_bytes()
-    with pytest.raises(utils.InputError, match=f"--output_dir {tmp_path}/second"):
+    with pytest.raises(InputError, match=f"--output_dir {tmp_path}/second"):
         train("--resume", tmp_path / "first" / "checkpoint-0.pth", "--output_dir", tmp_path / "second")
     assert (tmp_path / "second" / "log.txt").read_bytes() == log
 

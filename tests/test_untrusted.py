@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 
 import board
 import main
-from models import create_model
+from models.create import create_model
 from models.families import VIT
 from models.weights import load_initial, read_teacher, read_weights
-from options import read_config
-from utils import InputError, RunError
+from options import get_args_parser, read_config
+from program import InputError, RunError, run_program
 
 TINY = {"embed_dim": 12, "depth": 2, "num_heads": 3, "patch_size": 8, "img_size": 16, "num_classes": 3}
 
@@ -225,13 +225,12 @@ def test_forged_json_is_refused(train, interrupted, name, content):
 
 
 def test_message_shows_no_control_characters(capsys):
-    import utils
 
     def program():
         raise InputError("--config \x1b[2Jx\ny: no")
 
     with pytest.raises(SystemExit):
-        utils.run_program("main.py", program)
+        run_program("main.py", program)
     assert capsys.readouterr().err == "main.py: error: --config ?[2Jx y: no\n"
 
 
@@ -310,7 +309,7 @@ def test_mutated_config_is_read_or_refused(data):
     Path("other.yaml").write_text("epochs: 3\n")
     Path("config.yaml").write_bytes(mutate(data, text))
     try:
-        words = read_config("config.yaml", main.get_args_parser())
+        words = read_config("config.yaml", get_args_parser())
     except InputError:
         return
     assert all(isinstance(word, str) for word in words)

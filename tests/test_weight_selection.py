@@ -19,11 +19,11 @@ from helpers import assert_same, jax_names, meta, prefixed, random_weights, read
 from timm.layers import resample_patch_embed
 
 import weight_selection
-from models import create_model
+from models.create import create_model
 from models.weights import load_initial
+from program import InputError
+from selection import ELEMENT_SELECTION
 from selection.plan import apply_plan, make_plan
-from selection.rules import ELEMENT_SELECTION
-from utils import InputError
 from weight_selection import select_weights
 
 ROOT = Path(weight_selection.__file__).parent
@@ -965,6 +965,20 @@ def test_teacher_files_that_cannot_be_used_are_refused(name, named, cli, broken,
     assert named in message
     assert written(tmp_path) == []
     assert not (broken / "code_was_run").exists()
+
+
+@pytest.mark.parametrize(("key", "read"), [("blocks.0.mlp.fc1.weight", True), ("blocks.3.mlp.fc1.weight", False)])
+def test_only_what_is_selected_is_read_and_checked(key, read, cli, files, weights, selected, tmp_path):
+    content = bytearray(files["vit"].read_bytes())
+    content[content.index(weights["vit"][key].numpy().tobytes()) + 5] ^= 1
+    (tmp_path / "changed.pth").write_bytes(content)
+    message = cli(weight_selection.main, *VIT.command(tmp_path / "out", tmp_path / "changed.pth"))
+    if read:
+        assert "changed.pth: " in message and "CRC" in message
+        assert written(tmp_path / "out") == []
+    else:
+        assert message is None
+        assert_same(torch.load(tmp_path / "out" / "vit.pth", weights_only=True), selected["vit"])
 
 
 @pytest.mark.parametrize(("family", "other"), [("convnext", "vit"), ("vit", "convnext")])

@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""Seconds and memory of weight_selection.py as a whole process, against the plain way, in the same run.
+
+    python benchmarks/selection.py
+
+Teachers have random values: ViT-L/16 with 21,843 classes (1.3 GB) and ConvNeXt-B. The plain way builds
+the whole teacher, loads it, clones and indexes every tensor, and writes the same tensors, which is checked. The limit
+is Python with torch imported, and the bytes of the selected tensors read once. ViT-L with half its layers shows whether
+memory grows with depth. Of each, the median of some starts.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GOALS = {"seconds": 0.5, "memory": 0.3}  # of the plain way's
+VIT, CONVNEXT = "vit_large_patch16_224", "convnext_base"
+PAIRS = {  # teacher, its arguments, student
+    "ViT-L to ViT-T": (VIT, {"num_classes": 21843}, "vit_tiny"),
+    "ViT-L, 12 layers, to ViT-T": (VIT, {"num_classes": 21843, "depth": 12}, "vit_tiny"),
+    "ConvNeXt-B to -F": (CONVNEXT, {"num_classes": 21841}, "convnext_femto"),
+}
+MAKE = """
+import json, sys, timm, torch
+name, kwargs, path = sys.argv[1:]
+torch.manual_seed(0)
+torch.save(timm.create_model(name, **json.loads(kwargs)).state_dict(), path)
+"""
+PLAIN = """
+import json, sys, timm, torch
+name, kwargs, path, student, output = sys.argv[1:]
+teacher = timm.create_model(name, **json.loads(kwargs))
+teacher.load_state_dict(torch.load(path, weights_only=True))
+weights = {key: value.clone() for key, value in teacher.state_dict().items()}
+models = {"vit_tiny": ("vit_tiny_patch16_224", {}), "convnext_femto": ("convnext_femto", {"conv_mlp": False})}
+name, kwargs = models[student]
+selected = {}
+for key, target in timm.create_model(name, **kwargs).state_dict().items():
+    if not key.startswith("head."):
+        parts = []
+        for value, part in zip(*(tensor.chunk(3 if ".qkv." in key else 1) for tensor in (weights[key], target))):
+            for dim, (t, s) in enumerate(zip(value.shape, part.shape)):
+                even = torch.arange(s) * (t // s) if t % s == 0 else torch.linspace(0, t - 1, s).round().long()
+                value = value.index_select(dim, even)
+            parts.append(value)
+        selected[key] = torch.cat(parts)
+torch.save(selected, output)
+"""
+LIMIT = """
+import sys, torch
+left = int(sys.argv[2])
+with open(sys.argv[1], "rb", buffering=0) as file:
+    while left > 0:
+        left -= len(file.read(min(left, 1 << 24)))
+"""
+COUNT = """
+import json, sys
+sys.path.insert(0, sys.argv[4])
+from models.create import create_model
+from selection.plan import make_plan
+teacher = create_model(sys.argv[1], device="meta", **json.loads(sys.argv[2]))
+weights = teacher.state_dict()
+plan = make_plan(teacher, create_model(sys.argv[3], device="meta"))
+print(sum(weights[entry.source].nbytes for entry in plan if entry.role == "selected"))
+"""
+
+
+def measure(words) -> tuple:
+    """Seconds and peak memory (MB) of a process."""
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"failed: {' '.join(map(str, words))[:200]}")
+    return time.monotonic() - start, usage.ru_maxrss / 1000  # which Linux counts in units of 1024 bytes
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--starts", type=int, default=5, help="of each variant")
+    args = parser.parse_args()
+    print(f"{'':28}{'':10}  seconds  to plain  peak MB  to plain", flush=True)
+    for pair, (teacher, kwargs, student) in PAIRS.items():
+        with tempfile.TemporaryDirectory() as directory:
+            path, plain, ours = (Path(directory, name) for name in ("teacher.pth", "plain.pth", "ours.pth"))
+            text = json.dumps(kwargs)
+            measure(["-c", MAKE, teacher, text, path])
+            count = subprocess.check_output([sys.executable, "-c", COUNT, teacher, text, student, str(ROOT)], text=True)
+            options = ["--pretrained_model", teacher, "--pretrained_path", path, "--student", student, "--overwrite"]
+            options += ["--teacher_kwargs", *(f"{key}={value}" for key, value in kwargs.items())]
+            variants = {
+                "plain": ["-c", PLAIN, teacher, text, path, student, plain],
+                "selection": [ROOT / "weight_selection.py", *options, "--output_dir", ours],
+                "limit": ["-c", LIMIT, path, count],
+            }
+            found = {name: [] for name in variants}
+            for start in range(args.starts + 1):
+                for name, words in variants.items():
+                    figures = measure(words)
+                    if start > 0:  # the first warms up the file's pages and Python's byte code
+                        found[name].append(figures)
+            expected, written = (torch.load(file, weights_only=True) for file in (plain, ours))
+            assert expected.keys() == written.keys()
+            assert all(torch.equal(expected[key], value) for key, value in written.items())
+        medians = {
+            name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()
+        }
+        for name, (seconds, memory) in medians.items():
+            ratios = [figure / base for figure, base in zip((seconds, memory), medians["plain"], strict=True)]
+            print(f"{pair:28}{name:10}  {seconds:7.2f}  {ratios[0]:8.2f}  {memory:7.0f}  {ratios[1]:8.2f}", flush=True)
+    print("goals: " + ", ".join(f"{name} at most {ratio} of the plain way's" for name, ratio in GOALS.items()))
+
+
+if __name__ == "__main__":
+    main()

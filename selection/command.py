@@ -1,0 +1,164 @@
+"""What ``weight_selection.py`` does once its options are checked: plan, read the teacher, select, write, read back."""
+
+import json
+import re
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import huggingface_hub
+import timm
+import torch
+import torch.nn as nn
+
+from files import check_writable, new_file, sha256
+from models import SUFFIXES
+from models.create import create_model
+from models.families import Family
+from models.membership import family_of
+from models.weights import (
+    downloaded_file,
+    first_mismatch,
+    open_published,
+    open_teacher,
+    provenance_path,
+    read_weights,
+    write_weights,
+)
+from program import InputError
+from selection.plan import apply_plan, make_plan
+
+
+def output_file(output_dir: str, model_type: str, overwrite: bool) -> Path:
+    """The file to write, after making sure that it can be written and nothing is lost by it."""
+    path = Path(output_dir)
+    if path.suffix in SUFFIXES:
+        if path.is_dir():
+            raise InputError(f"--output_dir {path}: is a directory; remove it or choose another name")
+    else:
+        path = path / f"{model_type}.pth"
+    check_writable(path.parent, "--output_dir")
+    for existing in (path, provenance_path(path)):
+        if existing.exists() and not overwrite:
+            raise InputError(f"--output_dir {output_dir}: {existing} exists; add --overwrite to replace it")
+    return path
+
+
+def load_teacher(args, teacher: nn.Module, family: Family) -> tuple:
+    """The teacher's weights and where they came from: (mapping of keys to tensors, provenance, file or None).
+
+    The provenance says what of a file was left out, as {first word of the keys: number of tensors}.
+    """
+    cfg = teacher.pretrained_cfg
+    model = ".".join(filter(None, (cfg["architecture"], args.pretrained_path is None and cfg.get("tag"))))
+    origin = {"name": args.pretrained_model, "model": model, "kwargs": args.teacher_kwargs}
+    if args.pretrained_path is not None:
+        if Path(args.pretrained_path).suffix == ".npz":  # timm converts these only into a real model
+            teacher = create_model(args.pretrained_model, option="--pretrained_model", **args.teacher_kwargs)
+        weights, unused = open_teacher(args.pretrained_path, teacher, family, "--pretrained_path")
+        if unused:
+            origin["unused"] = dict(Counter(re.split("[./]", key)[0] for key in unused))
+        return weights, origin | {"source": str(args.pretrained_path)}, Path(args.pretrained_path)
+    if args.include_head and teacher.num_classes != cfg["num_classes"]:  # timm drops the published one
+        raise InputError(
+            f"--include_head: the published classifier has {cfg['num_classes']} classes; leave num_classes out of "
+            "--teacher_kwargs"
+        )
+    weights = open_published(
+        args.pretrained_model, teacher, args.teacher_kwargs, "--pretrained_model", "give --pretrained_path FILE"
+    )
+    return weights, origin | {"source": cfg.get("hf_hub_id") or cfg.get("url")}, downloaded_file(cfg)
+
+
+def verify(path: Path, state_dict: dict, student_name: str, student_kwargs: dict, left_out: list) -> None:
+    """Read a written file back, load it into the student and run it once.
+
+    Raises:
+        InputError: the file does not give back what was selected, or the student's output is not finite.
+    """
+    written = read_weights(path, "--output_dir")
+    student = create_model(student_name, option="--student", **student_kwargs).eval()
+    problem = first_mismatch(written, student, lambda key: key in left_out)
+    if not problem and not all(torch.equal(written[key], value) for key, value in state_dict.items()):
+        problem = "other values"
+    if problem:
+        raise InputError(f"--output_dir: what was written cannot be loaded: {problem}")
+    student.load_state_dict(written, strict=False)
+    size = getattr(student.patch_embed, "img_size", None) if hasattr(student, "patch_embed") else None
+    size = size or student.pretrained_cfg["input_size"][1:]
+    channels = next(module for module in student.modules() if isinstance(module, nn.Conv2d)).in_channels
+    images = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        if not student(images).isfinite().all():
+            raise InputError(f"--student {student_name}: its output with the selected weights is not finite")
+
+
+def print_plan(plan: list, element_selection: str) -> None:
+    """The plan as a table."""
+    rows = [("student key", "shape", "teacher key", "shape", "rule")]
+    for entry in plan:
+        shapes = [
+            "x".join(map(str, shape)) if shape is not None else "-" for shape in (entry.shape, entry.source_shape)
+        ]
+        rows.append((entry.key, shapes[0], entry.source or "-", shapes[1], entry.describe(element_selection)))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[4]]))
+
+
+def run(args) -> None:
+    """Select, or with ``--dry_run`` only print the plan, as checked options say."""
+    huggingface_hub.utils.logging.set_verbosity_error()  # a page of retries would hide the one line of an error
+    student = create_model(args.student, option="--student", device="meta", **args.student_kwargs)
+    teacher = create_model(args.pretrained_model, option="--pretrained_model", device="meta", **args.teacher_kwargs)
+    family = family_of(student, f"--student {args.student}")
+    family_of(teacher, f"--pretrained_model {args.pretrained_model}")
+    if args.model_type not in (None, family.name):
+        raise InputError(f"--model_type {args.model_type}: but --student {args.student} is of family {family.name}")
+    plan_options = {
+        "layer_selection": args.layer_selection,
+        "exclude": args.exclude,
+        "include_head": args.include_head,
+        "include_head_norm": args.include_head_norm,
+        "allow_unused": args.allow_unused,
+    }
+    plan = make_plan(teacher, student, **plan_options)
+    counts = {role: sum(entry.role == role for entry in plan) for role in ("selected", "excluded", "classifier")}
+    summary = ", ".join(f"{count} {role}" for role, count in counts.items() if count)
+    if args.dry_run:
+        print_plan(plan, args.element_selection)
+        print(f"{args.student} from {args.pretrained_model}: {summary}; nothing written")
+        return
+
+    path = output_file(args.output_dir, family.name, args.overwrite)
+    weights, origin, file = load_teacher(args, teacher, family)
+    option = "--pretrained_model" if args.pretrained_path is None else "--pretrained_path"
+    with ThreadPoolExecutor(1) as beside:  # reading all of a large file takes longer than selecting from it
+        digest = beside.submit(lambda: file and sha256(file))
+        state_dict = apply_plan(
+            plan,
+            weights,
+            element_selection=args.element_selection,
+            seed=args.seed,
+            option=f"{option} {args.pretrained_path or args.pretrained_model}",
+        )
+        left_out = [entry.key for entry in plan if entry.role != "selected"]
+    with new_file(provenance_path(path)) as record, new_file(path) as temporary:
+        write_weights(state_dict, temporary)
+        verify(temporary, state_dict, args.student, args.student_kwargs, left_out)
+        provenance = {
+            "file": path.name,
+            "sha256": sha256(temporary),
+            "teacher": origin | {"sha256": digest.result()},
+            "student": {"name": args.student, "kwargs": args.student_kwargs},
+            "options": {**plan_options, "element_selection": args.element_selection, "seed": args.seed},
+            "left_out": left_out,
+            "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": sys.version.split()[0]},
+        }
+        record.write_text(json.dumps(provenance, indent=2) + "\n")
+    if "unused" in origin:
+        spare = ", ".join(f"{name} ({count})" for name, count in origin["unused"].items())
+        print(f"{origin['source']}: left out, tensors that the teacher has no place for: {spare}")
+    parameters = sum(value.numel() for value in state_dict.values())
+    print(f"{path}: {args.student} from {args.pretrained_model}, {summary} tensors, {parameters:,} values")
