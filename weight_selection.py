@@ -12,8 +12,10 @@ each dimension. Applying it touches the weights.
 """
 
 import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
 
-from files import check_file
+from files import check_file, sha256
 from models.families import COMPONENTS, FAMILIES
 from program import InputError, Kwargs, Parser, check_kwargs, run_program
 from selection import ELEMENT_SELECTION, LAYER_SELECTION, SEEDED
@@ -136,9 +138,12 @@ def check_options(args) -> None:
 def main(argv=None) -> None:
     args = get_args_parser().parse_args(argv)
     check_options(args)
-    from selection.command import run  # torch takes seconds to import, which --help and mistakes need not wait for
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # copying waits for memory; more threads would wait for each other
+    with ThreadPoolExecutor(1) as beside:  # to read all of a large file takes longer than to select from it
+        digest = beside.submit(sha256, args.pretrained_path) if args.pretrained_path and not args.dry_run else None
+        from selection.command import run  # torch takes seconds to import; --help and mistakes need not wait
 
-    run(args)
+        run(args, beside, digest)
 
 
 if __name__ == "__main__":

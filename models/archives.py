@@ -9,7 +9,9 @@ import argparse
 import contextlib
 import io
 import pickle
+import struct
 import zipfile
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -153,12 +155,30 @@ class _Storage:
 
     def read(self, offset, size, stride):
         with _reasons(self.what):
-            content = bytearray(self.archive.read(self.record))  # the archive compares its check sum
-            numbers = torch.frombuffer(content, dtype=self.dtype) if content else torch.empty(0, dtype=self.dtype)
+            content = _read_record(self.archive, self.record)
+            numbers = content.view(self.dtype) if len(content) else torch.empty(0, dtype=self.dtype)
             tensor = numbers.as_strided(size, stride, offset)
             if not is_plain(tensor):
                 raise Damaged("a tensor in it is larger than what it is stored in")
             return tensor
+
+
+def _read_record(archive, name):
+    """The bytes of a record, as a tensor; they are read straight into it where they are stored as they are."""
+    entry = archive.getinfo(name)
+    if entry.compress_type != zipfile.ZIP_STORED:
+        return torch.frombuffer(bytearray(archive.read(name) or b"\0"), dtype=torch.uint8)[: entry.file_size]
+    content = torch.empty(entry.file_size, dtype=torch.uint8)
+    with open(archive.filename, "rb", buffering=0) as file:
+        file.seek(entry.header_offset + 26)  # what is before the bytes: 30, and a name and an extra field of any length
+        file.seek(entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))))
+        view = memoryview(content.numpy())
+        done = 0
+        while done < len(view) and (count := file.readinto(view[done:])):
+            done += count
+    if done < len(view) or zlib.crc32(view) != entry.CRC:
+        raise Damaged(f"the check sum of {name} is wrong")
+    return content
 
 
 class _Unpickler(pickle.Unpickler):

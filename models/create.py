@@ -1,5 +1,6 @@
 """Models: timm's, under the paper's names as well as timm's own."""
 
+import contextlib
 import difflib
 import warnings
 from functools import partial
@@ -8,6 +9,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.models import is_model
+from torch.overrides import TorchFunctionMode
 
 from program import InputError
 
@@ -60,10 +62,10 @@ def create_model(
     architecture, defaults = PAPER_MODELS.get(name, (name, {}))
     kwargs = {**defaults, **kwargs}
     try:
-        with torch.device(device), warnings.catch_warnings():
+        with _on(device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Mapping deprecated model name")  # timm's old names are welcome here
             if input_size is not None and "img_size" not in kwargs:
-                with torch.device("meta"):
+                with _on("meta"):
                     config = timm.create_model(architecture, **{**kwargs, "pretrained": False}).pretrained_cfg
                 if config.get("fixed_input_size"):
                     kwargs["img_size"] = input_size
@@ -71,6 +73,24 @@ def create_model(
     except (TypeError, ValueError, AssertionError, RuntimeError, IndexError) as error:  # timm's ways of refusing
         given = " ".join(f"{key}={value}" for key, value in kwargs.items())
         raise InputError(f"{option} {name}: timm cannot build it with {given or 'no arguments'}: {error}") from error
+
+
+@contextlib.contextmanager
+def _on(device):
+    """Create tensors there, and on the meta device, where they have no values, let nothing fill them."""
+    with torch.device(device), _Unfilled() if str(device) == "meta" else contextlib.nullcontext():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    """Skips the operations of initialisations; for a large model on the meta device they take most of the time."""
+
+    FILLING = ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_", "copy_")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.FILLING and args and getattr(args[0], "is_meta", False):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def check_input_size(model: nn.Module, input_size: int, name: str) -> None:

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import huggingface_hub
@@ -107,8 +107,14 @@ def print_plan(plan: list, element_selection: str) -> None:
         print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[4]]))
 
 
-def run(args) -> None:
-    """Select, or with ``--dry_run`` only print the plan, as checked options say."""
+def run(args, beside: Executor, digest: Future | None) -> None:
+    """Select, or with ``--dry_run`` only print the plan.
+
+    Args:
+        args: checked options.
+        beside: a thread for what takes long and nothing waits for.
+        digest: SHA-256 of the teacher's file, for which the thread has begun to read it, or None.
+    """
     huggingface_hub.utils.logging.set_verbosity_error()  # a page of retries would hide the one line of an error
     student = create_model(args.student, option="--student", device="meta", **args.student_kwargs)
     teacher = create_model(args.pretrained_model, option="--pretrained_model", device="meta", **args.teacher_kwargs)
@@ -134,16 +140,15 @@ def run(args) -> None:
     path = output_file(args.output_dir, family.name, args.overwrite)
     weights, origin, file = load_teacher(args, teacher, family)
     option = "--pretrained_model" if args.pretrained_path is None else "--pretrained_path"
-    with ThreadPoolExecutor(1) as beside:  # reading all of a large file takes longer than selecting from it
-        digest = beside.submit(lambda: file and sha256(file))
-        state_dict = apply_plan(
-            plan,
-            weights,
-            element_selection=args.element_selection,
-            seed=args.seed,
-            option=f"{option} {args.pretrained_path or args.pretrained_model}",
-        )
-        left_out = [entry.key for entry in plan if entry.role != "selected"]
+    digest = digest or beside.submit(lambda: file and sha256(file))
+    state_dict = apply_plan(
+        plan,
+        weights,
+        element_selection=args.element_selection,
+        seed=args.seed,
+        option=f"{option} {args.pretrained_path or args.pretrained_model}",
+    )
+    left_out = [entry.key for entry in plan if entry.role != "selected"]
     with new_file(provenance_path(path)) as record, new_file(path) as temporary:
         write_weights(state_dict, temporary)
         verify(temporary, state_dict, args.student, args.student_kwargs, left_out)

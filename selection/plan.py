@@ -250,7 +250,7 @@ def _checked(entry, weight, option):
             f"{option}: {entry.source} is {found}, {entry.source_shape} is needed; set --teacher_kwargs "
             "num_classes=N to the file's, or leave out --include_head"
         )
-    if not weight.isfinite().all():
+    if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():  # NaN is both least and greatest
         raise InputError(f"{option}: {entry.source} has values that are not finite")
     return weight.detach()
 
