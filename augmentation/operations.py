@@ -1,0 +1,266 @@
+"""The operations of RandAugment, AutoAugment and colour jitter on batches of uint8 images, with Pillow's roundings.
+
+Each is ``operation(images, level, cubic, fill)`` of images (G, 3, H, W) uint8 with level (G,) float64, whether to
+interpolate by the bicubic kernel rather than the bilinear one (G,) float64 of 0 and 1, and the colour (3, 1, 1)
+float32 for what comes from outside the image. It returns new images, and never waits for the device.
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+
+# ---------------------------------------------------------------------------------------------------------
+# A new value for each value of a channel
+
+
+def _by_table(table):
+    """Makes an operation of ``table(images, level)``, which gives new values (G, 1 or 3, 256) of 0 to 255."""
+
+    def operation(images, level, cubic, fill):
+        tables = table(images, level).to(torch.uint8).expand(len(images), 3, 256)
+        return tables.reshape(-1).index_select(0, _entries(images)).view(images.shape)
+
+    return operation
+
+
+def _entries(images):
+    """For each pixel, flat int32: which entry of the concatenated tables of all channels it has."""
+    channels = torch.arange(len(images) * 3, device=images.device, dtype=torch.int32) * 256
+    return images.reshape(len(images) * 3, -1).int().add_(channels[:, None]).view(-1)
+
+
+def _values(images):
+    return torch.arange(256, device=images.device)
+
+
+def _column(level):
+    return level.view(-1, 1, 1)
+
+
+def _invert(images, level):
+    return 255 - _values(images)
+
+
+def _posterize(images, level):
+    dropped = 2 ** (8 - _column(level).long()).clamp(min=0)
+    return _values(images) // dropped * dropped
+
+
+def _solarize(images, level):
+    values = _values(images)
+    return torch.where(values < _column(level), values, 255 - values)
+
+
+def _solarize_add(images, level):
+    values = _values(images)
+    return torch.where(values < 128, (values + _column(level).long()).clamp(max=255), values)
+
+
+def _brightness(images, level):
+    return (_values(images) * _column(level).float()).clamp(0, 255)
+
+
+def _auto_contrast(images, level):
+    planes = images.flatten(2)
+    low, high = (extreme[:, :, None].double() for extreme in (planes.amin(2), planes.amax(2)))
+    values = _values(images)
+    scale = torch.full_like(low, 255) / (high - low)  # a bare 255 would be multiplied by a rounded reciprocal
+    return torch.where(high > low, (values * scale + -low * scale).clamp(0, 255), values)
+
+
+def _equalize_by(histograms):
+    def table(images, level):
+        values, counts = _values(images), histograms(images)
+        brightest = torch.where(counts > 0, values, 0).amax(2, keepdim=True)
+        step = (counts.sum(2, keepdim=True) - counts.gather(2, brightest)) // 255
+        darker = counts.cumsum(2) - counts
+        return torch.where(step > 0, ((step // 2 + darker) // step.clamp(min=1)).clamp(max=255), values)
+
+    return table
+
+
+def _histograms(images):
+    """(G, 3, 256) int64."""
+    entries = _entries(images).long()
+    counts = torch.zeros(len(images) * 3 * 256, dtype=torch.int64, device=images.device)
+    return counts.scatter_add_(0, entries, torch.ones_like(entries)).view(-1, 3, 256)
+
+
+def _histograms_on_cpu(images):
+    """The same, faster there; elsewhere bincount would wait for the device."""
+    return torch.bincount(_entries(images), minlength=len(images) * 3 * 256).view(-1, 3, 256)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Blends of an image and a lesser one
+
+
+def _by_blending(lesser):
+    """Makes an operation that moves images from ``lesser(float32 images)``, at level 0, to themselves at 1 and on."""
+
+    def operation(images, level, cubic, fill):
+        images = images.float()
+        origin = lesser(images)
+        return _truncated(images.sub_(origin).mul_(level.float().view(-1, 1, 1, 1)).add_(origin))
+
+    return operation
+
+
+def _truncated(values):
+    """Overwrites float32 values and returns them as uint8; over int16, as the direct way is slow on a CPU."""
+    return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)
+
+
+def _grey(images):
+    """(G, 1, H, W) luminance; integers to 2^24, so float32 is exact."""
+    red, green, blue = images.split(1, dim=1)
+    return (red * 19595).add_(green * 38470).add_(blue * 7471).add_(0x8000).mul_(2**-16).floor_()
+
+
+def _mean_grey(images):
+    return _grey(images).mean((1, 2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_().float()
+
+
+def _smooth(images):
+    """Mean of 3x3 pixels with the centre counted 5 times; the outermost pixels stay."""
+    threes = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
+    nines = threes[..., :-2] + threes[..., 1:-1] + threes[..., 2:]
+    result = images.clone()
+    centre = result[:, :, 1:-1, 1:-1]
+    centre.mul_(4).add_(nines).add_(6.5).div_(13).floor_()
+    return result
+
+
+_color = _by_blending(_grey)
+
+
+def _desaturate(images, level, cubic, fill):
+    return _color(images, (1 - level).clamp(0, 1), cubic, fill)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Affine transforms: the pixel (x, y) comes from a point of the image, interpolated from the 4 pixels next to it along
+# each side; beyond the border pixels repeat, but points outside the image have the fill colour.
+
+# Pillow truncates what it interpolates. In float32, weights may sum to less than 1 by rounding: this keeps flat areas.
+ROUNDING = 2**-13
+
+
+def _taps(point, cubic):
+    """Weights of the pixels at -1, 0, 1 and 2 for a point between 0 and 1; Pillow's bicubic kernel has a = -1 here.
+
+    Args:
+        point: float64.
+        cubic: 1, or 0 for the bilinear kernel; broadcastable to the points.
+
+    Returns:
+        The four, float32.
+    """
+    rest = 1 - point
+    before, after = cubic * point * rest * rest, cubic * point * point * rest
+    return [weight.float() for weight in (-before, rest + before, point + after, -after)]
+
+
+def _slide(images, offsets, cubic, fill):
+    """Takes each pixel of row y from ``offsets[:, y]`` pixels further right, not always whole; (G, H), or (G, 1)."""
+    height, width = images.shape[2:]
+    whole = offsets.floor()
+    columns = torch.arange(-1, width + 2, device=images.device) + whole[:, :, None].long()
+    sources = images.gather(3, columns.clamp_(0, width - 1)[:, None].expand(-1, 3, height, -1)).float()
+    first, *others = (tap[:, None, :, None] for tap in _taps(offsets - whole, cubic[:, None]))
+    result = sources[..., :width] * first
+    for place, tap in enumerate(others, start=1):
+        result.addcmul_(sources[..., place : place + width], tap)
+
+    # Points from 0 to the width are inside.
+    first, end = ((edge - offsets - 0.5).ceil().int()[:, None, :, None] for edge in (0, width))
+    column = torch.arange(width, device=images.device, dtype=torch.int32)
+    return _filled(result, (column - first + 1).clamp_(0, 1).mul_((end - column).clamp_(0, 1)), fill)
+
+
+def _filled(values, inside, fill):
+    """Truncates float32 values, which it overwrites, and fills where ``inside`` (int32) is 0 rather than 1."""
+    mask = inside.neg_().to(torch.uint8)  # all bits; on a CPU, bits are faster than choosing
+    return _truncated(values.add_(ROUNDING)).bitwise_and_(mask).bitwise_or_(~mask & fill.to(torch.uint8))
+
+
+def _shear(images, level, cubic, fill):
+    rows = torch.arange(images.shape[2], device=images.device) + 0.5
+    return _slide(images, level[:, None] * rows, cubic, fill)
+
+
+def _translate_absolute(images, level, cubic, fill):
+    return _slide(images, level[:, None], cubic, fill)
+
+
+def _translate_relative(images, level, cubic, fill):
+    return _translate_absolute(images, level * images.shape[3], cubic, fill)
+
+
+def _along_columns(operation):
+    """The operation with the directions exchanged."""
+
+    def exchanged(images, level, cubic, fill):
+        return operation(images.transpose(2, 3).contiguous(), level, cubic, fill).transpose(2, 3)
+
+    return exchanged
+
+
+def _rotate(images, level, cubic, fill):
+    height, width = images.shape[2:]
+    angle = torch.deg2rad(level).view(-1, 1, 1)
+    cosine, sine = angle.cos(), angle.sin()
+    down = (torch.arange(height, device=images.device, dtype=torch.float64) + 0.5 - height / 2)[:, None]
+    right = torch.arange(width, device=images.device, dtype=torch.float64) + 0.5 - width / 2
+    x = cosine * right - sine * down + width / 2
+    y = sine * right + cosine * down + height / 2
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    x, y = x - 0.5, y - 0.5
+    left, top = x.floor(), y.floor()
+    cubic = cubic.view(-1, 1, 1)
+    across, down = _taps(x - left, cubic), _taps(y - top, cubic)
+    columns = [(left.long() + place).clamp_(0, width - 1) for place in range(-1, 3)]
+
+    values = images.flatten(2).float()
+    result = torch.zeros_like(images, dtype=torch.float32)
+    for place, tap in enumerate(down):
+        row = (top.long() + place - 1).clamp_(0, height - 1) * width
+        for column, weight in zip(columns, across, strict=True):
+            index = (row + column).flatten(1)[:, None].expand(-1, 3, -1)
+            result.addcmul_(values.gather(2, index).view(images.shape), (tap * weight)[:, None])
+    return _filled(result, inside[:, None].int(), fill)
+
+
+def _rotate_with_pillow(images, level, cubic, fill):
+    """One image, by Pillow: its loop over 16 neighbours does without torch's passes over memory for each of them."""
+    image = Image.merge("RGB", [Image.fromarray(plane) for plane in images[0].numpy()])
+    kernel = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
+    image = image.rotate(level.item(), kernel, fillcolor=tuple(fill.int().flatten().tolist()))
+    return torch.stack([torch.from_numpy(np.array(plane)) for plane in image.split()])[None]
+
+
+OPERATIONS = {
+    "auto_contrast": _by_table(_auto_contrast),
+    "equalize": _by_table(_equalize_by(_histograms)),
+    "invert": _by_table(_invert),
+    "posterize": _by_table(_posterize),
+    "solarize": _by_table(_solarize),
+    "solarize_add": _by_table(_solarize_add),
+    "brightness": _by_table(_brightness),
+    "color": _color,
+    "contrast": _by_blending(_mean_grey),
+    "desaturate": _desaturate,
+    "sharpness": _by_blending(_smooth),
+    "rotate": _rotate,
+    "shear_x": _shear,
+    "shear_y": _along_columns(_shear),
+    "translate_x_rel": _translate_relative,
+    "translate_y_rel": _along_columns(_translate_relative),
+    "translate_x_abs": _translate_absolute,
+    "translate_y_abs": _along_columns(_translate_absolute),
+}
+ON_CPU = OPERATIONS | {  # what is faster there; rotation takes one image at a time
+    "equalize": _by_table(_equalize_by(_histograms_on_cpu)),
+    "rotate": _rotate_with_pillow,
+}
+RESAMPLED = {name for name in OPERATIONS if name.startswith(("rotate", "shear", "translate"))}
