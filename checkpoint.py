@@ -32,6 +32,7 @@ FREE_OPTIONS = (
     "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num", "start_epoch", "enable_wandb", "project", "wandb_ckpt",
     "world_size", "local_rank", "dist_on_itp", "dist_url", "batch_size", "update_freq", "amp_dtype",
     "model_ema_force_cpu", "skip_bad_images", "timeout", "deterministic",
+    "augment_device", "cache_images", "eval_batch_size",
 )
 # fmt: on
 

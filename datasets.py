@@ -3,6 +3,8 @@
 from http.client import HTTPException
 from pathlib import Path
 
+import numpy as np
+import torch
 from timm.data import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -17,34 +19,38 @@ from sources import SOURCES
 from utils import main_first, say
 
 
+def to_pixels(image) -> torch.Tensor:
+    """uint8 (height, width, 3) of a PIL image in RGB."""
+    return torch.from_numpy(np.array(image))
+
+
 def build_dataset(args, train: bool) -> tuple:
     """Build the training or the test set that the options describe.
 
     Returns:
-        (dataset, number of classes).
+        (dataset of (uint8 (height, width, 3), label), number of classes).
 
     Raises:
         InputError: the files are not there and cannot be downloaded; some are missing or cannot be read; class folders
             are empty or differ.
     """
     source = SOURCES[args.data_set]
-    transform = build_transform(args, train)
     if source.layout is None:
-        return source.build(None, train, transform, False), source.classes
+        return source.build(None, train, to_pixels, False), source.classes
     if args.data_path is None:
         raise InputError(f"--data_path is missing: the directory that holds {source.layout} of {args.data_set}")
     if source.folders:
         roots = [Path(args.data_path) / "train", Path(args.data_path) / "val"]
         if args.eval_data_path is not None:
             roots = [Path(args.data_path), Path(args.eval_data_path)]
-        dataset = _open_folder(source, roots[not train], transform, args.data_set)
+        dataset = _open_folder(source, roots[not train], args.data_set)
         if not train and not args.eval and dataset.classes != (other := _class_folders(roots[0])):
             odd = sorted(set(dataset.classes) ^ set(other))[0]
             raise InputError(
                 f"--data_path {args.data_path}: class folder {odd} is in only one of {roots[0]} and {roots[1]}"
             )
         return dataset, len(dataset.classes)
-    dataset = main_first(lambda: _open_or_download(args, source, train, transform))
+    dataset = main_first(lambda: _open_or_download(args, source, train))
     if len(dataset) != (complete := source.images[not train]):  # a part of the set may be meant, so it is no error
         part = "training" if train else "test"
         found = f"{len(dataset):,} {part} images of {args.data_set}, not {complete:,}"
@@ -56,11 +62,11 @@ def _class_folders(root):
     return sorted(path.name for path in root.iterdir() if path.is_dir())
 
 
-def _open_folder(source, root, transform, name):
+def _open_folder(source, root, name):
     if not root.is_dir():
         raise InputError(f"--data_path: no directory {root}; {name} needs {source.layout}, or --eval_data_path")
     try:
-        return source.build(root, None, transform, None)
+        return source.build(root, None, to_pixels, None)
     except FileNotFoundError as error:  # torchvision's word for no class folders and for empty ones
         raise InputError(f"--data_path: {root} must hold class folders with images in them: {error}") from error
 
@@ -70,7 +76,7 @@ def _open_folder(source, root, transform, name):
 UNREADABLE = (RuntimeError, OSError, ValueError, ImportError, HTTPException)
 
 
-def _open_or_download(args, source, train, transform):
+def _open_or_download(args, source, train):
     if not Path(args.data_path).is_dir():
         raise InputError(
             f"--data_path {args.data_path}: no such directory; make it, and {args.data_set} is downloaded into it, "
@@ -78,7 +84,7 @@ def _open_or_download(args, source, train, transform):
         )
 
     try:
-        return source.build(args.data_path, train, transform, False)
+        return source.build(args.data_path, train, to_pixels, False)
     except RuntimeError:  # torchvision's word for files that are not there or fail their check sum
         pass
     except UNREADABLE as error:  # there, but torchvision would take it for complete and download nothing
@@ -87,7 +93,7 @@ def _open_or_download(args, source, train, transform):
             "if it is incomplete, unpack it again, or remove it to have it downloaded"
         ) from error
     try:
-        return source.build(args.data_path, train, transform, True)
+        return source.build(args.data_path, train, to_pixels, True)
     except UNREADABLE as error:
         raise InputError(
             f"--data_path {args.data_path}: holds no complete {source.layout} of {args.data_set}, and downloading "

@@ -75,12 +75,12 @@ class Trainer:
                 group["weight_decay"] = float(self.weight_decay[step])
 
     def backward(self, images, targets, last: bool) -> torch.Tensor:
-        """Add the gradient of a micro-batch; returns its loss and the distillation's part, as a tensor on the device.
+        """Add the gradient of a micro-batch; returns its loss and the distillation's part, as a tensor.
+
+        All is on the device.
 
         Processes exchange gradients only at the last micro-batch of a step.
         """
-        images = images.to(self.device, non_blocking=True)
-        targets = targets.to(self.device, non_blocking=True)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
         wait = isinstance(self.forward, DistributedDataParallel) and not last
@@ -235,10 +235,12 @@ def train_one_epoch(trainer: Trainer, loader, figures: Figures, after_step: Call
             trainer.set_schedule(epoch * trainer.steps + step)
             losses = 0
             for part in range(trainer.update_freq):
-                images, targets, problems = next(batches)
-                figures.bad.add(problems)
+                batch = next(batches)
+                figures.bad.add(batch.problems)
                 number = (step * trainer.update_freq + part) * trainer.world_size + trainer.rank
                 seed_everything(trainer.seed, epoch, number, 1)  # the 1: not the numbers that image `number` gets
+                images = loader.dataset.pipeline.inputs(batch, trainer.device)
+                targets = batch.labels.to(trainer.device, non_blocking=True)
                 losses += trainer.backward(images, targets, last=part == trainer.update_freq - 1)
             figures.add(losses / trainer.update_freq, trainer.update())
             progress.step(describe)
@@ -253,7 +255,7 @@ def evaluate(model: nn.Module, loader, trainer: Trainer, shared: bool = True) ->
 
     Args:
         model: gives logits, (images, classes); on the trainer's device, or on the CPU and then in full precision.
-        loader: (images, labels, problems) of this process's share of the test set.
+        loader: of this process's share of the test set.
         trainer: the run, which may be asked to stop.
         shared: sum over processes; False when every process sees the whole set.
 
@@ -271,19 +273,20 @@ def evaluate(model: nn.Module, loader, trainer: Trainer, shared: bool = True) ->
     batches, longest = iter(loader), loader.sampler.batches(loader.batch_size)
     with Progress("test", longest, lines=0) as progress:
         for _ in range(longest):  # as often in every process, though the last batch may be missing in some
-            images, targets, problems = next(batches, (None, None, []))
-            if problems:
-                trainer.consensus.fail(f"test image {problems[0]}; repair it: accuracy is over all test images")
-            if images is not None:
-                images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            batch = next(batches, None)
+            if batch is not None and batch.problems:
+                problem = f"test image {batch.problems[0]}; repair it: accuracy is over all test images"
+                trainer.consensus.fail(problem)
+            if batch is not None:
+                images = loader.dataset.pipeline.inputs(batch, device)
+                targets = batch.labels.to(device, non_blocking=True)
                 with autocast(device, dtype):
                     logits = model(images)
                 logits = logits.float()
                 hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
                 loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-                totals += torch.stack(
-                    [loss.double(), hits[:, 0].sum(), hits.sum(), torch.tensor(len(targets), device=device)]
-                )
+                totals[:3] += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum()])
+                totals[3] += len(targets)
             progress.step(str)
             if number := trainer.consensus.poll():
                 raise Stopped(number)

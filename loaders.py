@@ -7,64 +7,72 @@ import threading
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from consensus import SIGNALS, Consensus
+from pipeline import Batch
 from sources import BadImage
-from utils import say, seed_everything
-
-
-class Augmented(Dataset):
-    """A data set whose item (index, epoch) is augmented with randomness from (seed, epoch, index) alone.
-
-    An image that cannot be read is replaced by the next one that can.
-
-    Args:
-        dataset: gives (image, label).
-        seed: of the run.
-        skip: images that may be replaced in all. After more in a row the run ends anyway: then it is a black one.
-
-    Returns:
-        (image, label, what is wrong with the images that could not be read).
-    """
-
-    def __init__(self, dataset, seed, skip):
-        self.dataset, self.seed, self.skip = dataset, seed, skip
-
-    def __getitem__(self, item):
-        index, epoch = item
-        seed_everything(self.seed, epoch, index)
-        return _readable(self.dataset, [(index + ahead) % len(self.dataset) for ahead in range(self.skip + 1)])
+from utils import say, seed_host
 
 
 class Plain(Dataset):
-    """A data set whose item is (image, label, what is wrong with the image, which then is a black one)."""
+    """Images of a data set in a pipeline.
 
-    def __init__(self, dataset):
-        self.dataset = dataset
+    Args:
+        dataset: gives (image, label).
+        pipeline: of ``pipeline``.
 
-    def __getitem__(self, index):
-        return _readable(self.dataset, [index])
+    Returns:
+        (the pipeline's sample, label, what is wrong with the image, which then is a black one).
+    """
+
+    def __init__(self, dataset, pipeline):
+        self.dataset, self.pipeline = dataset, pipeline
 
     def __len__(self):
         return len(self.dataset)
 
+    def __getitem__(self, index):
+        return self.readable([index])
 
-def _readable(dataset, indices):
-    problems = []
-    for index in indices:
-        try:
-            return *dataset[index], problems
-        except BadImage as error:
-            problems.append(str(error))
-    return dataset.transform(Image.new("RGB", (32, 32))), 0, problems
+    def readable(self, indices):
+        """The item of the first index whose image can be read."""
+        problems = []
+        for index in indices:
+            try:
+                image, label = self.dataset[index]
+                break
+            except BadImage as error:
+                problems.append(str(error))
+        else:
+            image, label = torch.zeros(32, 32, 3, dtype=torch.uint8), 0
+        return self.pipeline.sample(image), label, problems
+
+    def collate(self, items) -> Batch:
+        """A batch of items."""
+        samples, labels, problems = zip(*items, strict=True)
+        return Batch(*self.pipeline.collate(samples), torch.tensor(labels), [one for some in problems for one in some])
 
 
-def _collate(samples):
-    *images_and_labels, problems = zip(*samples, strict=True)
-    images, labels = default_collate(list(zip(*images_and_labels, strict=True)))
-    return images, labels, [problem for one in problems for problem in one]
+class Augmented(Plain):
+    """Images whose item (index, epoch) is augmented with randomness from (seed, epoch, index) alone.
+
+    An image that cannot be read is replaced by the next one that can.
+
+    Args:
+        dataset, pipeline: as for ``Plain``.
+        seed: of the run.
+        skip: images that may be replaced in all. After more in a row the run ends anyway: then it is a black one.
+    """
+
+    def __init__(self, dataset, pipeline, seed, skip):
+        super().__init__(dataset, pipeline)
+        self.seed, self.skip = seed, skip
+
+    def __getitem__(self, item):
+        index, epoch = item
+        seed_host(self.seed, epoch, index)
+        return self.readable([(index + ahead) % len(self) for ahead in range(self.skip + 1)])
 
 
 class BadImages:
@@ -171,33 +179,32 @@ def _obey_only_the_parent(worker):
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _loader_options(args):
+def _loader_options(args, dataset):
     return {
+        "dataset": dataset,
+        "collate_fn": dataset.collate,
         "num_workers": args.num_workers,
         "pin_memory": args.pin_mem and args.device == "cuda",
-        "collate_fn": _collate,
         "worker_init_fn": _obey_only_the_parent,
         "timeout": args.timeout if args.num_workers > 0 else 0,
         "multiprocessing_context": "fork" if args.num_workers > 0 else None,  # not Python 3.14's, which imports anew
     }
 
 
-def train_loader(dataset, batches: TrainBatches, args) -> DataLoader:
-    """Loader of micro-batches: images, labels, and what is wrong with those that could not be read."""
+def train_loader(dataset, pipeline, batches: TrainBatches, args) -> DataLoader:
+    """Loader of micro-batches, as ``Batch``; its ``dataset.pipeline`` makes them a model's inputs."""
     return DataLoader(
-        Augmented(dataset, args.seed, args.skip_bad_images),
         batch_sampler=batches,
         persistent_workers=args.num_workers > 0,
-        **_loader_options(args),
+        **_loader_options(args, Augmented(dataset, pipeline, args.seed, args.skip_bad_images)),
     )
 
 
-def eval_loader(dataset, args, rank: int, world_size: int) -> DataLoader:
-    """Loader of a process's share of the test images: images, labels, and what is wrong with those it cannot read."""
+def eval_loader(dataset, pipeline, args, rank: int, world_size: int) -> DataLoader:
+    """Loader of a process's share of the test images, likewise."""
     return DataLoader(
-        Plain(dataset),
         sampler=Share(len(dataset), rank, world_size),
-        batch_size=int(1.5 * args.batch_size),
+        batch_size=args.eval_batch_size or int(1.5 * args.batch_size),
         generator=torch.Generator(),  # the default one is the training's
-        **_loader_options(args),
+        **_loader_options(args, Plain(dataset, pipeline)),
     )

@@ -93,6 +93,8 @@ def get_args_parser() -> Parser:
     group("--nb_classes", type=int, help="checked against the data set, which knows it")
     group("--imagenet_default_mean_and_std", type=boolean, default=True, help="false: 0.5 and 0.5")
     group("--num_workers", type=int, help="loader processes (default: 10, or this process's share of the cores)")
+    group("--augment_device", type=boolean, default=False, help="augment on the device that trains, not in workers")
+    group("--cache_images", type=boolean, default=False, help="decode all images at the start and keep them in memory")
     group("--pin_mem", type=boolean, default=True)
     group("--skip_bad_images", type=int, default=0, metavar="N", help="replace up to N damaged training images")
 
@@ -107,6 +109,7 @@ def get_args_parser() -> Parser:
     group("--eval", type=boolean, default=False, help="only evaluate --resume, --initialize or --finetune")
     group("--disable_eval", type=boolean, default=False, help="evaluate after the last epoch only")
     group("--eval_interval", type=int, default=1, metavar="EPOCHS", help="epochs from one evaluation to the next")
+    group("--eval_batch_size", type=int, metavar="IMAGES", help="(default: one and a half times --batch_size)")
     group("--dist_eval", type=boolean, default=True, help="share the test images out among the processes")
     group("--resume", metavar="FILE", help="checkpoint to continue from")
     group("--auto_resume", type=boolean, default=True, help="continue the run that --output_dir holds")
@@ -234,7 +237,7 @@ def check_options(args, given: set) -> None:
     for name in ("drop_path", "smoothing", "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
         if not 0 <= getattr(args, name) <= 1:
             raise InputError(f"--{name} {getattr(args, name)}: give a number from 0 to 1")
-    for name in ("clip_grad", "crop_pct", "save_ckpt_steps", "timeout"):
+    for name in ("clip_grad", "crop_pct", "save_ckpt_steps", "eval_batch_size", "timeout"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name} {getattr(args, name)}: give a number above 0, or leave it out")
     if args.timeout > 1e7:

@@ -29,7 +29,9 @@ from models.probe import make_linear_probe
 from models.weights import find_weights, load_finetune, load_initial
 from optim_factory import cosine_schedule, create_optimizer
 from options import get_args_parser, mixes
+from pipeline import OnDevice, build_pipeline
 from program import InputError, Launch, RunError, Stopped
+from store import Store
 from utils import say
 
 
@@ -201,8 +203,8 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: Board) 
     if keeps:
         prune()  # a killed run may not have
     if first < args.epochs:
-        pixels = torch.zeros(args.batch_size, 3, args.input_size, args.input_size)
-        trainer.rehearse(pixels, torch.zeros(args.batch_size, dtype=torch.long))
+        images = torch.zeros(args.batch_size, 3, args.input_size, args.input_size, device=trainer.device)
+        trainer.rehearse(images, torch.zeros(args.batch_size, dtype=torch.long, device=trainer.device))
     for epoch in range(first, args.epochs):
         figures = Figures(trainer, epoch, bad, progress.get("partial"))
         done, begun = figures.step, time.monotonic()
@@ -295,6 +297,14 @@ def run(args, launch: Launch) -> None:
         train_or_evaluate(args, launch, device, dtype, consensus)
 
 
+def keep(dataset, name: str, pipeline, device) -> Store:
+    """Keep the images of a data set in memory, and on the device if the pipeline wants them there."""
+    store = Store(dataset, name)
+    if isinstance(pipeline, OnDevice):
+        pipeline.resident = store.on(device)
+    return store
+
+
 def train_or_evaluate(args, launch: Launch, device, dtype, consensus: Consensus) -> None:
     """As ``run``, once all processes have met."""
     train_set = None if args.eval else build_dataset(args, train=True)[0]
@@ -313,7 +323,9 @@ def train_or_evaluate(args, launch: Launch, device, dtype, consensus: Consensus)
         check_writable(args.log_dir, "--log_dir")
     model = build_model(args, classes)
     teacher = None if args.eval or args.distillation == "none" else build_teacher(args, classes)
-    testing = eval_loader(test_set, args, *((launch.rank, launch.world_size) if args.dist_eval else (0, 1)))
+    pipelines = {"test": build_pipeline(args, train=False)}
+    if not args.eval:
+        pipelines["train"] = build_pipeline(args, train=True)
     # Until here nothing has been written: what is refused leaves no run behind.
     with contextlib.nullcontext() if args.eval else checkpoint.open_output(args) as found:
         trainer = build_trainer(args, model, device, dtype, launch, consensus, steps, classes, teacher)
@@ -321,6 +333,11 @@ def train_or_evaluate(args, launch: Launch, device, dtype, consensus: Consensus)
         progress = {"epoch": args.start_epoch - 1, "seconds": 0.0, "train_images": images}
         if found or args.resume:
             progress = checkpoint.resume(args, trainer, found or Path(args.resume), images)
+        if args.cache_images:
+            train_set = train_set and keep(train_set, "training images", pipelines["train"], device)
+            test_set = keep(test_set, "test images", pipelines["test"], device)
+        place = (launch.rank, launch.world_size) if args.dist_eval else (0, 1)
+        testing = eval_loader(test_set, pipelines["test"], args, *place)
         consensus.patient = True
         if args.eval:
             say(f"{args.model}: {utils.describe(test(args, trainer, testing))}")
@@ -341,7 +358,8 @@ def train_or_evaluate(args, launch: Launch, device, dtype, consensus: Consensus)
             images, args.batch_size, steps, args.update_freq, launch.rank, launch.world_size, args.seed
         )
         with Board(args, progress["epoch"] + 1, checkpoint.plain(args)) as board:
-            train(args, trainer, (train_loader(train_set, batches, args), testing), progress, board)
+            training = train_loader(train_set, pipelines["train"], batches, args)
+            train(args, trainer, (training, testing), progress, board)
         if args.output_dir:
             record = results(args, progress, facts)
             utils.main_only(lambda: write_results(Path(args.output_dir) / "results.json", record))

@@ -39,12 +39,12 @@ class Draws(NamedTuple):
         geometry: ``resizing.Geometry`` as integers: the box that is cut out, the size it is resized to, the window of
             that which is kept, whether by the bicubic kernel, whether mirrored.
         operations: (name, level, whether bicubic) of each, in order.
-        erased: (top, left, height, width) of each erased box, in order.
+        erased: (seed of its noise, top, left, height, width) of each erased box, in order.
     """
 
     geometry: tuple[int, ...]
     operations: list[tuple[str, float, bool]]
-    erased: list[tuple[int, int, int, int]]
+    erased: list[tuple[int, int, int, int, int]]
 
 
 class Packed(NamedTuple):
@@ -55,14 +55,14 @@ class Packed(NamedTuple):
         groups: (name, start, stop) of operations that are done at once; those of an image keep their order.
         rows: (N,) int64, images of the batch; ``rows[start:stop]`` are a group's.
         levels: (N, 2) float64, the level of each operation and whether it interpolates by the bicubic kernel.
-        erased: (image, top, left, height, width) of each erased box, in order.
+        erased: (image, seed of its noise, top, left, height, width) of each erased box, in order.
     """
 
     geometry: torch.Tensor
     groups: list[tuple[str, int, int]]
     rows: torch.Tensor
     levels: torch.Tensor
-    erased: list[tuple[int, int, int, int, int]]
+    erased: list[tuple[int, int, int, int, int, int]]
 
 
 class Augmentation:
@@ -115,6 +115,8 @@ class Augmentation:
                 self._record([operation for group in step.policy for operation in group])
             case transforms.ColorJitter(hue=None):
                 self._jitter = step
+            case transforms.ColorJitter():
+                raise Unsupported("ColorJitter of hue")
             case MaybeToTensor():
                 pass
             case transforms.Normalize():
@@ -124,7 +126,7 @@ class Augmentation:
                 step.per_pixel = step.rand_color = False  # its boxes are wanted without the noise
                 self._erasing = step
             case _:
-                raise Unsupported(str(step))
+                raise Unsupported(type(step).__name__)
 
     def _record(self, augment_ops):
         """Makes operations of timm's append themselves to a list, which they take for the image."""
@@ -140,7 +142,7 @@ class Augmentation:
             operation.aug_fn = _recorder(name)
 
     def draw(self, height, width):
-        """Draws for one image, from the global generators as the transform does, less the noise of erasing.
+        """Draws for one image, from the global generators as the transform does; a seed for the noise of erasing.
 
         Args:
             height, width: of the image, in pixels.
@@ -223,8 +225,9 @@ class Augmentation:
         resize = resizing.by_products if batched else resizing.one_by_one
         functions = operations.OPERATIONS if batched else operations.ON_CPU
         images = resize(pixels, packed.geometry, self.size)
-        fill = torch.tensor(self.fill, dtype=torch.float32).view(3, 1, 1).to(device)
-        rows, levels = packed.rows.to(device), packed.levels.to(device)
+        fill = torch.tensor(self.fill, dtype=torch.float32).view(3, 1, 1)
+        # A transfer that blocks would wait for all that the device still has to do.
+        rows, levels, fill = (values.to(device, non_blocking=True) for values in (packed.rows, packed.levels, fill))
         for name, start, stop in packed.groups:
             if batched:
                 some = rows[start:stop]
@@ -244,20 +247,23 @@ class Augmentation:
             packed: of the same images.
 
         Returns:
-            (B, 3, size, size) float32; the noise in erased boxes is from the device's global generator.
+            (B, 3, size, size) float32. The noise in erased boxes is the same in any batch, and another on another
+            kind of device.
         """
         device = images.device
-        mean, std = self._mean.to(device), self._std.to(device)
+        mean, std = (values.to(device, non_blocking=True) for values in (self._mean, self._std))
         result = torch.empty_like(images, dtype=torch.float32)
         parts = len(images) if device.type == "cpu" else 1  # one image stays in the cache of a CPU
         for pixels, values in zip(images.chunk(parts), result.chunk(parts), strict=True):
             torch.div(pixels, 255, out=values).sub_(mean).div_(std)
-        for row, top, left, height, width in packed.erased:
+        generator = torch.Generator(device)
+        for row, seed, top, left, height, width in packed.erased:
             box = result[row, :, top : top + height, left : left + width]
             if self._noise == "const":
                 box.zero_()
             else:
-                box.copy_(torch.randn((3, height, width) if self._noise == "pixel" else (3, 1, 1), device=device))
+                shape = (3, height, width) if self._noise == "pixel" else (3, 1, 1)
+                box.copy_(torch.randn(shape, generator=generator.manual_seed(seed), device=device))
         return result
 
 
@@ -272,7 +278,8 @@ class _Boxes:
 
     def __setitem__(self, index, value):
         _, rows, columns = index
-        self.erased.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
+        seed = torch.randint(1 << 62, ()).item()
+        self.erased.append((seed, rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
 
 
 def _recorder(name):

@@ -118,7 +118,8 @@ def _part(data, geometry, offsets, sizes, size):
     first = torch.where(turned, along_columns, along_rows)
     second = torch.where(turned, along_rows, along_columns)
     columns, rows = int(first[1].max()), int(second[1].max())
-    table = torch.cat([first, second, starts[None], turned[None]])[:, :, None].to(data.device)  # each (B, 1)
+    table = torch.cat([first, second, starts[None], turned[None]])[:, :, None]  # each (B, 1)
+    table = table.to(data.device, non_blocking=True)
     first, second, (starts, turned) = table[:6], table[6:12], table[12:]
 
     # Beyond a smaller box its last row and column are repeated, with weights of 0.

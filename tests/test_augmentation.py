@@ -218,7 +218,7 @@ def test_a_seed_means_what_it_means_to_timm(text, size, train):
     theirs, packed = torch.stack(theirs), pickle.loads(pickle.dumps(augmentation.pack(draws)))
 
     erased = torch.zeros(theirs.shape, dtype=torch.bool)
-    for row, top, left, height, width in packed.erased:
+    for row, _, top, left, height, width in packed.erased:
         erased[row, :, top : top + height, left : left + width] = True
     mean, std = (torch.as_tensor(values).view(3, 1, 1) for values in (augmentation._mean, augmentation._std))
     for batched, share in ((False, 0.03), (True, 0.008)):
@@ -241,7 +241,7 @@ def test_erased_boxes_are_timms():
     for seed in range(30):
         seed_everything(seed)
         erased = torch.zeros(3, 48, 48, dtype=torch.bool)
-        for top, left, height, width in (draws := augmentation.draw(32, 32)).erased:
+        for _, top, left, height, width in (draws := augmentation.draw(32, 32)).erased:
             erased[:, top : top + height, left : left + width] = True
         boxes.add(len(draws.erased))
         seed_everything(seed)
@@ -256,10 +256,9 @@ def test_noise_is_of_the_kind_that_was_asked_for():
         augmentation = Augmentation(transform_of(f"--input_size 48 --aa none --reprob 1 --remode {mode}"))
         seed_everything(3)
         packed = augmentation.pack([augmentation.draw(32, 32)])
-        (_, top, left, height, width), *_ = packed.erased
-        torch.manual_seed(5)
+        (_, seed, top, left, height, width), *_ = packed.erased
         result = augmentation.finish(torch.full((1, 3, 48, 48), 7, dtype=torch.uint8), packed)
-        torch.manual_seed(5)
+        torch.manual_seed(seed)
         return result[0, :, top : top + height, left : left + width], height, width
 
     box, height, width = one("pixel")

@@ -18,6 +18,7 @@ from PIL import Image
 from datasets import build_dataset, build_transform
 from loaders import TrainBatches, eval_loader, train_loader
 from options import parse_args
+from pipeline import build_pipeline
 from program import InputError
 from sources import SOURCES, Digits
 from utils import seed_everything
@@ -71,6 +72,7 @@ def test_order_depends_on_epoch_and_seed_and_on_nothing_else():
 def test_augmentation_of_an_image_depends_on_no_worker(image_folder):
     args = options("--data_set image_folder --input_size 16 --num_workers 0", image_folder)
     dataset, _ = build_dataset(args, train=True)
+    pipeline = build_pipeline(args, train=True)
 
     def epoch_of_images(workers, epoch):
         args.num_workers = workers
@@ -78,10 +80,11 @@ def test_augmentation_of_an_image_depends_on_no_worker(image_folder):
         batches.set_position(epoch, 0)
         order = [index for batch in batches for index, _ in batch]
         torch.manual_seed(workers)
-        loaded = list(train_loader(dataset, batches, args))
-        labels = torch.cat([labels for _, labels, _ in loaded]).tolist()
+        loaded = list(train_loader(dataset, pipeline, batches, args))
+        labels = torch.cat([batch.labels for batch in loaded]).tolist()
         assert labels == [dataset.samples[index][1] for index in order]
-        return dict(zip(order, torch.cat([images for images, _, _ in loaded]), strict=True))
+        images = torch.cat([pipeline.inputs(batch, torch.device("cpu")) for batch in loaded])
+        return dict(zip(order, images, strict=True))
 
     here, elsewhere, later = epoch_of_images(0, 0), epoch_of_images(2, 0), epoch_of_images(0, 1)
     assert here.keys() == elsewhere.keys()
@@ -93,9 +96,10 @@ def test_augmentation_of_an_image_depends_on_no_worker(image_folder):
 @pytest.mark.parametrize(("images", "world_size"), [(13, 2), (10, 4), (8, 2), (3, 4), (7, 1)])
 def test_processes_share_test_images_out_without_duplicates(images, world_size):
     args = options("--data_set digits --num_workers 0 --batch_size 2")
-    dataset = [(index, 0) for index in range(images)]
-    shards = [eval_loader(dataset, args, rank, world_size) for rank in range(world_size)]
-    seen = [[index for indices, _, _ in shard for index in indices.tolist()] for shard in shards]
+    dataset = [(torch.zeros(8, 8, 3, dtype=torch.uint8), index) for index in range(images)]
+    pipeline = build_pipeline(args, train=False)
+    shards = [eval_loader(dataset, pipeline, args, rank, world_size) for rank in range(world_size)]
+    seen = [[index for batch in shard for index in batch.labels.tolist()] for shard in shards]
     assert sorted(sum(seen, [])) == list(range(images))
     assert max(map(len, seen)) - min(map(len, seen)) <= 1, "fair shares"
 
@@ -191,14 +195,13 @@ def fabricate(monkeypatch, offline):
 
 def read(name, root):
     """(number, label) of all training and of all test images, and the number of classes."""
-    plain = "--input_size 8 --crop_pct 1 --aa none --color_jitter 0 --reprob 0"
     parts = []
     for train in (True, False):
-        dataset, classes = build_dataset(options(f"--data_set {name} {plain}", root), train)
+        dataset, classes = build_dataset(options(f"--data_set {name}", root), train)
         images = [dataset[index] for index in range(len(dataset))]
         assert {type(label) for _, label in images} == {int}
-        assert {image.shape for image, _ in images} == {(3, 8, 8)}
-        parts.append([(number_of(unnormalised(image)), label) for image, label in images])
+        assert {(image.dtype, image.shape[2]) for image, _ in images} == {(torch.uint8, 3)}
+        parts.append([(number_of(image.permute(2, 0, 1).float()), label) for image, label in images])
     return *parts, classes
 
 
@@ -235,8 +238,9 @@ def test_files_in_other_modes_become_rgb(tmp_path, fabricate, name, mode):
     fabricate(name, tmp_path)
     for file in (file for file in tmp_path.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg")):
         Image.open(file).convert(mode).save(file, "JPEG" if mode == "L" else "PNG")
-    args = options(f"--data_set {name} --input_size 8", tmp_path)
-    assert {build_dataset(args, train)[0][0][0].shape for train in (True, False)} == {(3, 8, 8)}
+    args = options(f"--data_set {name}", tmp_path)
+    images = [build_dataset(args, train)[0][0][0] for train in (True, False)]
+    assert {(image.dtype, image.shape[2]) for image in images} == {(torch.uint8, 3)}
 
 
 @pytest.mark.parametrize("name", FABRICATE)

@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""Images per second and core of the input pipeline, against timm's transforms and PyTorch's default loader, in one run.
+
+    python benchmarks/data.py
+
+All work of an image is on one core: reading or decoding, transform, collation, normalisation, up to a batch of float32
+at 224 pixels. Both go through the recipe's training and test transforms, in turns; of each the median. Images are
+noise over smooth colours: as small as CIFAR's, in memory, and as JPEG files of 500 x 375 pixels, decoded each time or
+once (--cache_images). --device cuda measures --augment_device there instead, from images resident on it.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from datasets import build_dataset, build_transform, to_pixels  # noqa: E402
+from loaders import TrainBatches, eval_loader, train_loader  # noqa: E402
+from options import parse_args  # noqa: E402
+from pipeline import OnDevice, build_pipeline  # noqa: E402
+from sources import ImageFiles  # noqa: E402
+from store import Store  # noqa: E402
+
+BATCH = 64
+GOAL, DEVICE_GOAL = 2.0, 20_000  # times the baseline's; images/s of one GPU
+
+
+class Small:
+    """Images of 32 x 32 pixels in memory, as CIFAR's."""
+
+    def __init__(self, images, transform):
+        rng = np.random.default_rng(0)
+        self.images = [np.asarray(smooth(rng, 32, 32)) for _ in range(images)]
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.images[index])), index % 100
+
+
+def smooth(rng, width, height):
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    noisy = np.asarray(coarse) + rng.normal(0, 12, (height, width, 3))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def write_jpegs(root: Path, images: int):
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for number in range(images):
+            path = root / part / str(number % 4) / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            smooth(rng, 500, 375).save(path, quality=90)
+
+
+def options(root, *more):
+    words = ["--data_set", "image_folder", "--data_path", str(root), "--num_workers", "0", "--batch_size", str(BATCH)]
+    args = parse_args([*words, "--eval_batch_size", str(BATCH), *more])
+    args.device = "cpu"
+    return args
+
+
+def plain(dataset, train):
+    """timm's transform image by image, and PyTorch's default collation."""
+    return DataLoader(dataset, batch_size=BATCH, shuffle=train, drop_last=True)
+
+
+def ours(args, dataset, train, device):
+    pipeline = build_pipeline(args, train)
+    if isinstance(pipeline, OnDevice):
+        pipeline.resident = dataset.on(device)
+    if train:
+        batches = TrainBatches(len(dataset), BATCH, len(dataset) // BATCH, 1, 0, 1, seed=0)
+        return train_loader(dataset, pipeline, batches, args)
+    return eval_loader(dataset, pipeline, args, 0, 1)
+
+
+def images_per_second(loader, device) -> float:
+    """Of one pass, up to what a model takes, on the device."""
+    start, images = time.perf_counter(), 0
+    for batch in loader:
+        plain = isinstance(batch, list)
+        images += len(batch[0].to(device) if plain else loader.dataset.pipeline.inputs(batch, device))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return images / (time.perf_counter() - start)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1024, help="of each kind and turn")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments = parser.parse_args()
+    device, on_device = torch.device(arguments.device), arguments.device != "cpu"
+    if not on_device:
+        torch.set_num_threads(1)
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    print(f"{'':22}{'':6}  images/s, timm  ours  ratio", flush=True)
+    with tempfile.TemporaryDirectory() as root:
+        write_jpegs(Path(root), arguments.images)
+        for kind in ("32 x 32, in memory", "500 x 375, JPEG", "500 x 375, cached"):
+            for train in (True, False):
+                args = options(root, "--augment_device", str(on_device))
+                transform = build_transform(args, train)
+                if kind.startswith("32"):
+                    baseline, dataset = Small(arguments.images, transform), Small(arguments.images, to_pixels)
+                else:
+                    dataset = build_dataset(args, train)[0]
+                    baseline = ImageFiles(dataset.samples, transform)
+                if on_device or kind.endswith("cached"):
+                    dataset = Store(dataset, "images")
+                loaders = plain(baseline, train), ours(args, dataset, train, device)
+                if train:
+                    loaders[1].batch_sampler.set_position(0, 0)
+                speeds = [[], []]
+                for turn in range(arguments.turns + 1):
+                    for loader, found in zip(loaders, speeds, strict=True):
+                        speed = images_per_second(loader, device)
+                        if turn > 0:
+                            found.append(speed)
+                timm, own = map(statistics.median, speeds)
+                part = "train" if train else "test"
+                print(f"{kind:22}{part:6}  {timm:14.0f}  {own:4.0f}  {own / timm:5.2f}", flush=True)
+    goal = f"{DEVICE_GOAL} images/s in training" if on_device else f"{GOAL} times timm's"
+    print(f"goal: {goal}")
+
+
+if __name__ == "__main__":
+    main()
