@@ -61,7 +61,7 @@ class InWorkers:
     def collate(self, samples):
         images, draws = zip(*samples, strict=True)
         packed = self.augmentation.pack(draws)
-        return self.augmentation.apply(_side_by_side(images), packed), packed
+        return self.augmentation.apply(images, packed), packed
 
     def inputs(self, batch, device):
         return self.augmentation.finish(batch.images.to(device, non_blocking=True), batch.packed)

@@ -28,6 +28,11 @@ class Pixels(NamedTuple):
     offsets: torch.Tensor
     sizes: torch.Tensor
 
+    def images(self):
+        """Views of the images of the batch, each (height, width, 3)."""
+        for offset, (height, width) in zip(self.offsets.tolist(), self.sizes.tolist(), strict=True):
+            yield self.data[offset : offset + 3 * height * width].view(height, width, 3)
+
 
 class Geometry(NamedTuple):
     """The way of images from their pixels to squares, in pixels; a number or a column for each.
@@ -58,11 +63,11 @@ def _turned(image):
     return TURNS & (lost > 0) & (lost > 2 * (image.width - image.wide))
 
 
-def one_by_one(pixels, geometry, size):
+def one_by_one(images, geometry, size):
     """Resize with torch's kernel for uint8, whose speed on a CPU comes from its vector instructions.
 
     Args:
-        pixels: ``Pixels`` on a CPU.
+        images: each (height, width, 3) uint8, on a CPU.
         geometry: (B, 10) int64, a row of ``Geometry`` for each image.
         size: side of the result.
 
@@ -70,11 +75,9 @@ def one_by_one(pixels, geometry, size):
         (B, 3, size, size) uint8.
     """
     result = torch.empty(len(geometry), 3, size, size, dtype=torch.uint8)
-    places = zip(geometry.tolist(), pixels.offsets.tolist(), pixels.sizes.tolist(), result, strict=True)
-    for row, offset, (height, width), image in places:
+    for row, source, image in zip(geometry.tolist(), images, result, strict=True):
         one = Geometry(*row)
-        source = pixels.data[offset : offset + 3 * height * width].view(height, width, 3).permute(2, 0, 1)
-        box = source[None, :, one.top : one.top + one.height, one.left : one.left + one.width]
+        box = source.permute(2, 0, 1)[None, :, one.top : one.top + one.height, one.left : one.left + one.width]
         mode = "bicubic" if one.cubic else "bilinear"
         if _turned(one):
             resized = _interpolate(box.transpose(2, 3), (one.wide, one.tall), mode).transpose(2, 3)
