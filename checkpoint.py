@@ -32,12 +32,13 @@ FREE_OPTIONS = (
     "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num", "start_epoch", "enable_wandb", "project", "wandb_ckpt",
     "world_size", "local_rank", "dist_on_itp", "dist_url", "batch_size", "update_freq", "amp_dtype",
     "model_ema_force_cpu", "skip_bad_images", "timeout", "deterministic",
-    "augment_device", "cache_images", "eval_batch_size",
+    "augment_device", "cache_images", "eval_batch_size", "compile", "channels_last",
 )
 # fmt: on
 
 VERSION = 2  # of what is in a checkpoint. 1, which did not say so, had no position within an epoch.
 WAYS_OUT = "choose another directory, or add --overwrite true to delete it"
+WAYS_TO_COMPUTE = ("fused", "foreach")  # settings of an optimiser that belong to the device, not to the run
 NAME = re.compile(r"checkpoint-(\d+)(?:-step-(\d+))?\.pth")
 
 
@@ -360,7 +361,7 @@ def _load_optimizer(optimizer, state_dict, origin):
         if not isinstance(numbers, list) or not _alike(numbers, ours["params"]) or numbers != ours["params"]:
             raise InputError(f"{origin}: other parameters")
         for key, value in ours.items():
-            if not _alike(theirs.get(key), value):
+            if key not in WAYS_TO_COMPUTE and not _alike(theirs.get(key), value):
                 raise InputError(f"{origin}: its {key} is {reprlib.repr(theirs.get(key))}")
         if not all(map(_is_state, (value for key, value in theirs.items() if key not in ours))):  # such as LAMB's step
             raise InputError(f"{origin}: other settings")
@@ -372,6 +373,8 @@ def _load_optimizer(optimizer, state_dict, origin):
         optimizer.load_state_dict(copy.deepcopy(state_dict))
         _rehearse(optimizer)
         optimizer.load_state_dict(state_dict)
+        for group, ours in zip(optimizer.param_groups, expected, strict=True):
+            group |= {key: ours[key] for key in WAYS_TO_COMPUTE if key in ours}
     except Exception as error:  # every optimiser has its own ways of failing on a state that is not its own
         raise InputError(f"{origin}: its state does not fit: {error!r}") from error
 

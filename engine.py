@@ -15,8 +15,8 @@ from torch.nn.utils import clip_grad_norm_
 from consensus import Consensus
 from distillation import Loss
 from loaders import BadImages
-from program import RunError, Stopped
-from utils import Progress, seed_everything
+from program import RunError, Stopped, printable
+from utils import Progress, say, seed_everything
 
 READ_INTERVAL = 50  # steps from one look at the figures of training to the next: each look waits for the device
 MIN_LOSS_SCALE = 1.0  # below it, float16 overflows on gradients as they are, not on scaled ones
@@ -90,21 +90,47 @@ class Trainer:
             self.scaler.scale(loss / self.update_freq).backward()
         return torch.stack([loss.detach(), distance.detach()])
 
-    def rehearse(self, images: torch.Tensor, targets: torch.Tensor) -> None:
-        """Compute a gradient and forget it, so that DDP sums as in all later steps in the first of a resumed run too.
+    def arrange(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+        """Let DDP sum in the first step of a resumed run as in all later ones.
 
         DDP arranges gradients for the exchange by the order in which those of its first step came, and with more than
         two processes the arrangement decides in which order floats are added up.
         """
-        if not isinstance(self.forward, DistributedDataParallel):
-            return
+        if isinstance(self.forward, DistributedDataParallel):
+            self.rehearse(images, targets, together=True)
+
+    def compile(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+        """Compile what training and evaluation call, unless that fails in some process; then say so.
+
+        Args:
+            images, targets: of the shapes of training.
+        """
+        ddp = isinstance(self.forward, DistributedDataParallel)
+        modules = {self.model, self.forward.module if ddp else self.forward}
+        for module in modules:
+            module.compile()
+        reason = None
+        try:
+            self.rehearse(images, targets, together=False)
+        except Exception as error:  # no compiler, no Triton, an operator without a kernel: each fails in its own way
+            reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        reasons = [reason for reason in self.consensus.gather_objects(reason) if reason is not None]
+        if reasons:
+            say(f"warning: --compile true: goes on without, as it failed ({printable(reasons[0])[:300]})")
+            for module in modules:
+                module._compiled_call_impl = None  # what Module.compile set; there is no public way back
+
+    def rehearse(self, images: torch.Tensor, targets: torch.Tensor, together: bool) -> None:
+        """Compute a gradient, with or without an exchange between processes, and forget it."""
         before = [buffer.clone() for buffer in self.forward.buffers()]
         self.forward.train()
-        self.backward(images, targets, last=True)
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for buffer, value in zip(self.forward.buffers(), before, strict=True):
-                buffer.copy_(value)
+        try:
+            self.backward(images, targets, last=together)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, value in zip(self.forward.buffers(), before, strict=True):
+                    buffer.copy_(value)
 
     def update(self) -> torch.Tensor:
         """Take a step; returns the norm of the gradient before clipping, on the device."""

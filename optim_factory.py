@@ -1,5 +1,7 @@
 """Optimiser, parameter groups and schedules of the recipe (paper, Table 13)."""
 
+import inspect
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -33,6 +35,8 @@ def create_optimizer(model: nn.Module, args, projector: nn.Module | None = None)
                 f"--opt_betas {args.opt_betas}: {args.opt} takes {info.num_betas if info.has_betas else 0}"
             )
         kwargs["betas"] = tuple(args.opt_betas)
+    if next(model.parameters()).is_cuda and "fused" in inspect.signature(info.opt_class).parameters:
+        kwargs["fused"] = True  # one kernel for all parameters, and no wait to learn whether float16 overflowed
     try:
         optimizer = create_optimizer_v2(
             lars_groups(model) if args.linear_probe and args.opt == "lars" and args.weight_decay == 0 else model,

@@ -104,6 +104,8 @@ def get_args_parser() -> Parser:
     group("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     group("--seed", type=int, default=0)
     group("--deterministic", type=boolean, default=False, help="only algorithms that give the same bits each time")
+    group("--compile", type=boolean, default=False, help="torch.compile; goes on without, and says so, where it fails")
+    group("--channels_last", type=boolean, default=False, help="memory layout that convolutions on GPUs like")
     group("--use_amp", type=boolean, default=False, help="mixed precision")
     group("--amp_dtype", choices=("float16", "bfloat16"), help="default: float16 on cuda, bfloat16 on cpu")
     group("--eval", type=boolean, default=False, help="only evaluate --resume, --initialize or --finetune")
@@ -286,6 +288,7 @@ def check_options(args, given: set) -> None:
     without_effect = (
         (not args.model_ema, "--model_ema false", ("model_ema_decay", "model_ema_force_cpu", "model_ema_eval")),
         (not args.use_amp, "--use_amp false", ("amp_dtype",)),
+        (args.eval, "--eval true", ("compile",)),
         (args.weight_decay == 0, "--weight_decay 0", ("weight_decay_end",)),
         (not mixes(args), "--mixup 0 --cutmix 0", ("mixup_prob", "mixup_switch_prob", "mixup_mode")),
         (args.cutmix_minmax is not None, "--cutmix_minmax", ("cutmix",)),

@@ -97,7 +97,7 @@ def build_model(args, classes: int) -> nn.Module:
 
 def build_trainer(args, model, device, dtype, launch, consensus, steps_per_epoch, classes, teacher=None) -> Trainer:
     """Optimiser, schedules, loss and everything else a step needs, around a model and a teacher to distill, or None."""
-    model.to(device)
+    model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
@@ -204,7 +204,10 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: Board) 
         prune()  # a killed run may not have
     if first < args.epochs:
         images = torch.zeros(args.batch_size, 3, args.input_size, args.input_size, device=trainer.device)
-        trainer.rehearse(images, torch.zeros(args.batch_size, dtype=torch.long, device=trainer.device))
+        batch = images, torch.zeros(args.batch_size, dtype=torch.long, device=trainer.device)
+        if args.compile:
+            trainer.compile(*batch)
+        trainer.arrange(*batch)
     for epoch in range(first, args.epochs):
         figures = Figures(trainer, epoch, bad, progress.get("partial"))
         done, begun = figures.step, time.monotonic()

@@ -209,6 +209,36 @@ def test_clipping_bounds_the_step_and_the_norm_before_it_is_logged(train, tmp_pa
         assert step == pytest.approx(expected, rel=1e-3), "learning rate 1: the step is the gradient"
 
 
+def test_compiled_run_computes_the_same(train, tmp_path, capsys):
+    for name, compiled in (("plain", "false"), ("compiled", "true")):
+        size = "embed_dim=32 depth=1 num_heads=2 patch_size=4"
+        train(f"--epochs 1 --model_kwargs {size} --compile {compiled} --output_dir", tmp_path / name)
+        said = capsys.readouterr().out
+    if "--compile true: goes on without" in said:
+        pytest.skip("no compiler on this machine")
+    assert read_log(tmp_path / "plain")[0] == pytest.approx(read_log(tmp_path / "compiled")[0], rel=1e-4)
+    assert_same(*(read_checkpoint(tmp_path / name, 0)["model"] for name in ("plain", "compiled")), rtol=1e-3, atol=1e-5)
+
+
+def test_compiler_that_fails_is_said_and_done_without(train, tmp_path, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no\ncompiler")
+
+    train("--output_dir", tmp_path / "plain")
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: fails)
+    train("--compile true --output_dir", tmp_path / "run")
+    assert "warning: --compile true: goes on without, as it failed (RuntimeError: no)" in capsys.readouterr().out
+    assert (tmp_path / "run" / "log.txt").read_text() == (tmp_path / "plain" / "log.txt").read_text()
+
+
+def test_channels_last_computes_the_same(train, tmp_path):
+    model = "--model convnext_femto --input_size 32 --model_kwargs depths=(1,1,1,1) dims=(8,8,16,16)"
+    for value in ("false", "true"):
+        train(f"{model} --epochs 1 --channels_last {value} --output_dir", tmp_path / value)
+    assert read_log(tmp_path / "false")[0] == pytest.approx(read_log(tmp_path / "true")[0], rel=1e-4)
+    assert (tmp_path / "true" / "checkpoint-0.pth").is_file()
+
+
 def test_moving_average_moves_by_its_decay(train, tmp_path):
     torch.save(tiny_state(), tmp_path / "first.pth")
     ema = "--model_ema true --model_ema_decay 0.75"
