@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""Seconds that a user waits for main.py and weight_selection.py to say something, as whole processes.
+
+    python benchmarks/startup.py
+
+Help and mistakes in options, against the import of torch and timm, which they do without; and from the command to the
+end of the first step of training, of a model and images so small that the step is nothing. Of each, the median.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GOAL = 1.0  # seconds, for help and mistakes
+TINY = "--model_kwargs embed_dim=32 depth=2 num_heads=2 patch_size=4 --input_size 16 --warmup_steps 0 --num_workers 0"
+COMMANDS = {  # words, and the exit status
+    "import torch, timm": (["-c", "import torch, timm"], 0),
+    "main.py --help": ([str(ROOT / "main.py"), "--help"], 0),
+    "main.py --epochs 0": ([str(ROOT / "main.py"), "--epochs", "0"], 2),
+    "weight_selection.py --help": ([str(ROOT / "weight_selection.py"), "--help"], 0),
+    "weight_selection.py, no such file": (
+        [str(ROOT / "weight_selection.py"), "--model_type", "vit", "--pretrained_path", "none.pth"],
+        2,
+    ),
+    "main.py to its first step": (
+        [str(ROOT / "main.py"), *f"--data_set digits --device cpu --batch_size 1000 --epochs 1 {TINY}".split()],
+        0,
+    ),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--starts", type=int, default=5, help="of each command")
+    args = parser.parse_args()
+    print(f"{'':36}seconds  to the import", flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        medians = {}
+        for name, (words, status) in COMMANDS.items():
+            found = []
+            for start in range(args.starts + 1):
+                begun = time.monotonic()
+                run = subprocess.Popen(
+                    [sys.executable, *words],
+                    cwd=directory,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                )
+                for line in run.stdout:
+                    if "first step" in name and line.startswith("epoch 0 ["):
+                        break
+                end = time.monotonic()
+                run.stdout.read()
+                if run.wait() != status:
+                    sys.exit(f"{name}: exit status {run.returncode}")
+                if start > 0:  # the first warms up the disk's cache
+                    found.append((end if "first step" in name else time.monotonic()) - begun)
+            medians[name] = statistics.median(found)
+            ratio = medians[name] / medians["import torch, timm"]
+            print(f"{name:36}{medians[name]:7.2f}  {ratio:13.2f}", flush=True)
+    print(f"goal: help and mistakes under {GOAL:g} second")
+
+
+if __name__ == "__main__":
+    main()
