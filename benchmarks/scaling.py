@@ -10,6 +10,8 @@ seconds and in percent of three epochs, each with an evaluation, a checkpoint an
 """
 
 import argparse
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -85,7 +87,8 @@ def shares(data, args, batch, output):
     timed("all", training, "train")
     options = [*words(data, args, batch, 3), "--output_dir", str(output), "--log_dir", str(output / "board")]
     options[options.index("--disable_eval") + 1] = "false"
-    main.main(options)
+    with contextlib.redirect_stdout(io.StringIO()):
+        main.main(options)
     return spent
 
 
