@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 from program import InputError
@@ -24,6 +26,20 @@ def sha256(path):
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def begin_sha256(path):
+    """A future of ``sha256(path)``, computed in a thread that nothing waits for when the program ends."""
+    future = Future()
+
+    def compute():
+        try:
+            future.set_result(sha256(path))
+        except OSError as error:
+            future.set_exception(InputError(f"cannot read {path}: {error.strerror or error}"))
+
+    threading.Thread(target=compute, daemon=True).start()
+    return future
 
 
 def check_file(path, option):

@@ -1,7 +1,5 @@
 """Optimiser, parameter groups and schedules of the recipe (paper, Table 13)."""
 
-import inspect
-
 import numpy as np
 import torch
 import torch.nn as nn
@@ -9,6 +7,8 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_wei
 
 import utils
 from program import InputError
+
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # have a kernel on GPUs for all parameters at once
 
 
 def create_optimizer(model: nn.Module, args, projector: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -35,8 +35,8 @@ def create_optimizer(model: nn.Module, args, projector: nn.Module | None = None)
                 f"--opt_betas {args.opt_betas}: {args.opt} takes {info.num_betas if info.has_betas else 0}"
             )
         kwargs["betas"] = tuple(args.opt_betas)
-    if next(model.parameters()).is_cuda and "fused" in inspect.signature(info.opt_class).parameters:
-        kwargs["fused"] = True  # one kernel for all parameters, and no wait to learn whether float16 overflowed
+    if next(model.parameters()).is_cuda and info.opt_class in FUSED:
+        kwargs["fused"] = True  # it need not wait either to learn whether float16 overflowed
     try:
         optimizer = create_optimizer_v2(
             lars_groups(model) if args.linear_probe and args.opt == "lars" and args.weight_decay == 0 else model,

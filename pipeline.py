@@ -86,7 +86,7 @@ class OnDevice(InWorkers):
     def inputs(self, batch, device):
         data = batch.images.data.to(device, non_blocking=True) if self.resident is None else self.resident
         images = self.augmentation.apply(batch.images._replace(data=data), batch.packed)
-        return self.augmentation.finish(images, batch.packed)
+        return self.augmentation.finish(images, batch.packed).to(device)  # a moving average may be on the CPU
 
 
 def _side_by_side(images):

@@ -16,7 +16,7 @@ SAMPLE = 64  # images that tell how much memory all will take
 class Store:
     """A data set whose items, (image, label), are those of another, with all images in one buffer.
 
-    Loader workers share the buffer, as they are forked from the process that has it.
+    Loader workers share the buffer, as they are forked from the process that has it; processes of a run do not.
 
     Args:
         dataset: gives (uint8 (height, width, 3), label).
@@ -47,7 +47,8 @@ class Store:
                     self.labels.append(label)
                     progress.step(str)
                 if start == 0:
-                    self._check(sum(map(len, parts)) / len(parts) * len(dataset), _free_memory(), name)
+                    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+                    self._check(sum(map(len, parts)) / len(parts) * len(dataset) * processes, _free_memory(), name)
         lengths = torch.tensor([len(part) for part in parts])
         self.offsets = (lengths.cumsum(0) - lengths).tolist()
         self.data = torch.empty(int(lengths.sum()), dtype=torch.uint8)

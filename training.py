@@ -302,7 +302,7 @@ def run(args, launch: Launch) -> None:
 
 def keep(dataset, name: str, pipeline, device) -> Store:
     """Keep the images of a data set in memory, and on the device if the pipeline wants them there."""
-    store = Store(dataset, name)
+    store = utils.main_first(lambda: Store(dataset, name))
     if isinstance(pipeline, OnDevice):
         pipeline.resident = store.on(device)
     return store

@@ -13,9 +13,8 @@ each dimension. Applying it touches the weights.
 
 import argparse
 import os
-from concurrent.futures import ThreadPoolExecutor
 
-from files import check_file, sha256
+from files import begin_sha256, check_file
 from models.families import COMPONENTS, FAMILIES
 from program import InputError, Kwargs, Parser, check_kwargs, run_program
 from selection import ELEMENT_SELECTION, LAYER_SELECTION, SEEDED
@@ -139,11 +138,11 @@ def main(argv=None) -> None:
     args = get_args_parser().parse_args(argv)
     check_options(args)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # copying waits for memory; more threads would wait for each other
-    with ThreadPoolExecutor(1) as beside:  # to read all of a large file takes longer than to select from it
-        digest = beside.submit(sha256, args.pretrained_path) if args.pretrained_path and not args.dry_run else None
-        from selection.command import run  # torch takes seconds to import; --help and mistakes need not wait
+    # To read all of a large file takes longer than to select from it, and torch takes seconds to import.
+    digest = begin_sha256(args.pretrained_path) if args.pretrained_path and not args.dry_run else None
+    from selection.command import run
 
-        run(args, beside, digest)
+    run(args, digest)
 
 
 if __name__ == "__main__":

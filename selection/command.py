@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from collections import Counter
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from pathlib import Path
 
 import huggingface_hub
@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn as nn
 
-from files import check_writable, new_file, sha256
+from files import begin_sha256, check_writable, new_file, sha256
 from models import SUFFIXES
 from models.create import create_model
 from models.families import Family
@@ -107,13 +107,12 @@ def print_plan(plan: list, element_selection: str) -> None:
         print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[4]]))
 
 
-def run(args, beside: Executor, digest: Future | None) -> None:
+def run(args, digest: Future | None) -> None:
     """Select, or with ``--dry_run`` only print the plan.
 
     Args:
         args: checked options.
-        beside: a thread for what takes long and nothing waits for.
-        digest: SHA-256 of the teacher's file, for which the thread has begun to read it, or None.
+        digest: SHA-256 of the teacher's file, if that is known already and being read.
     """
     huggingface_hub.utils.logging.set_verbosity_error()  # a page of retries would hide the one line of an error
     student = create_model(args.student, option="--student", device="meta", **args.student_kwargs)
@@ -140,7 +139,8 @@ def run(args, beside: Executor, digest: Future | None) -> None:
     path = output_file(args.output_dir, family.name, args.overwrite)
     weights, origin, file = load_teacher(args, teacher, family)
     option = "--pretrained_model" if args.pretrained_path is None else "--pretrained_path"
-    digest = digest or beside.submit(lambda: file and sha256(file))
+    if digest is None and file is not None:
+        digest = begin_sha256(file)
     state_dict = apply_plan(
         plan,
         weights,
@@ -155,7 +155,7 @@ def run(args, beside: Executor, digest: Future | None) -> None:
         provenance = {
             "file": path.name,
             "sha256": sha256(temporary),
-            "teacher": origin | {"sha256": digest.result()},
+            "teacher": origin | {"sha256": digest and digest.result()},
             "student": {"name": args.student, "kwargs": args.student_kwargs},
             "options": {**plan_options, "element_selection": args.element_selection, "seed": args.seed},
             "left_out": left_out,
