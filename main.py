@@ -7,12 +7,13 @@ torchrun --nproc_per_node=8 main.py ...
 
 import os
 
-from options import parse_args, share_batch
+from options import check_weights, parse_args, share_batch
 from program import InputError, find_launch, run_program
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    check_weights(args)
     launch = find_launch(os.environ, args.dist_on_itp)
     if args.world_size not in (None, launch.world_size):
         raise InputError(f"--world_size {args.world_size}: the launcher started {launch.world_size} processes")

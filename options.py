@@ -260,11 +260,6 @@ def check_options(args, given: set) -> None:
         raise InputError(f"--start_epoch {args.start_epoch}: must be less than --epochs {args.epochs}")
     if args.initialize and args.finetune:
         raise InputError(f"--initialize {args.initialize}: give it or --finetune, not both")
-    if args.initialize and not Path(args.initialize).exists():
-        raise InputError(f"--initialize {args.initialize}: no such file or directory")
-    for name in ("finetune", "teacher_path"):
-        if getattr(args, name):
-            check_file(getattr(args, name), f"--{name}")
     if args.eval and not (args.resume or args.initialize or args.finetune):
         raise InputError("--eval true: name the weights to evaluate with --resume, --initialize or --finetune")
     if args.distillation != "none" and args.teacher is None:
@@ -321,6 +316,15 @@ def check_options(args, given: set) -> None:
         for name in names:
             if condition and name in given:
                 raise InputError(f"--{name} {getattr(args, name)}: has no effect with {why}; leave it out")
+
+
+def check_weights(args) -> None:
+    """Refuse files of first weights and of a teacher's that are not there."""
+    if args.initialize and not Path(args.initialize).exists():
+        raise InputError(f"--initialize {args.initialize}: no such file or directory")
+    for name in ("finetune", "teacher_path"):
+        if getattr(args, name):
+            check_file(getattr(args, name), f"--{name}")
 
 
 def share_batch(args, world_size: int) -> None:
