@@ -369,12 +369,13 @@ def _load_optimizer(optimizer, state_dict, origin):
     for number, values in state.items():
         if number not in known or not isinstance(values, dict) or not all(map(_is_state, values.values())):
             raise InputError(f"{origin}: state of no parameter")
+    computed = [{key: ours[key] for key in WAYS_TO_COMPUTE if key in ours} for ours in expected]
+    groups = [theirs | ways for theirs, ways in zip(groups, computed, strict=True)]
+    state_dict = {**state_dict, "param_groups": groups}
     try:
         optimizer.load_state_dict(copy.deepcopy(state_dict))
         _rehearse(optimizer)
         optimizer.load_state_dict(state_dict)
-        for group, ours in zip(optimizer.param_groups, expected, strict=True):
-            group |= {key: ours[key] for key in WAYS_TO_COMPUTE if key in ours}
     except Exception as error:  # every optimiser has its own ways of failing on a state that is not its own
         raise InputError(f"{origin}: its state does not fit: {error!r}") from error
 

@@ -99,11 +99,12 @@ class Trainer:
         if isinstance(self.forward, DistributedDataParallel):
             self.rehearse(images, targets, together=True)
 
-    def compile(self, images: torch.Tensor, targets: torch.Tensor) -> None:
-        """Compile what training and evaluation call, unless that fails in some process; then say so.
+    def compile(self, images: torch.Tensor, targets: torch.Tensor, test_images: torch.Tensor) -> None:
+        """Compile what training and the model's evaluation call, unless that fails in some process; then say so.
 
         Args:
             images, targets: of the shapes of training.
+            test_images: of the shape of evaluation.
         """
         ddp = isinstance(self.forward, DistributedDataParallel)
         modules = {self.model, self.forward.module if ddp else self.forward}
@@ -112,6 +113,8 @@ class Trainer:
         reason = None
         try:
             self.rehearse(images, targets, together=False)
+            with torch.no_grad(), autocast(self.device, self.autocast):
+                self.model.eval()(test_images)
         except Exception as error:  # no compiler, no Triton, an operator without a kernel: each fails in its own way
             reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
         reasons = [reason for reason in self.consensus.gather_objects(reason) if reason is not None]

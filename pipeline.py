@@ -61,7 +61,7 @@ class InWorkers:
     def collate(self, samples):
         images, draws = zip(*samples, strict=True)
         packed = self.augmentation.pack(draws)
-        return self.augmentation.apply(images, packed), packed
+        return self.augmentation.apply(images, packed, batched=False), packed
 
     def inputs(self, batch, device):
         return self.augmentation.finish(batch.images.to(device, non_blocking=True), batch.packed)
@@ -85,7 +85,7 @@ class OnDevice(InWorkers):
 
     def inputs(self, batch, device):
         data = batch.images.data.to(device, non_blocking=True) if self.resident is None else self.resident
-        images = self.augmentation.apply(batch.images._replace(data=data), batch.packed)
+        images = self.augmentation.apply(batch.images._replace(data=data), batch.packed, batched=True)
         return self.augmentation.finish(images, batch.packed).to(device)  # a moving average may be on the CPU
 
 

@@ -1,5 +1,6 @@
 """Images of a data set, decoded once and kept in memory."""
 
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,8 +26,6 @@ class Store:
     Attributes:
         data: flat uint8, the images one after the other.
 
-    Raises:
-        InputError: they take more memory than there is.
     """
 
     def __init__(self, dataset, name: str):
@@ -46,32 +45,12 @@ class Store:
                     self.shapes.append(tuple(image.shape))
                     self.labels.append(label)
                     progress.step(str)
-                if start == 0:
-                    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-                    self._check(sum(map(len, parts)) / len(parts) * len(dataset) * processes, _free_memory(), name)
         lengths = torch.tensor([len(part) for part in parts])
         self.offsets = (lengths.cumsum(0) - lengths).tolist()
         self.data = torch.empty(int(lengths.sum()), dtype=torch.uint8)
         for index, offset in enumerate(self.offsets):
-            part, parts[index] = parts[index], None  # freed as the buffer fills
-            self.data[offset : offset + len(part)] = part
-
-    @staticmethod
-    def _check(needed, free, name):
-        if needed > 0.9 * free:
-            raise InputError(
-                f"--cache_images true: {name} take about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; leave it out"
-            )
-
-    def on(self, device: torch.device) -> torch.Tensor:
-        """The buffer on a device.
-
-        Raises:
-            InputError: too little memory there.
-        """
-        if device.type == "cuda":
-            self._check(len(self.data), torch.cuda.mem_get_info(device)[0], f"{len(self):,} images on the GPU")
-        return self.data.to(device)
+            self.data[offset : offset + len(parts[index])] = parts[index]
+            parts[index] = None
 
     def __len__(self):
         return len(self.labels)
@@ -84,7 +63,40 @@ class Store:
         return self.data[offset : offset + 3 * height * width].view(height, width, 3), self.labels[index]
 
 
+def check_memory(datasets, device: torch.device | None) -> None:
+    """Estimate from a few images how much memory ``Store`` takes of data sets, on this machine and on a device if any.
+
+    Raises:
+        InputError: more than there is.
+    """
+    size = sum(_estimate(dataset) for dataset in datasets)
+    if device is not None and device.type == "cuda":
+        _compare(size, torch.cuda.mem_get_info(device)[0], "GPU")
+    # While a store is filled, images are in memory twice; and each process has its own.
+    _compare(2 * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), _free_memory(), "machine")
+
+
+def _estimate(dataset):
+    sizes = []
+    for index in range(0, len(dataset), max(1, len(dataset) // SAMPLE)):
+        with contextlib.suppress(BadImage):
+            sizes.append(dataset[index][0].numel())
+    return len(dataset) * sum(sizes) / max(1, len(sizes))
+
+
+def _compare(needed, free, where):
+    if needed > 0.9 * free:
+        raise InputError(
+            f"--cache_images true: needs about {needed / 1e9:.1f} GB, this {where} has {free / 1e9:.1f} GB free; "
+            "leave it out"
+        )
+
+
 def _free_memory():
-    """Bytes that this machine can still give to programs."""
+    """Bytes that this machine, or the container or job that the process is in, can still give to it."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free

@@ -29,9 +29,9 @@ from models.probe import make_linear_probe
 from models.weights import find_weights, load_finetune, load_initial
 from optim_factory import cosine_schedule, create_optimizer
 from options import get_args_parser, mixes
-from pipeline import OnDevice, build_pipeline
+from pipeline import build_pipeline
 from program import InputError, Launch, RunError, Stopped
-from store import Store
+from store import Store, check_memory
 from utils import say
 
 
@@ -203,11 +203,7 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: Board) 
     if keeps:
         prune()  # a killed run may not have
     if first < args.epochs:
-        images = torch.zeros(args.batch_size, 3, args.input_size, args.input_size, device=trainer.device)
-        batch = images, torch.zeros(args.batch_size, dtype=torch.long, device=trainer.device)
-        if args.compile:
-            trainer.compile(*batch)
-        trainer.arrange(*batch)
+        prepare(args, trainer, testing.batch_size)
     for epoch in range(first, args.epochs):
         figures = Figures(trainer, epoch, bad, progress.get("partial"))
         done, begun = figures.step, time.monotonic()
@@ -240,6 +236,16 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: Board) 
                 board.checkpoint = save()
         left = (time.monotonic() - start) / (epoch + 1 - first) * (args.epochs - 1 - epoch)
         say(f"epoch {epoch}: {utils.describe(row)}, {speed:.0f} images/s, {utils.duration(left)} left")
+
+
+def prepare(args, trainer: Trainer, test_images: int) -> None:
+    """What a run does before its first step, on images of zeros: compile, and arrange the exchange of gradients."""
+    shape = (3, args.input_size, args.input_size)
+    images = torch.zeros(args.batch_size, *shape, device=trainer.device)
+    targets = torch.zeros(args.batch_size, dtype=torch.long, device=trainer.device)
+    if args.compile:
+        trainer.compile(images, targets, torch.zeros(test_images, *shape, device=trainer.device))
+    trainer.arrange(images, targets)
 
 
 def average_batch_statistics(trainer: Trainer) -> None:
@@ -300,12 +306,16 @@ def run(args, launch: Launch) -> None:
         train_or_evaluate(args, launch, device, dtype, consensus)
 
 
-def keep(dataset, name: str, pipeline, device) -> Store:
-    """Keep the images of a data set in memory, and on the device if the pipeline wants them there."""
-    store = utils.main_first(lambda: Store(dataset, name))
-    if isinstance(pipeline, OnDevice):
-        pipeline.resident = store.on(device)
-    return store
+def agree(consensus: Consensus, check) -> None:
+    """Call ``check()`` in all processes; an InputError of any is raised in all."""
+    refusal = None
+    try:
+        check()
+    except InputError as error:
+        refusal = str(error)
+    refusals = [one for one in consensus.gather_objects(refusal) if one is not None]
+    if refusals:
+        raise InputError(refusals[0])
 
 
 def train_or_evaluate(args, launch: Launch, device, dtype, consensus: Consensus) -> None:
@@ -326,9 +336,10 @@ def train_or_evaluate(args, launch: Launch, device, dtype, consensus: Consensus)
         check_writable(args.log_dir, "--log_dir")
     model = build_model(args, classes)
     teacher = None if args.eval or args.distillation == "none" else build_teacher(args, classes)
-    pipelines = {"test": build_pipeline(args, train=False)}
-    if not args.eval:
-        pipelines["train"] = build_pipeline(args, train=True)
+    images_of = {"test": test_set} if args.eval else {"train": train_set, "test": test_set}
+    pipelines = {part: build_pipeline(args, part == "train") for part in images_of}
+    if args.cache_images:
+        agree(consensus, lambda: check_memory(images_of.values(), device if args.augment_device else None))
     # Until here nothing has been written: what is refused leaves no run behind.
     with contextlib.nullcontext() if args.eval else checkpoint.open_output(args) as found:
         trainer = build_trainer(args, model, device, dtype, launch, consensus, steps, classes, teacher)
@@ -337,10 +348,12 @@ def train_or_evaluate(args, launch: Launch, device, dtype, consensus: Consensus)
         if found or args.resume:
             progress = checkpoint.resume(args, trainer, found or Path(args.resume), images)
         if args.cache_images:
-            train_set = train_set and keep(train_set, "training images", pipelines["train"], device)
-            test_set = keep(test_set, "test images", pipelines["test"], device)
+            for part in pipelines:
+                images_of[part] = Store(images_of[part], f"{part} images")
+                if args.augment_device:
+                    pipelines[part].resident = images_of[part].data.to(device)
         place = (launch.rank, launch.world_size) if args.dist_eval else (0, 1)
-        testing = eval_loader(test_set, pipelines["test"], args, *place)
+        testing = eval_loader(images_of["test"], pipelines["test"], args, *place)
         consensus.patient = True
         if args.eval:
             say(f"{args.model}: {utils.describe(test(args, trainer, testing))}")
@@ -361,7 +374,7 @@ def train_or_evaluate(args, launch: Launch, device, dtype, consensus: Consensus)
             images, args.batch_size, steps, args.update_freq, launch.rank, launch.world_size, args.seed
         )
         with Board(args, progress["epoch"] + 1, checkpoint.plain(args)) as board:
-            training = train_loader(train_set, pipelines["train"], batches, args)
+            training = train_loader(images_of["train"], pipelines["train"], batches, args)
             train(args, trainer, (training, testing), progress, board)
         if args.output_dir:
             record = results(args, progress, facts)

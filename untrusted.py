@@ -1,7 +1,11 @@
 """Reading files that may come from strangers: none runs code, or takes more memory than its size allows."""
 
+import contextlib
+import ctypes
+import mmap
 import pickletools
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -24,7 +28,6 @@ GLOBALS = {
 }
 EXPANSION = 20  # times its size that a file may unpack to: weights hardly shrink when they are compressed
 MAGIC = b"PK\x03\x04"
-TEXT_LIMIT = 64 << 20  # bytes: a log of a million epochs
 DEPTH_LIMIT = 5000  # of values in values; Python and torch recurse into them without a net
 
 
@@ -148,16 +151,63 @@ def load_torch(path, option, also=()):
         InputError: no such file, or not a file that holds only these, or it is damaged.
     """
     check_file(path, option)
-    try:
+    with _one_line(path, option):
         if is_archive(path):
             check_archive(path)
-        _check_pickles(path, also)
-        with torch.serialization.safe_globals(list(also)):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        content = _only_plain(content, also)
+        content = _load(path, also)
         _check_storages(content, Path(path))
         return content
-    except Exception as error:  # corrupt input makes torch raise nearly anything; nothing else runs in this block
+
+
+def map_torch(path, option, also=()):
+    """As ``load_torch`` of a zip archive, but the tensors stay in the file until ``read_mapped`` reads them.
+
+    Returns:
+        (content, the check sums that ``read_mapped`` needs), or None of an archive whose records are compressed.
+    """
+    check_file(path, option)
+    with _one_line(path, option), open_archive(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            return None
+        sums = {(entry.file_size, entry.CRC) for entry in archive.infolist()}
+        content = _load(path, also, mmap=True)
+        _check_storages(content, Path(path))
+        return content, sums
+
+
+def read_mapped(tensor, sums, path, option) -> torch.Tensor:
+    """A copy of a tensor from ``map_torch``; memory holds no more of the file afterwards than before.
+
+    Raises:
+        InputError: its record is damaged.
+    """
+    storage = tensor.untyped_storage()
+    with _one_line(path, option):
+        view = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr()) if storage.nbytes() else b""
+        if (storage.nbytes(), zlib.crc32(view)) not in sums:
+            raise Damaged("a check sum is wrong")
+        copy = tensor.clone()
+        if storage.nbytes():
+            # Pages that have been read count as this process's memory until it gives them back.
+            begin = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+            length = ctypes.c_size_t(storage.data_ptr() + storage.nbytes() - begin)
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), length, mmap.MADV_DONTNEED)
+        return copy
+
+
+def _load(path, also, **options):
+    _check_pickles(path, also)
+    with torch.serialization.safe_globals(list(also)):
+        content = torch.load(path, map_location="cpu", weights_only=True, **options)
+    return _only_plain(content, also)
+
+
+@contextlib.contextmanager
+def _one_line(path, option):
+    """Turn whatever corrupt input makes torch raise, which is nearly anything, into an InputError."""
+    try:
+        yield
+    except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise InputError(
             f"{option} {path}: not a readable PyTorch file of tensors and plain types (empty, truncated, or with "

@@ -137,7 +137,6 @@ def check_options(args) -> None:
 def main(argv=None) -> None:
     args = get_args_parser().parse_args(argv)
     check_options(args)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # copying waits for memory; more threads would wait for each other
     # To read all of a large file takes longer than to select from it, and torch takes seconds to import.
     digest = begin_sha256(args.pretrained_path) if args.pretrained_path and not args.dry_run else None
     from selection.command import run
@@ -146,4 +145,5 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # copying waits for memory; more threads would wait for each other
     run_program("weight_selection.py", main)

@@ -206,28 +206,26 @@ class Augmentation:
             erased=[(row, *box) for row, one in enumerate(draws) for box in one.erased],
         )
 
-    def apply(self, pixels, packed, batched=None):
+    def apply(self, pixels, packed, batched):
         """Cut out, resize, mirror and change the images of a batch, as drawn.
 
         Args:
             pixels: ``Pixels`` of the images, in the order of their draws; on a CPU also a list of them.
             packed: of the same images.
             batched: all images of a group at once, as an accelerator likes it, or one at a time, which stays in the
-                cache of a CPU. Each is the default where it is fast. They differ by a level in few pixels.
+                cache of a CPU, the only place for it. They differ by a level in few pixels.
 
         Returns:
             (B, 3, size, size) uint8, where the pixels are. An image is the same in any batch; batched, up to a level in
             few pixels, as matrices of another size may be multiplied in another order.
         """
-        listed = not isinstance(pixels, Pixels)
-        device = torch.device("cpu") if listed else pixels.data.device
-        if batched is None:
-            batched = device.type != "cpu"
         functions = operations.OPERATIONS if batched else operations.ON_CPU
         if batched:
             images = resizing.by_products(pixels, packed.geometry, self.size)
         else:
-            images = resizing.one_by_one(pixels if listed else pixels.images(), packed.geometry, self.size)
+            listed = pixels.images() if isinstance(pixels, Pixels) else pixels
+            images = resizing.one_by_one(listed, packed.geometry, self.size)
+        device = images.device
         fill = torch.tensor(self.fill, dtype=torch.float32).view(3, 1, 1)
         # A transfer that blocks would wait for all that the device still has to do.
         rows, levels, fill = (values.to(device, non_blocking=True) for values in (packed.rows, packed.levels, fill))

@@ -10,7 +10,7 @@ import PIL
 import torch
 import torch.nn.functional as F
 
-AT_ONCE = 64  # images whose boxes are gathered together: bounds memory where they are large
+AT_ONCE = 1 << 24  # pixels that are gathered together, unless one image has more: 128 MB of indices, 200 MB of floats
 
 TURNS = int(PIL.__version__.partition(".")[0]) >= 13
 
@@ -105,8 +105,22 @@ def by_products(pixels, geometry, size):
     Returns:
         (B, 3, size, size) uint8, on the device of the pixels.
     """
-    parts = zip(*(values.split(AT_ONCE) for values in (geometry, pixels.offsets, pixels.sizes)), strict=True)
+    lengths = _parts(Geometry(*geometry.unbind(1)))
+    parts = zip(*(values.split(lengths) for values in (geometry, pixels.offsets, pixels.sizes)), strict=True)
     return torch.cat([_part(pixels.data, *part, size) for part in parts])
+
+
+def _parts(image):
+    """How many images, in their order, to gather at once: boxes are padded to the largest of a part."""
+    lengths, tall, wide = [0], 0, 0
+    for height, width in zip(image.height.tolist(), image.width.tolist(), strict=True):
+        side = max(height, width)  # some are turned
+        tall, wide = max(tall, side), max(wide, side)
+        if lengths[-1] and (lengths[-1] + 1) * tall * wide > AT_ONCE:
+            lengths.append(0)
+            tall, wide = side, side
+        lengths[-1] += 1
+    return lengths
 
 
 def _part(data, geometry, offsets, sizes, size):

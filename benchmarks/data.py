@@ -81,7 +81,7 @@ def plain(dataset, train):
 def ours(args, dataset, train, device):
     pipeline = build_pipeline(args, train)
     if isinstance(pipeline, OnDevice):
-        pipeline.resident = dataset.on(device)
+        pipeline.resident = dataset.data.to(device)
     if train:
         batches = TrainBatches(len(dataset), BATCH, len(dataset) // BATCH, 1, 0, 1, seed=0)
         return train_loader(dataset, pipeline, batches, args)

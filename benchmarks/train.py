@@ -63,8 +63,14 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
+def warm_up(args) -> int:
+    """Steps whose batches loader workers have ready, or half done, when the first step ends."""
+    return 1 + 2 * args.num_workers
+
+
 def plain_loop(args, device, steps):
-    """Returns a function that trains for an epoch, and gives images per second after its first step."""
+    """Returns a function that trains for an epoch, and gives images per second after what its loader had prepared."""
+    warm = warm_up(args)
     model = build_model(args, CLASSES).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     dataset = Small(steps * args.batch_size, build_transform(args, True))
@@ -76,30 +82,31 @@ def plain_loop(args, device, steps):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            if step == 0:
+            if step == warm - 1:
                 synchronize(device)
                 start = time.perf_counter()
         synchronize(device)
-        return (steps - 1) * args.batch_size / (time.perf_counter() - start)
+        return (steps - warm) * args.batch_size / (time.perf_counter() - start)
 
     return epoch
 
 
 def our_loop(args, device, dtype, steps, real):
     """The same, of main.py's loop; ``real``: with its input pipeline."""
+    warm = warm_up(args)
     model = build_model(args, CLASSES)
     consensus = Consensus(args.timeout)
     trainer = build_trainer(args, model, device, dtype, Launch(), consensus, steps, CLASSES)
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=device)
     labels = torch.randint(CLASSES, (args.batch_size,), device=device)
     if args.compile:
-        trainer.compile(images, labels)
+        trainer.compile(images, labels, images)
     if real:
         dataset = Small(steps * args.batch_size, to_pixels)
         pipeline = build_pipeline(args, True)
         if isinstance(pipeline, OnDevice):
             dataset = Store(dataset, "images")
-            pipeline.resident = dataset.on(device)
+            pipeline.resident = dataset.data.to(device)
         batches = TrainBatches(len(dataset), args.batch_size, steps, 1, 0, 1, args.seed)
         loader = train_loader(dataset, pipeline, batches, args)
     else:
@@ -109,13 +116,13 @@ def our_loop(args, device, dtype, steps, real):
         moments = []
 
         def after_step():
-            if figures.step in (1, steps):
+            if figures.step in (warm, steps):
                 synchronize(device)
                 moments.append(time.perf_counter())
 
         figures = Figures(trainer, 0, BadImages(0, consensus))
         train_one_epoch(trainer, loader, figures, after_step)
-        return (steps - 1) * args.batch_size / (moments[1] - moments[0])
+        return (steps - warm) * args.batch_size / (moments[1] - moments[0])
 
     return epoch
 
@@ -145,12 +152,14 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=8, help="of a turn")
+    parser.add_argument("--steps", type=int, default=10, help="of a turn; the first few do not count: see warm_up")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="of the loaders")
     parser.add_argument("--compile", default="false")
     parser.add_argument("--profile", action="store_true", help="print the operations that take longest")
     ours = parser.parse_args()
+    if ours.steps <= 1 + 2 * ours.workers:
+        parser.error(f"--steps {ours.steps}: give more than one and twice --workers")
     set_fused_attn(ours.device == "cuda")
     print(f"{'':14}  {'':7}  images/s  to ceiling  to plain  10^12 mult-adds/s  of a large product", flush=True)
     for name in ours.models:

@@ -2,10 +2,9 @@
 
 import torch.nn as nn
 
+from models import SCHEMES
 from models.mimetic import mimetic
 from program import InputError
-
-SCHEMES = ("timm", "xavier", "kaiming", "mimetic")
 
 
 def initialize(model: nn.Module, scheme: str) -> None:

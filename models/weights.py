@@ -1,8 +1,11 @@
 """Weights on disk: reading files that may come from strangers, writing ours, and loading that asserts every key."""
 
 import argparse
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -10,22 +13,24 @@ import huggingface_hub
 import numpy as np
 import safetensors
 import safetensors.torch
+import torch
 import torch.nn as nn
 from timm.models import clean_state_dict
 
 from files import Damaged, check_file, parse_json, read_text, sha256
-from models.archives import Stored, find_tensors, is_torchscript, read_torchscript
+from models import SUFFIXES
 from models.create import create_model
 from models.families import Family
 from models.membership import classifier_pattern, family_by_class, family_of
+from models.torchscript import is_torchscript, read_torchscript
 from program import InputError
-from untrusted import check_archive, is_archive, is_plain, load_torch
+from untrusted import check_archive, is_archive, is_plain, load_torch, map_torch, read_mapped
 from utils import save_torch
 
 # Entries under which training scripts nest a state_dict, in the order in which timm's own loader looks for them; then
 # DINO's: of its two networks the teacher, the moving average of the other, is what its authors publish and evaluate.
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
-SUFFIXES = (".pth", ".pt", ".safetensors")
+ALSO = (argparse.Namespace,)  # in which most training scripts keep their options, beside the weights
 
 
 def read_weights(path, option: str, nested=NESTED) -> dict:
@@ -44,22 +49,22 @@ def read_weights(path, option: str, nested=NESTED) -> dict:
     Raises:
         InputError: missing, empty, truncated, with code in it, or no state_dict.
     """
-    return _state_dict(_read(Path(path), option), nested, is_plain, option, path)
+    return _state_dict(_read(Path(path), option), nested, option, path)
 
 
-def _state_dict(content, nested, is_tensor, option, path):
-    """The state_dict in what a file holds; tensors are what ``is_tensor`` says."""
+def _state_dict(content, nested, option, path):
+    """The state_dict in what a file holds."""
     if isinstance(content, dict):
         content = next((content[key] for key in nested if content.get(key) is not None), content)
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(key, str) and is_tensor(value) for key, value in dict.items(content))
-    ):
+    if not isinstance(content, dict) or not content or not all(map(_is_named_tensor, content.items())):
         raise InputError(
             f"{option} {path}: holds no state_dict (names with a tensor each), at the top or under {nested}"
         )
     return clean_state_dict(content)
+
+
+def _is_named_tensor(item):
+    return isinstance(item[0], str) and is_plain(item[1])
 
 
 def training_options(path, option: str) -> dict:
@@ -75,7 +80,7 @@ def _read(path, option):
         return _read_safetensors(path, option)
     if is_torchscript(path):
         return read_torchscript(path, option)
-    return load_torch(path, option, also=[argparse.Namespace])  # in which most training scripts keep their options
+    return load_torch(path, option, ALSO)
 
 
 def _read_safetensors(path, option):
@@ -110,6 +115,19 @@ def first_mismatch(state_dict: dict, model: nn.Module, may_be_missing=lambda key
             return f"{key} is {tuple(state_dict[key].shape)}, the model's is {tuple(value.shape)}"
     extra = next((key for key in state_dict if key not in expected), None)
     return None if extra is None else f"{extra} is not a key of the model"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file.
+
+    Attributes:
+        shape: of the tensor.
+        read: gives it, on the CPU; an InputError if its part of the file is damaged.
+    """
+
+    shape: tuple
+    read: Callable[[], torch.Tensor]
 
 
 class Weights(Mapping):
@@ -148,12 +166,46 @@ def open_teacher(path, model: nn.Module, family: Family, option: str) -> tuple:
 def _stored_under_timms_names(path, model, option):
     """{key: Stored} of a file whose tensors are a model's but for its classifier; None for another layout."""
     check_file(path, option)
-    if path.suffix == ".npz" or not (path.suffix == ".safetensors" or is_archive(path)) or is_torchscript(path):
+    stored = None
+    if path.suffix == ".safetensors":
+        stored = _stored_in_safetensors(path, option)
+    elif path.suffix != ".npz" and is_archive(path) and not is_torchscript(path):
+        stored = _stored_in_archive(path, option)
+    if stored is None:
         return None
-    stored = _state_dict(find_tensors(path, option), NESTED, lambda value: isinstance(value, Stored), option, path)
     pattern = classifier_pattern(model)
     backbone = {key: value for key, value in stored.items() if not re.search(pattern, key)}
     return stored if first_mismatch(backbone, model, lambda key: re.search(pattern, key)) is None else None
+
+
+def _stored_in_safetensors(path, option):
+    def read(key):  # opened anew for each: what one mapping of the file has read stays in memory as long as it does
+        with _safetensors(path, option) as file:
+            return file.get_tensor(key).clone()
+
+    with _safetensors(path, option) as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, it is no dict
+    return clean_state_dict({key: Stored(shape, partial(read, key)) for key, shape in shapes.items()})
+
+
+@contextlib.contextmanager
+def _safetensors(path, option):
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{option} {path}: not a readable safetensors file ({error})") from error
+
+
+def _stored_in_archive(path, option):
+    mapped = map_torch(path, option, ALSO)
+    if mapped is None:
+        return None
+    content, sums = mapped
+    return {
+        key: Stored(tuple(value.shape), partial(read_mapped, value, sums, path, option))
+        for key, value in _state_dict(content, NESTED, option, path).items()
+    }
 
 
 def read_teacher(path, model: nn.Module, family: Family | None, option: str) -> tuple:
@@ -278,7 +330,8 @@ def create_pretrained(name: str, kwargs: dict, option: str, remedy: str) -> nn.M
 def open_published(name: str, model: nn.Module, kwargs: dict, option: str, remedy: str) -> Mapping:
     """The published weights of a model, tensor by tensor if the hub's cache has them under timm's names.
 
-    Args, Raises: as ``create_pretrained``, which gives them otherwise; ``model`` may be on the meta device.
+    Args, Raises: as ``create_pretrained``, which gives them otherwise; ``model`` may be on the meta device. The hub is
+    not asked whether there is a newer file than the one in the cache.
     """
     file = downloaded_file(model.pretrained_cfg)
     stored = file and _stored_under_timms_names(file, model, f"{option} {name}:")

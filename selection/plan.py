@@ -233,7 +233,7 @@ def apply_plan(
         The student's state_dict, in the student's order and the teacher's dtype, without what is not selected.
 
     Raises:
-        InputError: a tensor is not there, of another shape (a classifier's), or has values that are not finite.
+        InputError: a tensor is not there, of another shape (a classifier's) or kind of numbers, or not finite.
     """
     selected = {}
     for entry in plan:
@@ -243,6 +243,9 @@ def apply_plan(
     return selected
 
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)  # int64: counted batches
+
+
 def _checked(entry, weight, option):
     if weight is None or tuple(weight.shape) != entry.source_shape:
         found = "absent" if weight is None else tuple(weight.shape)
@@ -250,6 +253,8 @@ def _checked(entry, weight, option):
             f"{option}: {entry.source} is {found}, {entry.source_shape} is needed; set --teacher_kwargs "
             "num_classes=N to the file's, or leave out --include_head"
         )
+    if weight.dtype not in DTYPES:
+        raise InputError(f"{option}: {entry.source} is of {weight.dtype}; convert it to float32")
     if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():  # NaN is both least and greatest
         raise InputError(f"{option}: {entry.source} has values that are not finite")
     return weight.detach()

@@ -295,6 +295,23 @@ def test_an_image_is_the_same_in_any_batch(mixed, batched):
         assert_levels(alone[0], together[index], 1 if batched else 0, 1e-4 if batched else 0)
 
 
+def test_large_images_do_not_swell_a_batch(monkeypatch):
+    sizes, gathered = [(40, 50), (300, 20), (30, 60), (41, 50)] * 3, []
+    arrays = [natural(*size, seed) for seed, size in enumerate(sizes)]
+    augmentation = Augmentation(transform_of("--input_size 32", train=False))
+    packed = augmentation.pack([augmentation.draw(*size) for size in sizes])
+    whole, part = augmentation.apply(pixels_of(arrays), packed, True), resizing._part
+
+    def observed(data, geometry, offsets, sizes, size):
+        gathered.append(len(geometry) * int(sizes.max()) ** 2)
+        return part(data, geometry, offsets, sizes, size)
+
+    monkeypatch.setattr(resizing, "AT_ONCE", 100_000)
+    monkeypatch.setattr(resizing, "_part", observed)
+    assert_levels(augmentation.apply(pixels_of(arrays), packed, True), whole, 1, 1e-3)
+    assert max(gathered) <= 100_000 and len(gathered) < len(arrays)
+
+
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_batch_may_lie_in_the_buffer_of_a_whole_set(mixed, batched):
     augmentation, arrays, draws = mixed
@@ -309,7 +326,7 @@ def test_batches_without_any_operation():
     augmentation = Augmentation(transform_of("--input_size 48", train=False))
     packed = augmentation.pack([augmentation.draw(60, 60)])
     assert not packed.groups and not packed.erased
-    assert augmentation.apply(pixels_of([np.full((60, 60, 3), 9, np.uint8)]), packed).eq(9).all()
+    assert augmentation.apply(pixels_of([np.full((60, 60, 3), 9, np.uint8)]), packed, False).eq(9).all()
 
 
 def test_statistics_of_many_images_are_timms():
@@ -320,7 +337,7 @@ def test_statistics_of_many_images_are_timms():
     theirs = torch.stack([transform(Image.fromarray(array)) for array in arrays])
     draws = [augmentation.draw(32, 32) for _ in arrays]
     packed = augmentation.pack(draws)
-    ours = augmentation.finish(augmentation.apply(pixels_of(arrays), packed), packed)
+    ours = augmentation.finish(augmentation.apply(pixels_of(arrays), packed, False), packed)
 
     for figure in (torch.mean, torch.std):
         mine, its = (figure(images, (1, 2, 3)) for images in (ours, theirs))

@@ -12,6 +12,7 @@ from helpers import assert_same, differ, read_checkpoint, read_log, read_results
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
+import optim_factory
 import training
 from files import PARTIAL, sha256
 from models.create import create_model
@@ -209,15 +210,38 @@ def test_clipping_bounds_the_step_and_the_norm_before_it_is_logged(train, tmp_pa
         assert step == pytest.approx(expected, rel=1e-3), "learning rate 1: the step is the gradient"
 
 
-def test_compiled_run_computes_the_same(train, tmp_path, capsys):
+def test_compiled_run_computes_the_same(train, tmp_path, capsys, monkeypatch):
+    compiled_modules, compile_module = [], torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: (compiled_modules.append(self), compile_module(self))[1]
+    )
     for name, compiled in (("plain", "false"), ("compiled", "true")):
         size = "embed_dim=32 depth=1 num_heads=2 patch_size=4"
         train(f"--epochs 1 --model_kwargs {size} --compile {compiled} --output_dir", tmp_path / name)
         said = capsys.readouterr().out
     if "--compile true: goes on without" in said:
         pytest.skip("no compiler on this machine")
+    assert len(compiled_modules) == 1
     assert read_log(tmp_path / "plain")[0] == pytest.approx(read_log(tmp_path / "compiled")[0], rel=1e-4)
     assert_same(*(read_checkpoint(tmp_path / name, 0)["model"] for name in ("plain", "compiled")), rtol=1e-3, atol=1e-5)
+
+
+def test_run_goes_on_under_another_way_to_compute(train, tmp_path, monkeypatch):
+    """As when a run on a CPU goes on on a GPU, where the optimiser is fused: its step counts must follow."""
+    train("--output_dir", tmp_path / "plain")
+    train("--epochs 2 --save_ckpt_num 2 --output_dir", tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-1.pth").unlink()
+    create = optim_factory.create_optimizer_v2
+    made = []
+
+    def fused(*args, **kwargs):
+        made.append(create(*args, **kwargs, fused=True))
+        return made[-1]
+
+    monkeypatch.setattr(optim_factory, "create_optimizer_v2", fused)
+    train("--epochs 2 --save_ckpt_num 2 --output_dir", tmp_path / "run")
+    assert [group["fused"] for group in made[0].param_groups] == [True, True]
+    assert read_log(tmp_path / "run")[1] == pytest.approx(read_log(tmp_path / "plain")[1], rel=1e-4)
 
 
 def test_compiler_that_fails_is_said_and_done_without(train, tmp_path, monkeypatch, capsys):
@@ -236,7 +260,9 @@ def test_channels_last_computes_the_same(train, tmp_path):
     for value in ("false", "true"):
         train(f"{model} --epochs 1 --channels_last {value} --output_dir", tmp_path / value)
     assert read_log(tmp_path / "false")[0] == pytest.approx(read_log(tmp_path / "true")[0], rel=1e-4)
-    assert (tmp_path / "true" / "checkpoint-0.pth").is_file()
+    kernel = "stages.0.blocks.0.conv_dw.weight"
+    weights = [read_checkpoint(tmp_path / value, 0)["model"][kernel] for value in ("false", "true")]
+    assert [weight.stride() for weight in weights] == [(49, 49, 7, 1), (49, 1, 7, 1)], "of 8 kernels of 1 x 7 x 7"
 
 
 def test_moving_average_moves_by_its_decay(train, tmp_path):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -979,6 +980,28 @@ def test_only_what_is_selected_is_read_and_checked(key, read, cli, files, weight
     else:
         assert message is None
         assert_same(torch.load(tmp_path / "out" / "vit.pth", weights_only=True), selected["vit"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.uint16])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_numbers_that_no_weights_are_made_of_are_refused(dtype, suffix, cli, weights, tmp_path):
+    path = tmp_path / f"odd{suffix}"
+    odd = weights["vit"] | {"norm.weight": weights["vit"]["norm.weight"].to(dtype)}
+    torch.save(odd, path) if suffix == ".pth" else safetensors.torch.save_file(odd, path)
+    message = cli(weight_selection.main, *VIT.command(tmp_path / "out", path))
+    assert f"odd{suffix}: " in message
+    assert written(tmp_path / "out") == []
+
+
+def test_compressed_archive_is_read_too(cli, files, selected, tmp_path):
+    with (
+        zipfile.ZipFile(files["vit"]) as whole,
+        zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in whole.namelist():
+            small.writestr(name, whole.read(name))
+    assert cli(weight_selection.main, *VIT.command(tmp_path / "out", tmp_path / "x.pth")) is None
+    assert_same(torch.load(tmp_path / "out" / "vit.pth", weights_only=True), selected["vit"])
 
 
 @pytest.mark.parametrize(("family", "other"), [("convnext", "vit"), ("vit", "convnext")])
