@@ -6,7 +6,8 @@
 All work of an image is on one core: reading or decoding, transform, collation, normalisation, up to a batch of float32
 at 224 pixels. Both go through the recipe's training and test transforms, in turns; of each the median. Images are
 noise over smooth colours: as small as CIFAR's, in memory, and as JPEG files of 500 x 375 pixels, decoded each time or
-once (--cache_images). --device cuda measures --augment_device there instead, from images resident on it.
+once (--cache_images). "worker" is what a loader worker does, which is all that a CPU has to do beside a GPU. "read" is
+reading or decoding alone. --device cuda measures --augment_device there instead, from images resident on it.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -88,15 +90,26 @@ def ours(args, dataset, train, device):
     return eval_loader(dataset, pipeline, args, 0, 1)
 
 
-def images_per_second(loader, device) -> float:
-    """Of one pass, up to what a model takes, on the device."""
+def images_per_second(loader, device, finish=True) -> float:
+    """Of one pass, up to what a model takes, on the device; without ``finish`` up to what a worker gives."""
     start, images = time.perf_counter(), 0
     for batch in loader:
+        if not finish:
+            images += len(batch.labels)
+            continue
         plain = isinstance(batch, list)
         images += len(batch[0].to(device) if plain else loader.dataset.pipeline.inputs(batch, device))
     if device.type == "cuda":
         torch.cuda.synchronize()
     return images / (time.perf_counter() - start)
+
+
+def reads_per_second(dataset) -> float:
+    """Of images, reading or decoding alone."""
+    start = time.perf_counter()
+    for index in range(len(dataset)):
+        dataset[index]
+    return len(dataset) / (time.perf_counter() - start)
 
 
 def main():
@@ -109,7 +122,7 @@ def main():
     if not on_device:
         torch.set_num_threads(1)
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    print(f"{'':22}{'':6}  images/s, timm  ours  ratio", flush=True)
+    print(f"{'':22}{'':6}  images/s, timm    ours ratio  worker ratio    read", flush=True)
     with tempfile.TemporaryDirectory() as root:
         write_jpegs(Path(root), arguments.images)
         for kind in ("32 x 32, in memory", "500 x 375, JPEG", "500 x 375, cached"):
@@ -126,15 +139,22 @@ def main():
                 loaders = plain(baseline, train), ours(args, dataset, train, device)
                 if train:
                     loaders[1].batch_sampler.set_position(0, 0)
-                speeds = [[], []]
+                passes = {
+                    "timm": partial(images_per_second, loaders[0], device),
+                    "ours": partial(images_per_second, loaders[1], device),
+                    "worker": partial(images_per_second, loaders[1], device, finish=False),
+                    "read": partial(reads_per_second, dataset),
+                }
+                speeds = {name: [] for name in passes}
                 for turn in range(arguments.turns + 1):
-                    for loader, found in zip(loaders, speeds, strict=True):
-                        speed = images_per_second(loader, device)
+                    for name, measure in passes.items():
+                        speed = measure()
                         if turn > 0:
-                            found.append(speed)
-                timm, own = map(statistics.median, speeds)
+                            speeds[name].append(speed)
+                timm, own, worker, read = (statistics.median(found) for found in speeds.values())
                 part = "train" if train else "test"
-                print(f"{kind:22}{part:6}  {timm:14.0f}  {own:4.0f}  {own / timm:5.2f}", flush=True)
+                ratios = f"{own:6.0f} {own / timm:5.2f}  {worker:6.0f} {worker / timm:5.2f}"
+                print(f"{kind:22}{part:6}  {timm:14.0f}  {ratios}  {read:6.0f}", flush=True)
     goal = f"{DEVICE_GOAL} images/s in training" if on_device else f"{GOAL} times timm's"
     print(f"goal: {goal}")
 

@@ -15,6 +15,8 @@ what a product of large matrices reaches on the same device in the same precisio
 """
 
 import argparse
+import contextlib
+import io
 import statistics
 import sys
 import time
@@ -121,7 +123,8 @@ def our_loop(args, device, dtype, steps, real):
                 moments.append(time.perf_counter())
 
         figures = Figures(trainer, 0, BadImages(0, consensus))
-        train_one_epoch(trainer, loader, figures, after_step)
+        with contextlib.redirect_stdout(io.StringIO()):
+            train_one_epoch(trainer, loader, figures, after_step)
         return (steps - warm) * args.batch_size / (moments[1] - moments[0])
 
     return epoch
