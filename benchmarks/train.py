@@ -159,6 +159,7 @@ def main():
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="of the loaders")
     parser.add_argument("--compile", default="false")
+    parser.add_argument("--channels_last", default="false")
     parser.add_argument("--profile", action="store_true", help="print the operations that take longest")
     ours = parser.parse_args()
     if ours.steps <= 1 + 2 * ours.workers:
@@ -167,8 +168,8 @@ def main():
     print(f"{'':14}  {'':7}  images/s  to ceiling  to plain  10^12 mult-adds/s  of a large product", flush=True)
     for name in ours.models:
         words = f"--data_set digits --model {name} --input_size 224 --num_workers {ours.workers} --device {ours.device}"
-        words += f" --batch_size {ours.batch} --use_amp true --compile {ours.compile} --channels_last false"
-        words += f" --augment_device {ours.device == 'cuda'}"
+        words += f" --batch_size {ours.batch} --use_amp true --compile {ours.compile}"
+        words += f" --channels_last {ours.channels_last} --augment_device {ours.device == 'cuda'}"
         args = parse_args(words.split())
         device, dtype = check_hardware(args, 0)
         share_batch(args, 1)
