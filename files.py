@@ -23,7 +23,7 @@ def sha256(path):
     """SHA-256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):  # large: a thread waits for the interpreter after each
+        while chunk := file.read(1 << 22):  # large: a thread waits for the interpreter after each
             digest.update(chunk)
     return digest.hexdigest()
 
