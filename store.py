@@ -25,7 +25,6 @@ class Store:
 
     Attributes:
         data: flat uint8, the images one after the other.
-
     """
 
     def __init__(self, dataset, name: str):
