@@ -204,7 +204,7 @@ def _load(path, also, **options):
 
 @contextlib.contextmanager
 def _one_line(path, option):
-    """Turn whatever corrupt input makes torch raise, which is nearly anything, into an InputError. Nothing else runs."""
+    """Turn whatever corrupt input makes torch raise, nearly anything, into an InputError. Nothing else runs."""
     try:
         yield
     except Exception as error:
