@@ -95,11 +95,11 @@ def send(number):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signal_within_an_epoch_saves_and_the_run_ends_as_if_there_had_been_none(train, whole, at_call, number):
-    calls = at_call(engine.Trainer, "update", 3, send(number))
+    calls, before = at_call(engine.Trainer, "update", 3, send(number)), signal.getsignal(number)
     with pytest.raises(Stopped, match="the same command goes on from run/checkpoint-1-step-1.pth") as stopped:
         train(everything())
     assert stopped.value.number == number
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler), "handlers are put back"
+    assert signal.getsignal(number) is before, "handlers are put back; it may be ignored, as in a job of a shell"
     assert len(calls) == 3, "the first of two steps of epoch 1"
     assert len(read_log(Path("run"))) == 1
     train(everything())
