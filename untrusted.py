@@ -101,11 +101,22 @@ def _check_pickle(pickle, allowed):
             raise Damaged(f"it asks for {argument.replace(' ', '.')}")
 
 
+COPYING = {"collections OrderedDict", "collections Counter", "builtins set", "__builtin__ set"}
+
+
+class _Copying(int):
+    """The depth of a class of containers, which copies what it is called with."""
+
+
+class _Again(int):
+    """The depth of a value that the pickle has had before, or of a tuple with such a value."""
+
+
 def pickle_operations(pickle):
     """Yield the operations of a pickle, (name, argument), while they nest and remember no more than they may.
 
     Raises:
-        Damaged: they do.
+        Damaged: they do, or one container is copied, perhaps again and again.
     """
     stack, memo, mark = [], {}, object()  # of how deep each value is, or a little more
     for number, (operation, argument, _) in enumerate(pickletools.genops(pickle)):
@@ -114,7 +125,8 @@ def pickle_operations(pickle):
                 raise Damaged("it remembers more values than it has")
             memo[argument] = stack[-1]
         elif "GET" in operation.name:
-            stack.append(memo[argument])
+            value = memo[argument]
+            stack.append(value if isinstance(value, _Copying) else _Again(value))
         elif operation.name == "MARK":
             stack.append(mark)
         else:
@@ -128,6 +140,13 @@ def pickle_operations(pickle):
             depth = 1 + max((value for value in taken if value is not mark), default=0)
             if depth > DEPTH_LIMIT:
                 raise Damaged("its values are nested too deeply")
+            again = bool(taken) and isinstance(taken[0], _Again)  # the last argument
+            if again and (operation.name == "BUILD" or operation.name == "REDUCE" and isinstance(taken[1], _Copying)):
+                raise Damaged("it copies a value that it has had before")
+            if operation.name == "GLOBAL" and argument in COPYING:
+                depth = _Copying(depth)
+            elif "TUPLE" in operation.name and any(isinstance(value, _Again) for value in taken):
+                depth = _Again(depth)
             stack += [depth] * len(operation.stack_after)
         yield operation.name, argument
 

@@ -90,7 +90,16 @@ def without_numbers():
 
 
 def nested(depth):
-    content = b"\x80\x02}" + b"N" + b"\x85" * depth + b"K\x01s."
+    return of_operations(b"\x80\x02}" + b"N" + b"\x85" * depth + b"K\x01s.")
+
+
+def copied(how):
+    """One dict, which operations copy into 500 others."""
+    entries = b"".join(b"X\x05\x00\x00\x00%05dN" % number for number in range(20_000))
+    return of_operations(b"\x80\x02}(" + entries + b"uq\x00](" + how * 500 + b"e.")
+
+
+def of_operations(content):
     with zipfile.ZipFile(pickled({})) as old, zipfile.ZipFile("nested.pth", "w") as new:
         for entry in old.infolist():
             new.writestr(entry.filename, content if entry.filename.endswith("data.pkl") else old.read(entry))
@@ -150,6 +159,11 @@ BOMBS = {
     "encoded over and over": lambda: pickled(encoded(25)),
     "old format without its numbers": without_numbers,
     "nested": lambda: nested(1_000_000),
+    "one dict, copied": lambda: copied(b"ccollections\nOrderedDict\nh\x00\x85R"),
+    "one dict, copied by a class remembered": lambda: copied(
+        b"ccollections\nOrderedDict\nq\x01h\x00\x85Rh\x01h\x00\x85R"
+    ),
+    "one dict, copied into attributes": lambda: copied(b"ccollections\nOrderedDict\n)Rh\x00b"),
     "TorchScript that remembers": lambda: torchscript_of(b"\x80\x02Nr\x00\x00\x00\x08."),
     "one number, repeated": lambda: claims(size=(1 << 40,), stride=(0,)),
     "on no device": lambda: saved({"a": torch.empty(1 << 40, device="meta")}, "meta.pth"),
