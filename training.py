@@ -240,6 +240,8 @@ def train(args, trainer: Trainer, loaders: tuple, progress: dict, board: Board) 
 
 def prepare(args, trainer: Trainer, test_images: int) -> None:
     """What a run does before its first step, on images of zeros: compile, and arrange the exchange of gradients."""
+    if not args.compile and trainer.world_size == 1:
+        return
     shape = (3, args.input_size, args.input_size)
     images = torch.zeros(args.batch_size, *shape, device=trainer.device)
     targets = torch.zeros(args.batch_size, dtype=torch.long, device=trainer.device)

@@ -112,6 +112,17 @@ def reads_per_second(dataset) -> float:
     return len(dataset) / (time.perf_counter() - start)
 
 
+def medians(measures: dict, turns: int) -> dict:
+    """{name: median of what a function gives}, called in turns; the first turn warms up."""
+    found = {name: [] for name in measures}
+    for turn in range(turns + 1):
+        for name, measure in measures.items():
+            figure = measure()
+            if turn > 0:
+                found[name].append(figure)
+    return {name: statistics.median(figures) for name, figures in found.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1024, help="of each kind and turn")
@@ -145,13 +156,7 @@ def main():
                     "worker": partial(images_per_second, loaders[1], device, finish=False),
                     "read": partial(reads_per_second, dataset),
                 }
-                speeds = {name: [] for name in passes}
-                for turn in range(arguments.turns + 1):
-                    for name, measure in passes.items():
-                        speed = measure()
-                        if turn > 0:
-                            speeds[name].append(speed)
-                timm, own, worker, read = (statistics.median(found) for found in speeds.values())
+                timm, own, worker, read = medians(passes, arguments.turns).values()
                 part = "train" if train else "test"
                 ratios = f"{own:6.0f} {own / timm:5.2f}  {worker:6.0f} {worker / timm:5.2f}"
                 print(f"{kind:22}{part:6}  {timm:14.0f}  {ratios}  {read:6.0f}", flush=True)

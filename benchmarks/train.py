@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from consensus import Consensus  # noqa: E402
-from data import Small  # noqa: E402
+from data import Small, medians  # noqa: E402
 from datasets import build_transform, to_pixels  # noqa: E402
 from engine import Figures, train_one_epoch  # noqa: E402
 from loaders import BadImages, TrainBatches, train_loader  # noqa: E402
@@ -178,17 +178,11 @@ def main():
             "real": our_loop(args, device, dtype, ours.steps, real=True),
             "ceiling": our_loop(args, device, dtype, ours.steps, real=False),
         }
-        speeds = {row: [] for row in loops}
-        for turn in range(ours.turns + 1):
-            for row, epoch in loops.items():
-                speed = epoch()
-                if turn > 0:
-                    speeds[row].append(speed)
-        medians = {row: statistics.median(found) for row, found in speeds.items()}
-        for row, speed in medians.items():
+        speeds = medians(loops, ours.turns)
+        for row, speed in speeds.items():
             work = 3 * multiply_adds(build_model(args, CLASSES), args.input_size) * speed / 1e12
             limit = peak(device, torch.float32 if row == "plain" else dtype)
-            ratios = f"{speed / medians['ceiling']:10.2f}  {speed / medians['plain']:8.2f}"
+            ratios = f"{speed / speeds['ceiling']:10.2f}  {speed / speeds['plain']:8.2f}"
             print(f"{name:14}  {row:7}  {speed:8.1f}  {ratios}  {work:17.3f}  {work / limit:18.2f}", flush=True)
         if ours.profile:
             with torch.profiler.profile() as profiler:

@@ -84,10 +84,8 @@ def _read(path, option):
 
 
 def _read_safetensors(path, option):
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{option} {path}: not a readable safetensors file ({error})") from error
+    with _safetensors(path, option) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
 
 
 def write_weights(state_dict: dict, path) -> None:
