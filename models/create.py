@@ -2,8 +2,10 @@
 
 import contextlib
 import difflib
+import sys
 import warnings
 from functools import partial
+from unittest import mock
 
 import timm
 import torch
@@ -69,10 +71,27 @@ def create_model(
                     config = timm.create_model(architecture, **{**kwargs, "pretrained": False}).pretrained_cfg
                 if config.get("fixed_input_size"):
                     kwargs["img_size"] = input_size
-            return timm.create_model(architecture, **kwargs)
+            return _build(architecture, kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, IndexError) as error:  # timm's ways of refusing
         given = " ".join(f"{key}={value}" for key, value in kwargs.items())
         raise InputError(f"{option} {name}: timm cannot build it with {given or 'no arguments'}: {error}") from error
+
+
+def _build(architecture, kwargs):
+    """timm's model; arguments replace those that the name stands for, which timm itself refuses for many names."""
+    try:
+        return timm.create_model(architecture, **kwargs)
+    except TypeError as error:
+        if "multiple values for keyword argument" not in str(error):
+            raise
+    module = sys.modules[timm.models.model_entrypoint(timm.models.split_model_name_tag(architecture)[0]).__module__]
+    build = module.build_model_with_cfg
+
+    def replaced(*args, **given):
+        return build(*args, **{**given, **kwargs})
+
+    with mock.patch.object(module, "build_model_with_cfg", replaced):
+        return timm.create_model(architecture)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Which family a model belongs to."""
 
 import re
+import sys
 from pkgutil import resolve_name
 
 import torch.nn as nn
@@ -8,44 +9,67 @@ import torch.nn as nn
 from models.families import FAMILIES, Family
 from program import InputError
 
+# Components that ``--exclude`` can name, of families without a declaration: by the names of modules' classes.
+CLASSES = {"attention": r"Attention|Attn", "mlp": r"Mlp|SwiGLU", "norm": r"Norm"}
+KEYS = {"pos_embed": r"(^|\.)(absolute_)?pos_embed"}
+
 
 def family_of(model: nn.Module, name: str) -> Family:
-    """The family a timm model belongs to.
+    """The family of a timm model: one of ``FAMILIES``, or one made from what timm records of its class.
 
     Args:
         model: the module; its weights are not touched, so it may be on the meta device.
         name: what to call it in an error.
 
     Raises:
-        InputError: no declaration fits the model.
+        InputError: the model is not timm's.
     """
-    family = family_by_class(model)
-    if family is None:
-        known = ", ".join(f"{family.name} ({family.model_class.rpartition(':')[2]})" for family in FAMILIES.values())
-        raise InputError(f"{name}: a {type(model).__name__} belongs to no family that weight selection knows: {known}")
-    with_weights = [module for module in model.modules() if next(module.parameters(), None) is not None]
-    described = tuple(map(resolve_name, family.modules))
-    odd = {type(m).__name__ for m in with_weights if not isinstance(m, described) and not _is_torchs(m)}
-    if odd:
-        raise InputError(f"{name}: weight selection cannot take apart {', '.join(sorted(odd))} yet")
-    return family
+    return family_by_class(model) or _undeclared(model, name)
 
 
 def family_by_class(model: nn.Module) -> Family | None:
-    """The family of a model's class, or None; it says nothing about the modules inside."""
+    """The declared family of a model's class, or None."""
     return next((family for family in FAMILIES.values() if isinstance(model, resolve_name(family.model_class))), None)
 
 
-def _is_torchs(module):
-    """Whether a module is one of PyTorch's, or timm's variant of one of its normalisations."""
-    return type(module).__module__.startswith("torch.nn.") or isinstance(module, (nn.LayerNorm, nn.GroupNorm))
+def _undeclared(model, name):
+    ours = [kind for kind in type(model).__mro__ if kind.__module__.startswith("timm.models.")]
+    if not ours or not hasattr(model, "pretrained_cfg"):
+        raise InputError(f"{name}: a {type(model).__name__} is not one of timm's models")
+    root = ours[-1]  # subclasses (distilled variants) belong to the family of the class they extend
+    filter_fn = getattr(sys.modules[root.__module__], "checkpoint_filter_fn", None)
+    components = {
+        component: _prefixes(
+            path for path, module in model.named_modules() if re.search(pattern, type(module).__name__)
+        )
+        for component, pattern in CLASSES.items()
+    }
+    components["patch_embed"] = _prefixes(_names(model.pretrained_cfg.get("first_conv")))
+    return Family(
+        name=root.__name__.lower(),
+        model_class=f"{root.__module__}:{root.__name__}",
+        classifier=_classifier(model),
+        components={component: pattern for component, pattern in (components | KEYS).items() if pattern},
+        filter_fn=filter_fn and f"{root.__module__}:{filter_fn.__name__}",
+    )
+
+
+def _names(recorded):
+    """Modules' names as timm records them: none, one or several."""
+    return (recorded,) if isinstance(recorded, str) else recorded or ()
+
+
+def _prefixes(paths):
+    """A regular expression of the keys inside modules, or None if there are no modules."""
+    found = "|".join(re.escape(path) for path in paths if path)
+    return rf"^({found})\." if found else None
 
 
 def classifier_pattern(model: nn.Module) -> str:
-    """Regular expression of a model's classifier keys: its family's, or for any other model what timm records."""
+    """Regular expression of a model's classifier keys: its declared family's, or what timm records."""
     family = family_by_class(model)
-    if family is not None:
-        return family.classifier
-    names = model.pretrained_cfg["classifier"]
-    names = (names,) if isinstance(names, str) else names
-    return rf"^({'|'.join(re.escape(name) for name in names)})\."
+    return _classifier(model) if family is None else family.classifier
+
+
+def _classifier(model):
+    return _prefixes(_names(model.pretrained_cfg.get("classifier"))) or r"$^"  # a model without one: no key

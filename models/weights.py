@@ -239,10 +239,10 @@ def read_teacher(path, model: nn.Module, family: Family | None, option: str) -> 
 
 def _converted(state_dict, model, family, origin):
     """timm's names for a file's tensors, and the file's names of what the declaration says may be left out."""
-    if family is None:
+    if family is None or family.filter_fn is None:
         return state_dict, []
     state_dict, unused = _tower(state_dict, family)
-    extras = [key for key in state_dict if re.search(family.extras, key)]
+    extras = [key for key in state_dict if family.extras and re.search(family.extras, key)]
     try:
         converted = resolve_name(family.filter_fn)(dict(state_dict), model, **family.filter_options)
     except Exception as error:  # they assume one of the layouts they know, and fail in their own ways on any other
@@ -283,12 +283,12 @@ def _read_npz(path, model, family, option):
         raise InputError(f"{option} {path}: timm cannot read it for this model ({reason})") from error
     state_dict = model.state_dict()
     deep = len({match[1] for match in map(re.compile(r"/encoderblock_(\d+)/").search, names) if match})
-    shallow = len({match[2] for match in map(re.compile(family.layers).search, state_dict) if match})
+    shallow = len(getattr(model, "blocks", ()))
     if deep > shallow:  # timm fills the model's layers and does not look for more
         raise InputError(f"{option} {path}: not the weights of this teacher: it has {deep} layers, the model {shallow}")
     if classes != model.num_classes:  # then timm has left the classifier as it was: random
         state_dict = {key: value for key, value in state_dict.items() if not re.search(family.classifier, key)}
-    return state_dict, [name for name in names if re.search(family.extras, name)]
+    return state_dict, [name for name in names if family.extras and re.search(family.extras, name)]
 
 
 def load_into_teacher(model: nn.Module, path, option: str) -> None:

@@ -28,6 +28,7 @@ from models.weights import (
 )
 from program import InputError
 from selection.plan import apply_plan, make_plan
+from selection.trace import input_size
 
 
 def output_file(output_dir: str, model_type: str, overwrite: bool) -> Path:
@@ -85,10 +86,7 @@ def verify(path: Path, state_dict: dict, student_name: str, student_kwargs: dict
     if problem:
         raise InputError(f"--output_dir: what was written cannot be loaded: {problem}")
     student.load_state_dict(written, strict=False)
-    size = getattr(student.patch_embed, "img_size", None) if hasattr(student, "patch_embed") else None
-    size = size or student.pretrained_cfg["input_size"][1:]
-    channels = next(module for module in student.modules() if isinstance(module, nn.Conv2d)).in_channels
-    images = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(1, *input_size(student), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         if not student(images).isfinite().all():
             raise InputError(f"--student {student_name}: its output with the selected weights is not finite")

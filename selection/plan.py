@@ -1,17 +1,22 @@
 """The plan: what every student tensor is made from, decided from shapes alone; and carrying it out."""
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 from models.families import Family
 from models.membership import family_of
 from program import InputError
-from selection.rules import layer_indices, select_elements
+from selection.geometry import Geometry, Resampling, find_geometry, resampling
+from selection.layers import Layers, source_keys
+from selection.neurons import Matching, Neurons, find_neurons
+from selection.rules import select_elements
+from selection.trace import Untraceable, trace
 
 
 @dataclass(frozen=True)
@@ -22,10 +27,9 @@ class Entry:
         key, shape: of the student's tensor.
         role: ``selected``, ``excluded`` (by request) or ``classifier``; the last two keep the student's own values.
         source, source_shape: the teacher's tensor, for what is selected.
-        neurons: the dimensions along which elements are selected.
-        parts: the first dimension is so many equal parts stacked; elements are selected inside each.
-        grid: (teacher's, student's) height and width of what is spatial, where they differ: resampled.
-        prefix: (teacher's, student's) number of prefix tokens in a position embedding.
+        parts: for each dimension along which elements are selected, {dimension: [(teacher's indices, student's)]},
+            inside each part by the same rule; indices have one dimension, or more where neurons come in blocks.
+        resampling: what is done to positions and to the channels of images, where they differ, before; or None.
     """
 
     key: str
@@ -33,30 +37,74 @@ class Entry:
     role: str
     source: str | None = None
     source_shape: tuple | None = None
-    neurons: tuple = ()
-    parts: int = 1
-    grid: tuple | None = None
-    prefix: tuple | None = None
+    parts: dict | None = None
+    resampling: Resampling | None = None
 
     def describe(self, element_selection: str) -> str:
         """What happens to the tensor, in words."""
         if self.role != "selected":
             return f"{self.role}: student's own initialisation"
-        words = []
-        if self.prefix is not None and self.prefix[0] != self.prefix[1]:
-            words.append(f"first {self.prefix[1]} of {self.prefix[0]} prefix tokens")
-        if self.grid is not None:
-            words.append("resample {}x{} to {}x{}".format(*self.grid[0], *self.grid[1]))
+        words = [] if self.resampling is None else [self.resampling.words]
         if len(self.source_shape) != len(self.shape):
             words.append("reshape")
-        if any(self.source_shape[dim] != self.shape[dim] for dim in self.neurons):
-            words.append(element_selection + (f" in each of {self.parts} parts" if self.parts > 1 else ""))
+        smaller = [parts for parts in self.parts.values() if any(t.shape != s.shape for t, s in parts)]
+        if smaller:
+            inside = " x ".join(str(len(parts)) for parts in smaller if len(parts) > 1)
+            words.append(element_selection + (f" in each of {inside} parts" if inside else ""))
+            blocks = {f"{_blocks(t)} to {_blocks(s)}" for parts in smaller for t, s in parts if t.ndim > 1}
+            if blocks:
+                words.append("blocks of " + " and ".join(sorted(blocks)))
         return ", ".join(words) or "copy"
 
 
-def make_plan(
-    teacher: nn.Module,
-    student: nn.Module,
+@dataclass(frozen=True)
+class Anatomy:
+    """What a plan needs to know of a model.
+
+    Attributes:
+        family: the declaration of its family.
+        shapes: {key: shape} of its state_dict.
+        layers, neurons, geometry: see there.
+    """
+
+    family: Family
+    shapes: dict
+    layers: Layers
+    neurons: Neurons
+    geometry: Geometry
+
+
+def anatomy(model: nn.Module, name: str) -> Anatomy:
+    """Take a model apart; its weights are not touched, so it may be on the meta device.
+
+    Raises:
+        InputError: the model does what neurons cannot be followed through; ``name`` is what to call it.
+    """
+    try:
+        traced = trace(model)
+    except Untraceable as reason:
+        raise InputError(f"{name}: weight selection cannot take a {type(model).__name__} apart: {reason}") from reason
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    layers = Layers(model, shapes, traced.heights)
+    return Anatomy(family_of(model, name), shapes, layers, find_neurons(traced), find_geometry(model))
+
+
+def make_plan(teacher: nn.Module, student: nn.Module, **options) -> list:
+    """Decide, from shapes alone, what every student tensor is made from.
+
+    Args:
+        teacher, student: timm models of one family; they may be on the meta device.
+        **options: of ``plan_selection``.
+
+    Returns, Raises: as ``plan_selection``, and InputError as ``anatomy``.
+    """
+    student = anatomy(student, "student")
+    return plan_selection(anatomy(teacher, "teacher"), student, **options)
+
+
+def plan_selection(
+    teacher: Anatomy,
+    student: Anatomy,
     *,
     layer_selection: str = "first_n",
     exclude=(),
@@ -64,10 +112,9 @@ def make_plan(
     include_head_norm: bool = False,
     allow_unused: bool = False,
 ) -> list:
-    """Decide, from shapes alone, what every student tensor is made from.
+    """Decide what every student tensor is made from.
 
     Args:
-        teacher, student: timm models of one family; they may be on the meta device.
         layer_selection: one of ``LAYER_SELECTION``, applied to each container of layers (each stage).
         exclude: components left at the student's own initialisation.
         include_head: select the classifier too; both must have the same classes.
@@ -80,10 +127,35 @@ def make_plan(
     Raises:
         InputError: the student is not a smaller version of the teacher; says in which key and dimension.
     """
-    family = family_of(student, "student")
-    other = family_of(teacher, "teacher")
-    if other is not family:
-        raise InputError(f"teacher is of family {other.name}, student of {family.name}: weights need a common family")
+    family = student.family
+    if teacher.family.name != family.name:
+        raise InputError(
+            f"teacher is of family {teacher.family.name}, student of {family.name}: weights need a common family"
+        )
+    _check_options(teacher, student, exclude, include_head, include_head_norm)
+    sources = source_keys(teacher.layers, student.layers, layer_selection)
+    _check_unused(teacher, student, allow_unused)
+
+    matching = Matching(teacher.neurons, student.neurons)
+    plan = []
+    for key, shape in student.shapes.items():
+        kept_norm = include_head_norm and _in_head_norm(family, key)
+        if re.search(family.classifier, key) and not include_head and not kept_norm:
+            plan.append(Entry(key, shape, "classifier"))
+        elif any(re.search(family.components[component], key) for component in exclude):
+            plan.append(Entry(key, shape, "excluded"))
+        elif sources[key] not in teacher.shapes:
+            raise InputError(
+                f"{key}: the teacher has no {sources[key]} to select it from; give the student the teacher's options"
+            )
+        else:
+            plan.append(_entry(teacher, student, matching, key, sources[key], allow_unused))
+    return plan
+
+
+def _check_options(teacher, student, exclude, include_head, include_head_norm):
+    """Refuse options that name what the models do not have."""
+    family = student.family
     absent = [component for component in exclude if component not in family.components]
     if absent:
         raise InputError(
@@ -91,76 +163,25 @@ def make_plan(
         )
     if include_head_norm and family.head_norm is None:
         raise InputError(f"--include_head_norm: no normalisation in the head of {family.name}; leave the option out")
-
-    classes = [
-        key for key in student.state_dict() if re.search(family.classifier, key) and not _in_head_norm(family, key)
-    ]
+    classes = [key for key in student.shapes if re.search(family.classifier, key) and not _in_head_norm(family, key)]
     if include_head and not classes:
         raise InputError("--include_head: the student has no classifier; leave the option out")
-    if include_head and not any(key in teacher.state_dict() for key in classes):
+    if include_head and not any(key in teacher.shapes for key in classes):
         raise InputError("--include_head: the teacher has no classifier; leave the option out")
-
-    teacher_shapes = {key: tuple(value.shape) for key, value in teacher.state_dict().items()}
-    student_shapes = {key: tuple(value.shape) for key, value in student.state_dict().items()}
-    layers = _map_layers(family, teacher_shapes, student_shapes, layer_selection)
-    _check_unused(family, teacher_shapes, student_shapes, allow_unused)
-
-    plan = []
-    for key, shape in student_shapes.items():
-        source = _source_key(family, key, layers)
-        kept_norm = include_head_norm and _in_head_norm(family, key)
-        if re.search(family.classifier, key) and not include_head and not kept_norm:
-            plan.append(Entry(key, shape, "classifier"))
-        elif any(re.search(family.components[component], key) for component in exclude):
-            plan.append(Entry(key, shape, "excluded"))
-        elif source not in teacher_shapes:
-            raise InputError(
-                f"{key}: the teacher has no {source} to select it from; give the student the teacher's options"
-            )
-        else:
-            plan.append(_entry(family, key, shape, source, teacher_shapes[source], teacher, student, allow_unused))
-    return plan
-
-
-def _map_layers(family: Family, teacher_shapes, student_shapes, method):
-    """{(container, student layer): teacher layer}."""
-    depths = []
-    for shapes in (teacher_shapes, student_shapes):
-        depth = {}
-        for match in filter(None, (re.search(family.layers, key) for key in shapes)):
-            depth[match[1]] = max(depth.get(match[1], 0), int(match[2]) + 1)
-        depths.append(depth)
-    if depths[0].keys() != depths[1].keys():
-        raise InputError(f"teacher has layers in {', '.join(depths[0])}, student in {', '.join(depths[1])}")
-    layers = {}
-    for container, s in depths[1].items():
-        t = depths[0][container]
-        if t < s:
-            raise InputError(f"{container}: teacher has {t} layers, student {s}: a teacher must be at least as deep")
-        layers.update({(container, i): j for i, j in enumerate(layer_indices(method, t, s))})
-    return layers
 
 
 def _in_head_norm(family, key):
     return family.head_norm is not None and re.search(family.head_norm, key) is not None
 
 
-def _source_key(family, key, layers):
-    match = re.search(family.layers, key)
-    if not match:
-        return key
-    return f"{key[: match.start(2)]}{layers[match[1], int(match[2])]}{key[match.end(2) :]}"
-
-
-def _check_unused(family, teacher_shapes, student_shapes, allow_unused):
+def _check_unused(teacher, student, allow_unused):
     """Refuse teacher tensors no student tensor corresponds to: a LayerScale, a token, a normalisation."""
-
-    def component(key):
-        match = re.search(family.layers, key)
-        return key if not match else f"{key[: match.start(2)]}*{key[match.end(2) :]}"
-
-    used = {component(key) for key in student_shapes}
-    spare = [key for key in teacher_shapes if component(key) not in used and not re.search(family.classifier, key)]
+    used = {student.layers.component(key) for key in student.shapes}
+    spare = [
+        key
+        for key in teacher.shapes
+        if teacher.layers.component(key) not in used and not re.search(teacher.family.classifier, key)
+    ]
     if spare and not allow_unused:
         raise InputError(
             f"{spare[0]}: the student has no such tensor, so the teacher's is lost; give the student one "
@@ -168,52 +189,67 @@ def _check_unused(family, teacher_shapes, student_shapes, allow_unused):
         )
 
 
-def _dimensions(family: Family, key: str, ndim: int) -> tuple:
-    """The dimensions that hold neurons, and those that are resampled. Any other must be the same in both models."""
-    if family.pos_embed and re.search(family.pos_embed, key):
-        return (2,), (1,)
-    if family.tokens and re.search(family.tokens, key):
-        return (2,), ()
-    if re.search(family.patch_kernel, key):
-        return (0,), (2, 3)
-    return tuple(range(min(ndim, 2))), ()
-
-
-def _entry(family, key, shape, source, source_shape, teacher, student, allow_unused):
+def _entry(teacher, student, matching, key, source, allow_unused):
     """Compare one tensor of each model, dimension by dimension."""
-    neurons, resampled = _dimensions(family, key, len(shape))
-    compared = source_shape + (1, 1) if (len(source_shape), len(shape)) == (2, 4) else source_shape
-    expected = shape + (1, 1) if (len(source_shape), len(shape)) == (4, 2) else shape  # 1x1 convolution = linear layer
-    if len(compared) != len(expected):
+    shape, source_shape = student.shapes[key], teacher.shapes[source]
+    ours, theirs = student.neurons.parts[key], teacher.neurons.parts[source]
+    compared, expected = source_shape, shape
+    if (len(source_shape), len(shape)) in ((2, 4), (4, 2)):  # 1x1 convolution = linear layer
+        compared, expected = ((*sizes, 1, 1)[:4] for sizes in (source_shape, shape))
+    if len(compared) != len(expected) or compared[2:] != expected[2:] and len(source_shape) != len(shape):
         raise InputError(f"{key}: teacher's shape is {source_shape}, student's {shape}: not the same kind of tensor")
+    family = student.family
     if re.search(family.classifier, key) and not _in_head_norm(family, key) and compared[0] != shape[0]:
         raise InputError(
             f"--include_head: teacher has {compared[0]} classes, student {shape[0]} ({key}); give both the same "
             "(--student_kwargs num_classes=N)"
         )
-    for dim, (t, s) in enumerate(zip(compared, expected, strict=True)):
-        if dim in neurons and t < s:
-            raise InputError(
-                f"{key}, dimension {dim}: teacher's size {t} < student's {s}: a teacher must be at least as wide"
-            )
-        if dim not in (*neurons, *resampled) and t != s:
-            raise InputError(f"{key}, dimension {dim}: teacher's size {t}, student's {s}: no neurons, must be the same")
+    common = range(min(len(shape), len(source_shape)))
+    positions = [dim for dim in common if ours[dim] is None or theirs[dim] is None]
+    parts = {
+        dim: _pair_parts(matching, key, source, dim, source_shape[dim], shape[dim])
+        for dim in common
+        if dim not in positions
+    }
+    different = [dim for dim in positions if source_shape[dim] != shape[dim]]
+    brought = resampling(
+        teacher.geometry, student.geometry, source, key, (source_shape, shape), different, allow_unused
+    )
+    return Entry(key, shape, "selected", source, source_shape, parts, brought)
 
-    grid = prefix = None
-    if family.pos_embed and re.search(family.pos_embed, key):
-        prefix = tuple(0 if model.no_embed_class else model.num_prefix_tokens for model in (teacher, student))
-        grid = tuple(tuple(model.patch_embed.grid_size) for model in (teacher, student))
-        if prefix[0] < prefix[1] or (prefix[0] > prefix[1] and not allow_unused):
-            ways = "--student_kwargs to give it the teacher's" + (", --allow_unused" if prefix[0] > prefix[1] else "")
-            raise InputError(
-                f"{key}: teacher's has {prefix[0]} prefix tokens, student's {prefix[1]}: {ways} or --exclude pos_embed"
-            )
-    elif resampled:
-        grid = (tuple(compared[2:]), tuple(shape[2:]))
-    if grid is not None and grid[0] == grid[1]:
-        grid = None
-    parts = next((count for pattern, count in family.stacked.items() if re.search(pattern, key)), 1)
-    return Entry(key, shape, "selected", source, source_shape, neurons, parts, grid, prefix)
+
+def _pair_parts(matching, key, source, dim, t, s):
+    """[(teacher's indices, student's)] of a dimension."""
+    where = f"{key}, dimension {dim}: teacher's size {t}"
+    found = matching.parts(source, key, dim)
+    if isinstance(found, str):
+        if t < s:
+            raise InputError(f"{where} < student's {s}: a teacher must be at least as wide")
+        raise InputError(f"{where}, student's {s}: {found}")
+    for large, small, (their_space, our_space) in found:
+        if (large.shape == small.shape) and not (their_space.tangled and large.size != small.size):
+            continue
+        if large.size < small.size:
+            raise InputError(f"{where} < student's {s}: a teacher must be at least as wide")
+        if our_space.tangled or their_space.tangled:
+            raise InputError(f"{where}, student's {s}: its neurons come in blocks that cross each other")
+        for number, (n, m) in enumerate(zip(large.shape, small.shape, strict=True)):
+            if n < m:
+                raise InputError(
+                    f"{where} = {_blocks(large)}, student's {s} = {_blocks(small)}: a teacher must be at least as "
+                    "large in both"
+                )
+            fixed = len(their_space.fixed) == large.ndim and their_space.fixed[number]
+            if n != m and fixed:
+                raise InputError(
+                    f"{where} = {_blocks(large)}, student's {s} = {_blocks(small)}: {n} and {m} are positions, "
+                    "constants or image channels, not neurons, and must be the same"
+                )
+    return [(large, small) for large, small, _ in found]
+
+
+def _blocks(indices):
+    return "x".join(map(str, indices.shape))
 
 
 def apply_plan(
@@ -261,20 +297,42 @@ def _checked(entry, weight, option):
 
 
 def _apply(entry, weight, element_selection, seed):
-    if entry.prefix is not None:
-        t, s = entry.prefix
-        weight = torch.cat([weight[:, :s], weight[:, t:]], dim=1)
-        if entry.grid is not None:
-            weight = resample_abs_pos_embed(weight, entry.grid[1], entry.grid[0], num_prefix_tokens=s)
-    elif entry.grid is not None:
-        weight = resample_patch_embed(weight, list(entry.grid[1]))
+    if entry.resampling is not None:
+        weight = entry.resampling.apply(weight)
     if weight.ndim < len(entry.shape):
         weight = weight[:, :, None, None]
     elif weight.ndim > len(entry.shape):
         weight = weight[:, :, 0, 0]
-    shape = (entry.shape[0] // entry.parts, *entry.shape[1:])
-    chosen = [
-        select_elements(element_selection, part, shape, seed, f"{entry.key}:{index}")
-        for index, part in enumerate(weight.chunk(entry.parts))
-    ]
-    return torch.cat(chosen).contiguous()
+    out = weight.new_empty(entry.shape)
+    every = [entry.parts.get(dim, WHOLE) for dim in range(weight.ndim)]
+    for number, block in enumerate(itertools.product(*every)):
+        taken, large, small = weight, [], []
+        for dim, (theirs, ours) in enumerate(block):
+            if theirs is None:
+                large.append(weight.shape[dim])
+                small.append(weight.shape[dim])
+                continue
+            taken = _take(taken, dim, theirs.reshape(-1))
+            large += theirs.shape
+            small += ours.shape
+        chosen = select_elements(element_selection, taken.reshape(large), small, seed, f"{entry.key}:{number}")
+        places = [
+            np.arange(size) if ours is None else ours.reshape(-1)
+            for (_, ours), size in zip(block, out.shape, strict=True)
+        ]
+        chosen = chosen.reshape([len(place) for place in places])
+        if chosen.shape == out.shape and all(np.array_equal(place, np.arange(len(place))) for place in places):
+            return chosen.contiguous()
+        out[np.ix_(*places)] = chosen
+    return out
+
+
+WHOLE = ((None, None),)  # a dimension of positions
+
+
+def _take(weight, dim, indices):
+    """``index_select``, without a copy where the indices are a range."""
+    first = int(indices[0]) if len(indices) else 0
+    if np.array_equal(indices, np.arange(first, first + len(indices))):
+        return weight.narrow(dim, first, len(indices))
+    return weight.index_select(dim, torch.from_numpy(indices))

@@ -482,13 +482,22 @@ def test_students_with_linear_layers_get_the_values_of_1x1_convolutions():
     assert torch.equal(chosen, source["stages.1.blocks.0.mlp.fc2.weight"][::2, ::2, 0, 0])
 
 
-def test_grey_images_need_a_teacher_of_grey_images(cli, tmp_path):
+def test_kernels_for_colours_are_adapted_to_other_channels():
+    teacher = create_model(VIT.teacher, **VIT.large)
+    kernel = "patch_embed.proj.weight"
+    grey = select_weights(teacher, VIT.models(in_chans=1)[1])[kernel]
+    torch.testing.assert_close(grey, teacher.state_dict()[kernel][::2].sum(1, keepdim=True))
+    assert select_weights(teacher, VIT.models(in_chans=4)[1])[kernel].shape == (24, 4, 16, 16)
+
+
+def test_kernels_for_grey_images_are_not_made_for_colours(cli, tmp_path):
     grey = VIT.large | {"in_chans": 1}
     torch.save(random_weights(meta(VIT.teacher, **grey)), tmp_path / "grey.pth")
-    kwargs = ["--student_kwargs", *words(VIT.small), "in_chans=1"]
-    command = VIT.command(tmp_path / "out", tmp_path / "grey.pth", *kwargs)
-    assert "patch_embed.proj.weight, dimension 1" in cli(weight_selection.main, *command)
-    assert cli(weight_selection.main, *command, "--teacher_kwargs", *words(grey)) is None
+    command = [*VIT.command(tmp_path / "out", tmp_path / "grey.pth"), "--teacher_kwargs", *words(grey)]
+    assert "patch_embed.proj.weight, dimension 1: teacher's images have 1 channels" in cli(
+        weight_selection.main, *command
+    )
+    assert cli(weight_selection.main, *command, "--student_kwargs", *words(VIT.small), "in_chans=1") is None
     assert read(tmp_path / "out" / "vit.pth")["patch_embed.proj.weight"].shape == (24, 1, 16, 16)
 
 
@@ -841,7 +850,7 @@ REFUSED_OPTIONS = {
         ["teacher is of family vit", "convnext"],
     ),
     "other model type": ("vit", ["--model_type", "convnext"], ["--model_type convnext", "--student vit_tiny"]),
-    "no family": ("vit", ["--student", "resnet18", "--student_kwargs"], ["--student resnet18", "ResNet", "convnext"]),
+    "undeclared family": ("vit", ["--student", "resnet18", "--student_kwargs"], ["family vit", "resnet"]),
     "seed without effect": ("vit", ["--seed", "3"], ["--seed 3", "uniform"]),
     "negative seed": ("vit", ["--seed", "-1", "--element_selection", "random"], ["--seed -1"]),
     "no such component": ("convnext", ["--exclude", "pos_embed"], ["--exclude pos_embed", "convnext", "patch_embed"]),

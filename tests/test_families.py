@@ -1,0 +1,175 @@
+"""Every family: what is coupled keeps the same neurons, and a student hidden in a larger teacher is found again."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from helpers import assert_same
+from timm.models.vgg import VGG
+
+from models.create import create_model
+from selection.plan import apply_plan, make_plan
+from selection.trace import input_size, trace
+
+# Small models: name: (timm's architecture, arguments of both, of the teacher, of the student). A teacher has twice the
+# student's widths, so that every neuron can be there twice and normalisations see the same statistics.
+SMALL = {"num_classes": 7}
+TINY = {"img_size": 32, **SMALL}
+VIT_SIZES = ({"embed_dim": 64, "num_heads": 4, "depth": 3}, {"embed_dim": 32, "num_heads": 2, "depth": 2})
+STAGES = ({"depths": (2, 1, 3, 1), "dims": (16, 24, 32, 48)}, {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24)})
+SWIN_SIZES = (
+    {"embed_dim": 32, "depths": (2, 4), "num_heads": (2, 4)},
+    {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)},
+)
+CHANNELS = (
+    {"channels": (24, 32, 48, 64), "layers": (2, 3, 2, 1)},
+    {"channels": (12, 16, 24, 32), "layers": (1, 2, 1, 1)},
+)
+MODELS = {
+    "vit": ("vit_tiny_patch16_224", TINY | {"patch_size": 8, "init_values": 0.1}, *VIT_SIZES),
+    "vit_qk_norm": ("vit_tiny_patch16_224", TINY | {"patch_size": 8, "qk_norm": True}, *VIT_SIZES),
+    "deit3": ("deit3_small_patch16_224", TINY | {"patch_size": 8}, *VIT_SIZES),
+    "dinov2_reg": ("vit_small_patch14_reg4_dinov2", TINY | {"patch_size": 8}, *VIT_SIZES),
+    "dinov2_swiglu": ("vit_giant_patch14_reg4_dinov2", TINY | {"patch_size": 8, "mlp_ratio": 2}, *VIT_SIZES),
+    "siglip": ("vit_base_patch16_siglip_224", TINY | {"patch_size": 8}, *VIT_SIZES),
+    "vit_parallel": ("vit_pwee_patch16_reg1_gap_256", TINY | {"patch_size": 8, "mlp_ratio": 2}, *VIT_SIZES),
+    "dinov3": ("vit_small_plus_patch16_dinov3", TINY | {"patch_size": 8, "mlp_ratio": 2}, *VIT_SIZES),
+    "eva02": ("eva02_tiny_patch14_224", TINY | {"patch_size": 8, "mlp_ratio": 2}, *VIT_SIZES),
+    "eva": ("eva_giant_patch14_224", TINY | {"patch_size": 8, "mlp_ratio": 2}, *VIT_SIZES),
+    "beit": ("beit_base_patch16_224", TINY | {"patch_size": 8}, *VIT_SIZES),
+    "cait": ("cait_xxs24_224", TINY | {"patch_size": 8}, *VIT_SIZES),
+    "xcit": ("xcit_nano_12_p16_224", TINY, *VIT_SIZES),
+    "convnext": ("convnext_tiny", SMALL, *STAGES),
+    "convnext_v2": ("convnextv2_atto", SMALL, *STAGES),
+    "swin": ("swin_tiny_patch4_window7_224", TINY | {"window_size": 4}, *SWIN_SIZES),
+    "swin_v2": ("swinv2_tiny_window8_256", TINY | {"window_size": 4}, *SWIN_SIZES),
+    "mixer": (
+        "mixer_s32_224",
+        TINY | {"patch_size": 8},
+        {"embed_dim": 32, "num_blocks": 3},
+        {"embed_dim": 16, "num_blocks": 2},
+    ),
+    "gmixer": (
+        "gmixer_12_224",
+        TINY | {"patch_size": 8},
+        {"embed_dim": 32, "num_blocks": 3},
+        {"embed_dim": 16, "num_blocks": 2},
+    ),
+    "resnet": ("resnet18", SMALL, *CHANNELS),
+    "resnet_bottleneck": ("seresnet50", SMALL, *CHANNELS),
+    "wide_resnet": ("wide_resnet50_2", SMALL, *({**sizes, "base_width": 128} for sizes in CHANNELS)),
+    "resnext": (
+        "resnext50_32x4d",
+        SMALL,
+        {"layers": (2, 2, 2, 1), "cardinality": 8, "base_width": 8},
+        {"layers": (1, 1, 2, 1), "cardinality": 4, "base_width": 4},
+    ),
+    "vgg": (
+        "vgg11",
+        SMALL,
+        {"model_cfg": (16, 16, "M", 32, 32, 32, "M", 64, 64, 64, "M"), "mlp_ratio": 1 / 32},
+        {"model_cfg": (8, "M", 16, 16, "M", 32, "M"), "mlp_ratio": 1 / 64},
+    ),
+    "efficientnet": ("efficientnet_b1", SMALL, {}, {}),
+    "mobilenet_v3": ("mobilenetv3_small_050", SMALL, {}, {}),
+    "metaformer": (
+        "poolformer_s12",
+        SMALL,
+        {"depths": (2, 1, 2, 1), "dims": (16, 32, 32, 64)},
+        {"depths": (1, 1, 2, 1), "dims": (8, 16, 16, 32)},
+    ),
+    "convmixer": ("convmixer_768_32", SMALL | {"depth": 2}, {"dim": 32}, {"dim": 16}),  # its blocks are no residuals
+}
+
+
+def models(name):
+    architecture, both, large, small = MODELS[name]
+    return create_model(architecture, **both, **large), create_model(architecture, **both, **small)
+
+
+def lively(model):
+    """Random values everywhere, also where an initialisation has zeros or ones, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(
+                0.5 * torch.rand(value.shape, generator=generator) + (0.5 if "var" in key or value.ndim == 1 else -0.25)
+            )
+    return model.double().eval()
+
+
+def reads(model, key):
+    """The dimension along which a tensor sums over neurons: a dead one must not be read."""
+    module = model.get_submodule(key.rpartition(".")[0])
+    return 1 if key.endswith(".weight") and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) else None
+
+
+def hidden(plan, teacher, student):
+    """A teacher's state_dict that computes what the student does.
+
+    Layers that the plan drops are zero: a residual branch of zeros is the identity. Neurons that it drops are copies of
+    those that it keeps, so that a normalisation sees the statistics of the student's, and nobody reads them.
+    """
+    state = {key: torch.zeros_like(value) for key, value in teacher.state_dict().items()}
+    if isinstance(teacher, VGG):  # no residuals: the convolutions that go are the identity
+        state = {key: nn.init.dirac_(value) if value.ndim == 4 else value for key, value in state.items()}
+    weights = student.state_dict()
+    for entry in plan:
+        value = weights[entry.key]
+        for dim, size in enumerate(entry.source_shape):
+            origin, alive = np.arange(size), np.ones(size, bool)
+            for theirs, ours in (entry.parts or {}).get(dim, ()):
+                axes = [np.arange(t) for t in theirs.shape]
+                origin[theirs] = ours[np.ix_(*(axis % s for axis, s in zip(axes, ours.shape, strict=True)))]
+                alive[theirs] = np.all(
+                    np.meshgrid(*(axis < s for axis, s in zip(axes, ours.shape, strict=True)), indexing="ij"), axis=0
+                )
+            value = value.index_select(dim, torch.from_numpy(origin))
+            if dim == reads(teacher, entry.source):
+                value = value * torch.from_numpy(alive).view([-1 if d == dim else 1 for d in range(value.ndim)])
+        state[entry.source] = value
+    return state
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_student_hidden_in_a_teacher_is_what_the_teacher_computes_and_is_found_again(name):
+    teacher, student = models(name)
+    lively(student)
+    plan = make_plan(teacher, student, include_head=True)
+    teacher.double().eval().load_state_dict(hidden(plan, teacher, student))
+    images = torch.randn(2, *input_size(student), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = student(images)
+        assert expected.std() > 1e-3, "this student computes nothing"
+        torch.testing.assert_close(teacher(images), expected, rtol=1e-9, atol=1e-9)
+    assert_same(apply_plan(plan, teacher.state_dict(), element_selection="consecutive"), student.state_dict())
+
+
+@pytest.mark.parametrize("method", ["uniform", "random"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "vgg"])  # whose layers have streams of their own
+def test_all_that_meets_in_a_sum_or_a_product_keeps_the_same_neurons(name, method):
+    teacher, student = models(name)
+    plan = make_plan(teacher, student, include_head=True)
+    check_neurons(plan, teacher, student, method)
+
+
+def check_neurons(plan, teacher, student, method):
+    """Select from a teacher whose elements are their own places, and compare with what meets in a forward pass."""
+    large, small = trace(teacher), trace(student)
+    shapes = {key: value.shape for key, value in teacher.state_dict().items()}
+    places = {key: torch.arange(shape.numel(), dtype=torch.float64).view(shape) for key, shape in shapes.items()}
+    chosen = apply_plan(plan, places, element_selection=method)
+    kept = {}  # {neuron of the student: neuron of the teacher}
+    for entry in plan:
+        assert entry.resampling is None
+        indices = torch.unravel_index(chosen[entry.key].long(), entry.source_shape)
+        for dim, size in enumerate(entry.shape):
+            lines = indices[dim].movedim(dim, 0).reshape(size, -1)
+            assert (lines == lines[:, :1]).all(), f"{entry.key}: another choice in every row"
+            assert len(lines[:, 0].unique()) == size, f"{entry.key}: an element twice"
+            ours = small.labels.find(small.dims[entry.key][dim]).tolist()
+            theirs = large.labels.find(large.dims[entry.source][dim][lines[:, 0]]).tolist()
+            for our, their in zip(ours, theirs, strict=True):
+                assert kept.setdefault(our, their) == their, (
+                    f"{entry.key}, dimension {dim}: other neurons than elsewhere"
+                )
