@@ -91,9 +91,6 @@ def find_neurons(traced: Traced) -> Neurons:
             rank[same] = np.arange(len(same))
             members[len(members)] = same
             number_of[sign] = len(members) - 1
-    space_of = {}
-    for number, same in members.items():
-        space_of.update(dict.fromkeys(same.tolist(), number))
     cuts = _cuts(traced, members, rank, signature, number_of, position)
     spaces = [
         _space(len(same), *cuts.get(number, ({}, False)), bool(position[same[0]])) for number, same in members.items()
@@ -115,6 +112,9 @@ def _parts(dim, rank, signature, number_of, spaces, position):
     if position[dim].all():
         return None
     order = np.argsort(dim, kind="stable")
+    if (signature[dim] == signature[dim[0]]).all() and (np.diff(dim[order]) > 0).all():  # one part, as most have
+        space = number_of[int(signature[dim[0]])]
+        return (Part(space, np.argsort(rank[dim]).reshape(spaces[space].factors)),)
     starts = np.flatnonzero(np.r_[True, dim[order][1:] != dim[order][:-1]])
     occurrence = np.empty(len(dim), np.int64)
     occurrence[order] = np.arange(len(dim)) - np.repeat(starts, np.diff(np.r_[starts, len(dim)]))
