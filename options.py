@@ -134,37 +134,38 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def read_config(path: str, parser: Parser) -> list:
-    """A YAML file of options as command-line words, so that both are checked by the same parser.
+def read_config(path: str, parser: Parser, option: str = "--config") -> list:
+    """A YAML file of options of main.py, that ``option`` named, as command-line words for its parser.
 
     Raises:
         InputError: unreadable, or a key that is no option.
     """
     known = {action.dest for action in parser._actions} - {"help", "config"}
     words = []
-    for key, value in read_yaml(Path(path), ()).items():
+    for key, value in read_yaml(Path(path), (), option).items():
         if key not in known:
-            raise InputError(f"--config {path}: {key} is not an option of main.py")
+            raise InputError(f"{option} {path}: {key} is not an option of main.py")
         if isinstance(value, dict):
             value = [f"{name}={item}" if isinstance(item, str) else None for name, item in value.items()]
         value = value if isinstance(value, list) else [value]
         if not all(isinstance(word, str) for word in value):
-            raise InputError(f"--config {path}: {key} must be a word, a list of words, or NAME: WORD lines")
+            raise InputError(f"{option} {path}: {key} must be a word, a list of words, or NAME: WORD lines")
         words += [f"--{key}", *value]
     return words
 
 
-def read_yaml(path: Path, above: tuple) -> dict:
+def read_yaml(path: Path, above: tuple, option: str) -> dict:
     """The entries of a YAML file, over those of the files that its ``base`` names, relative to itself.
 
     Args:
         path: the file. Its ``base`` is a file or a list of them, of which a later one goes over an earlier one.
         above: the files that led to it, each by its ``base``.
+        option: the option that named the first, for errors.
 
     Raises:
         InputError: unreadable, no mapping, or its own base.
     """
-    where = f"--config {path}" + (f", a base of {above[-1]}" if above else "")
+    where = f"{option} {path}" + (f", a base of {above[-1]}" if above else "")
     try:
         content = yaml.load(
             read_text(path, 1 << 20), yaml.BaseLoader
@@ -172,7 +173,7 @@ def read_yaml(path: Path, above: tuple) -> dict:
     except Damaged as error:
         raise InputError(f"{where}: cannot be read ({error})") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{where}: not YAML ({error})") from error
+        raise InputError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise InputError(f"{where}: must be NAME: VALUE lines")
     if path.resolve() in [other.resolve() for other in above]:
@@ -182,7 +183,7 @@ def read_yaml(path: Path, above: tuple) -> dict:
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
             raise InputError(f"{where}: base must be a file or a list of files")
-        merged |= read_yaml(path.parent / base, (*above, path))
+        merged |= read_yaml(path.parent / base, (*above, path), option)
     return merged | content
 
 

@@ -8,7 +8,7 @@ each dimension. Applying it touches the weights.
     python weight_selection.py --output_dir init/ --model_type vit --pretrained_model vit_small_patch16_224_in21k
 
     from weight_selection import select_weights
-    state_dict = select_weights(teacher, student)
+    student.load_state_dict(select_weights(teacher, student), strict=False)
 """
 
 import argparse
@@ -24,6 +24,7 @@ def select_weights(
     teacher,
     student,
     *,
+    weights=None,
     element_selection: str = "uniform",
     seed: int = 0,
     **plan_options,
@@ -31,28 +32,40 @@ def select_weights(
     """Select a student's first weights from a teacher.
 
     Args:
-        teacher: a pretrained timm model, or a name whose published weights are loaded.
+        teacher: a timm model, or the name of one; its own weights are taken (of a name the published ones), unless
+            ``weights`` are given: then it may be on the meta device.
         student: a smaller model of the same family, or a name; only its shapes matter, it may be on the meta device.
+        weights: the teacher's weights apart from it: a state_dict with timm's keys, or a file that
+            ``--pretrained_path`` would take.
         element_selection: one of ``ELEMENT_SELECTION``.
         seed: of the random selections.
-        **plan_options: of ``make_plan``: layer_selection, exclude, include_head, include_head_norm, allow_unused.
+        **plan_options: of ``plan_selection``: layer_selection, exclude, include_head, include_head_norm, allow_unused.
 
     Returns:
         A state_dict for ``student.load_state_dict(..., strict=False)``, without classifier and excluded components.
 
     Raises:
-        InputError: unknown name, or a student that is no smaller version of the teacher.
+        InputError: unknown name, weights that are not this teacher's, or a student that is no smaller version of it.
     """
     from models.create import create_model
-    from models.weights import create_pretrained
+    from models.membership import family_of
+    from models.weights import create_pretrained, open_teacher
     from selection.plan import apply_plan, make_plan
 
-    if isinstance(teacher, str):
-        teacher = create_pretrained(teacher, {}, "teacher", "give a loaded model")
+    in_file = isinstance(weights, (str, os.PathLike))
+    if isinstance(teacher, str) and weights is None:
+        teacher = create_pretrained(teacher, {}, "teacher", "give a loaded model, or weights")
+    elif isinstance(teacher, str):
+        jax = in_file and str(weights).endswith(".npz")  # which timm converts only into a real model
+        teacher = create_model(teacher, option="teacher", device="cpu" if jax else "meta")
     if isinstance(student, str):
         student = create_model(student, option="student", device="meta")
     plan = make_plan(teacher, student, **plan_options)
-    return apply_plan(plan, teacher.state_dict(), element_selection=element_selection, seed=seed)
+    if weights is None:
+        weights = teacher.state_dict()
+    elif in_file:
+        weights, _ = open_teacher(weights, teacher, family_of(teacher, "teacher"), "weights")
+    return apply_plan(plan, weights, element_selection=element_selection, seed=seed, option="weights")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -87,6 +100,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="K=V",
         help="such as embed_dim=96 num_heads=3",
     )
+    add(
+        "--student_config",
+        metavar="FILE",
+        help="instead: a YAML file of main.py --config, whose model, model_kwargs, input_size are the student's",
+    )
     add("--teacher_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V", help="likewise for the teacher")
     add("--layer_selection", choices=LAYER_SELECTION, default="first_n")
     add("--element_selection", choices=ELEMENT_SELECTION, default="uniform")
@@ -104,6 +122,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--include_head_norm", action="store_true", help="select ConvNeXt's head.norm, which the release leaves out"
     )
     add("--allow_unused", action="store_true", help="let teacher tensors go that the student has no counterpart of")
+    add(
+        "--complete",
+        action="store_true",
+        help="write the student's own initialisation of all else too, a whole checkpoint (timm's checkpoint_path)",
+    )
     add("--overwrite", action="store_true", help="replace an existing output file")
     add("--dry_run", action="store_true", help="print the plan; needs no weights and writes nothing")
     return parser
@@ -111,6 +134,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_options(args) -> None:
     """Fill in what follows from other options, and refuse what has no effect or cannot work."""
+    args.student_input_size = None
+    if args.student_config is not None:
+        _read_student(args)
     if args.model_type is None and (args.student is None or args.pretrained_model is None):
         missing = "--student" if args.student is None else "--pretrained_model"
         raise InputError(
@@ -119,7 +145,7 @@ def check_options(args) -> None:
     if args.model_type is not None:
         args.student = args.student or FAMILIES[args.model_type].student
         args.pretrained_model = args.pretrained_model or FAMILIES[args.model_type].teacher
-    if args.seed is not None and args.element_selection not in SEEDED:
+    if args.seed is not None and args.element_selection not in SEEDED and not args.complete:
         raise InputError(
             f"--seed {args.seed}: has no effect with --element_selection {args.element_selection}; leave it out"
         )
@@ -132,6 +158,24 @@ def check_options(args) -> None:
         check_file(args.pretrained_path, "--pretrained_path")
     check_kwargs(args.student_kwargs, "--student_kwargs", {})
     check_kwargs(args.teacher_kwargs, "--teacher_kwargs", {})
+
+
+def _read_student(args):
+    """The student of a configuration for main.py."""
+    import options
+
+    path = args.student_config
+    for option, value in (("--student", args.student), ("--student_kwargs", args.student_kwargs)):
+        if value:
+            raise InputError(f"--student_config {path}: already names the student; leave {option} out")
+    parser = options.get_args_parser()
+    words = options.read_config(path, parser, "--student_config")
+    if "--model" not in words:
+        raise InputError(f"--student_config {path}: has no model; name one, such as model: vit_tiny")
+    given = parser.parse_args(words)
+    args.student, args.student_kwargs = given.model, given.model_kwargs
+    if "--input_size" in words:
+        args.student_input_size = given.input_size
 
 
 def main(argv=None) -> None:

@@ -148,7 +148,7 @@ def report(families: list) -> str:
 
 Every pair of architectures within a family of timm of which one has more parameters, planned without weights by
 `python scripts/coverage.py --output COVERAGE.md` (timm {timm.__version__}, PyTorch {torch.__version__}).
-*Planned*: every tensor of the smaller but the classifier has its place in the larger. *With `--allow_unused`*: likewise,
+*Planned*: every tensor of the smaller but the classifier has its place in the larger. *With `--allow_unused`*: so, too,
 but the larger has tensors that the smaller has no place for (a LayerScale, another token). All others are refused, with
 the reasons counted here; most pairs of a family are no narrower or shallower versions of each other.
 

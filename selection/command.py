@@ -27,7 +27,7 @@ from models.weights import (
     write_weights,
 )
 from program import InputError
-from selection.plan import apply_plan, make_plan
+from selection.plan import anatomy, apply_plan, plan_selection
 from selection.trace import input_size
 
 
@@ -72,14 +72,13 @@ def load_teacher(args, teacher: nn.Module, family: Family) -> tuple:
     return weights, origin | {"source": cfg.get("hf_hub_id") or cfg.get("url")}, downloaded_file(cfg)
 
 
-def verify(path: Path, state_dict: dict, student_name: str, student_kwargs: dict, left_out: list) -> None:
-    """Read a written file back, load it into the student and run it once.
+def verify(path: Path, state_dict: dict, student: nn.Module, left_out: list) -> None:
+    """Read a written file back, load it into the student, all of whose keys but ``left_out`` it has, and run it once.
 
     Raises:
         InputError: the file does not give back what was selected, or the student's output is not finite.
     """
     written = read_weights(path, "--output_dir")
-    student = create_model(student_name, option="--student", **student_kwargs).eval()
     problem = first_mismatch(written, student, lambda key: key in left_out)
     if not problem and not all(torch.equal(written[key], value) for key, value in state_dict.items()):
         problem = "other values"
@@ -88,8 +87,8 @@ def verify(path: Path, state_dict: dict, student_name: str, student_kwargs: dict
     student.load_state_dict(written, strict=False)
     images = torch.randn(1, *input_size(student), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        if not student(images).isfinite().all():
-            raise InputError(f"--student {student_name}: its output with the selected weights is not finite")
+        if not student.eval()(images).isfinite().all():
+            raise InputError("--student: its output with the selected weights is not finite")
 
 
 def print_plan(plan: list, element_selection: str) -> None:
@@ -113,10 +112,10 @@ def run(args, digest: Future | None) -> None:
         digest: SHA-256 of the teacher's file, if that is known already and being read.
     """
     huggingface_hub.utils.logging.set_verbosity_error()  # a page of retries would hide the one line of an error
-    student = create_model(args.student, option="--student", device="meta", **args.student_kwargs)
+    student_options = {"option": "--student", "input_size": args.student_input_size, **args.student_kwargs}
+    student = create_model(args.student, device="meta", **student_options)
     teacher = create_model(args.pretrained_model, option="--pretrained_model", device="meta", **args.teacher_kwargs)
     family = family_of(student, f"--student {args.student}")
-    family_of(teacher, f"--pretrained_model {args.pretrained_model}")
     if args.model_type not in (None, family.name):
         raise InputError(f"--model_type {args.model_type}: but --student {args.student} is of family {family.name}")
     plan_options = {
@@ -126,7 +125,8 @@ def run(args, digest: Future | None) -> None:
         "include_head_norm": args.include_head_norm,
         "allow_unused": args.allow_unused,
     }
-    plan = make_plan(teacher, student, **plan_options)
+    taken_apart = anatomy(student, f"--student {args.student}")
+    plan = plan_selection(anatomy(teacher, f"--pretrained_model {args.pretrained_model}"), taken_apart, **plan_options)
     counts = {role: sum(entry.role == role for entry in plan) for role in ("selected", "excluded", "classifier")}
     summary = ", ".join(f"{count} {role}" for role, count in counts.items() if count)
     if args.dry_run:
@@ -147,16 +147,24 @@ def run(args, digest: Future | None) -> None:
         option=f"{option} {args.pretrained_path or args.pretrained_model}",
     )
     left_out = [entry.key for entry in plan if entry.role != "selected"]
+    torch.manual_seed(args.seed)
+    student = create_model(args.student, **student_options)
+    if args.complete:
+        own = student.state_dict()
+        state_dict = {entry.key: state_dict.get(entry.key, own[entry.key]) for entry in plan}
+    absent = [] if args.complete else left_out
     with new_file(provenance_path(path)) as record, new_file(path) as temporary:
         write_weights(state_dict, temporary)
-        verify(temporary, state_dict, args.student, args.student_kwargs, left_out)
+        verify(temporary, state_dict, student, absent)
         provenance = {
             "file": path.name,
             "sha256": sha256(temporary),
             "teacher": origin | {"sha256": digest and digest.result()},
-            "student": {"name": args.student, "kwargs": args.student_kwargs},
+            "student": {"name": args.student, "kwargs": args.student_kwargs}
+            | ({"input_size": args.student_input_size} if args.student_input_size else {}),
             "options": {**plan_options, "element_selection": args.element_selection, "seed": args.seed},
-            "left_out": left_out,
+            "left_out": absent,
+            **({"random": left_out} if args.complete else {}),
             "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": sys.version.split()[0]},
         }
         record.write_text(json.dumps(provenance, indent=2) + "\n")

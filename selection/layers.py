@@ -121,9 +121,10 @@ def _map(container, theirs, ours, method):
         raise InputError(f"{name}: teacher's layers are of {len(large)} resolutions, student's of {len(small)}")
     chosen = {}
     for their_runs, our_runs in zip(large, small, strict=True):
-        if len(our_runs) not in (1, len(their_runs)):
-            kinds = " + ".join(str(len(run)) for run in their_runs), " + ".join(str(len(run)) for run in our_runs)
-            raise InputError(f"{name}: teacher's layers are of the kinds {kinds[0]}, student's of {kinds[1]}")
+        prefix = len(our_runs) == 1 and len(our_runs[0]) <= len(their_runs[0])  # the student's stage ends after it
+        if len(our_runs) != len(their_runs) and not prefix:
+            kinds = (" + ".join(str(len(run)) for run in runs) for runs in (their_runs, our_runs))
+            raise InputError("{}: teacher's layers are of the kinds {}, student's of {}".format(name, *kinds))
         for their_run, our_run in zip(their_runs, our_runs, strict=False):
             if len(their_run) < len(our_run):
                 raise InputError(

@@ -6,10 +6,6 @@ concatenations, rolls) moves the labels by the very same operation. Where two te
 labels become one; where a matrix product sums over a dimension, the labels of both sides become one and the labels of
 the weight's other dimension take over. What is met by no neuron, such as a kernel's width or a table of positions, is
 marked as a position.
-
-Labels are rows of integers in the shape of the tensor that they describe, broadcast along the dimensions that they do
-not depend on. An activation has one such row per independent axis of neurons: an image's features (batch, channels,
-height, width) one, along channels; the hidden units of a token-mixing layer (batch, channels, units) two.
 """
 
 import copy
@@ -21,91 +17,11 @@ import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from selection.labels import Labels, Link, compact, core, fit, unique_rows, varying
+
 
 class Untraceable(Exception):
     """A forward pass does what neurons cannot be followed through; the message says what."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """An axis that meets only a part of the structure of another: heads against heads * head_dim.
-
-    Attributes:
-        labels: (n,) of the axis; None for n different constants.
-        matrix: (n, m), the labels that are met together with each.
-        always: the neurons come in n (or m) blocks even if ``labels`` is nobody's dimension: grouped convolutions.
-    """
-
-    labels: torch.Tensor | None
-    matrix: torch.Tensor
-    always: bool = False
-
-
-class Labels:
-    """Equivalence classes of labels (a union-find over integers, in whole tensors at a time)."""
-
-    def __init__(self):
-        self.parent = torch.arange(1 << 16)
-        self.count = 0
-        self.positions = []  # labels of what are positions, not neurons
-        self.derived = torch.zeros(
-            1 << 16, dtype=torch.bool
-        )  # of no parameter: of the heads inside which a product sums
-
-    def new(self, count, derived=False):
-        first, self.count = self.count, self.count + count
-        while self.count > len(self.parent):
-            self.parent = torch.cat([self.parent, torch.arange(len(self.parent), 2 * len(self.parent))])
-            self.derived = torch.cat([self.derived, torch.zeros_like(self.derived)])
-        self.derived[first : self.count] = derived
-        return torch.arange(first, self.count)
-
-    def find(self, labels):
-        """The representative of each label's class."""
-        roots = self.parent[labels]
-        while not torch.equal(roots, above := self.parent[roots]):
-            roots = above
-        return roots
-
-    def join(self, ours, theirs):
-        """Make one of every two labels at the same place."""
-        ours, theirs = torch.broadcast_tensors(ours, theirs)
-        while True:
-            ours, theirs = self.find(ours.flatten()), self.find(theirs.flatten())
-            different = ours != theirs
-            if not different.any():
-                return
-            low, high = torch.minimum(ours, theirs)[different], torch.maximum(ours, theirs)[different]
-            self.parent.scatter_reduce_(0, high, low, "amin")
-
-
-def varying(layer) -> frozenset:
-    """The dimensions that labels depend on."""
-    return frozenset(
-        dim for dim, (size, step) in enumerate(zip(layer.shape, layer.stride(), strict=True)) if size > 1 and step
-    )
-
-
-def core(layer):
-    """Labels without the repetitions along the dimensions that they do not depend on, which have size 1."""
-    for dim, (size, step) in enumerate(zip(layer.shape, layer.stride(), strict=True)):
-        if size > 1 and not step:
-            layer = layer.narrow(dim, 0, 1)
-    return layer
-
-
-def compact(layer):
-    """The same labels, stored once along every dimension that they do not depend on."""
-    kept = core(layer)
-    for dim, size in enumerate(kept.shape):
-        if size > 1 and (first := kept.narrow(dim, 0, 1)).expand_as(kept).equal(kept):
-            kept = first
-    return kept.expand(layer.shape)
-
-
-def fit(layer, shape):
-    """Labels for a tensor of another shape of as many dimensions, where they depend on none that differs."""
-    return core(layer).expand(shape)
 
 
 def _names(text):
@@ -154,7 +70,7 @@ class Tracer(TorchDispatchMode):
         self.heights = {}
         self._layers = {}  # id of a tensor: (the tensor, so that its id stays its own, its labels)
         self.met = set()  # ids of tensors that took part
-        self._uniform = {}  # id of a tensor with one value everywhere: the tensor
+        self._uniform = {}  # storage of a tensor with one value everywhere: the tensor
 
     def get(self, tensor):
         return self._layers.get(id(tensor), (None, ()))[1] if isinstance(tensor, torch.Tensor) else ()
@@ -175,7 +91,7 @@ class Tracer(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in CONSTANTS:
             if name in UNIFORM:
-                self._uniform[id(out)] = out
+                self._uniform[_storage(out)] = out
             return out
         arguments = list(chain(*map(_tensors, (*args, *kwargs.values()))))
         self.met.update(map(id, arguments))
@@ -185,9 +101,14 @@ class Tracer(TorchDispatchMode):
             raise Untraceable(f"{func} is no operation that neurons can be followed through")
         if labelled:
             rule(self, func, out, *args, **kwargs)
-        elif name in MOVES | ALONE and id(args[0]) in self._uniform:
-            self._uniform[id(out)] = out
+        elif name in ALONE | KEEP and self._is_uniform(args[0]):
+            self._uniform[_storage(out)] = out
+        if name.endswith("_") and len(arguments) > 1:  # written into
+            self._uniform.pop(_storage(out), None)
         return out
+
+    def _is_uniform(self, tensor):
+        return _storage(tensor) in self._uniform
 
     # -- rules: each gives the outputs their labels
 
@@ -213,6 +134,8 @@ class Tracer(TorchDispatchMode):
     def _together(self, func, out, *args, **kwargs):
         tensors = [arg for arg in chain(*map(_tensors, args)) if arg.ndim]
         if func.overloadpacket is torch.ops.aten.copy_:  # what was there before does not count
+            if out.untyped_storage().nbytes() != out.numel() * out.itemsize:
+                raise Untraceable("a part of a tensor is written over")
             self.put(out, self.meet(tensors[1:], out.shape))
         else:
             self.put(out, self.meet(tensors, out.shape))
@@ -325,7 +248,7 @@ class Tracer(TorchDispatchMode):
         if not rest:
             return None
         rows = core(layer).permute(rest + [dim for dim in range(layer.ndim) if dim not in rest])
-        matrix, places = _unique_rows(rows.flatten(len(rest)).flatten(0, len(rest) - 1))
+        matrix, places = unique_rows(rows.flatten(len(rest)).flatten(0, len(rest) - 1))
         if len(matrix) == 1:
             return None
         heads = self.labels.new(len(matrix), derived=True)
@@ -341,7 +264,7 @@ class Tracer(TorchDispatchMode):
         """Labels of the element-wise combination of tensors that broadcast to ``shape``."""
         result, filled = [], frozenset()
         for tensor in tensors:
-            if id(tensor) in self._uniform:
+            if self._is_uniform(tensor):
                 continue
             lead = len(shape) - tensor.ndim
             full = frozenset(dim + lead for dim in varying(tensor))  # an expanded dimension has one value
@@ -377,21 +300,20 @@ class Tracer(TorchDispatchMode):
 
     def _unmatched(self, layer, dims, others, full):
         """What remains of labels that meet a tensor which has none along the same dimensions."""
+        covered = False
         for other in others:
             part = varying(other)
             if part < dims:
                 self._link(layer, other, part)
-                return [layer]
-            if dims < part:
-                return []  # linked from the other side
-        met = dims & full
-        met -= frozenset().union(*(varying(other) for other in others)) if others else frozenset()
-        if not met:
-            return [layer]
-        if met == dims:
+            covered = covered or dims < part  # linked from the other side
+        if covered:
+            return []
+        met = (dims & full).difference(*map(varying, others))
+        if met and met == dims:
             self._positions(core(layer))
             return []
-        self._link(layer, None, met)
+        if met:
+            self._link(layer, None, met)
         return [layer]
 
     def _link(self, layer, other, part):
@@ -422,7 +344,7 @@ class Tracer(TorchDispatchMode):
             elif not free[0] or not free[1]:
                 many, few = (a, b) if free[0] else (b, a)
                 rows = many.reshape(-1, many.shape[-1])
-                self.links.append(Link(few.reshape(-1), _unique_rows(rows)[0].T))
+                self.links.append(Link(few.reshape(-1), unique_rows(rows)[0].T))
             else:
                 raise Untraceable("a product sums over neurons that differ from place to place")
         elif ours is not None or theirs is not None:
@@ -473,10 +395,11 @@ class Tracer(TorchDispatchMode):
         if any(varying(layer) == {0, 1} for layer in self.get(x)) and groups == x.shape[1]:
             self._convolution_of_heads(out, x, weight, bias)
             return
-        if any(varying(layer) != {1} for layer in self.get(x)):
+        passing = [layer for layer in self.get(x) if varying(layer) != {1}]
+        if any(1 in varying(layer) or self._slides(varying(layer), x, weight, out) for layer in passing):
             raise Untraceable("a convolution slides along neurons")
         weights = {dim: [core(lay).flatten() for lay in self.get(weight) if varying(lay) == {dim}] for dim in (0, 1)}
-        inputs = [core(layer).flatten() for layer in self.get(x)]
+        inputs = [core(layer).flatten() for layer in self.get(x) if varying(layer) == {1}]
         result = weights[outof][0] if weights[outof] else None
         if groups == 1:
             self._sum(inputs, 0, weights[into], 0)
@@ -498,14 +421,19 @@ class Tracer(TorchDispatchMode):
                     self.links.append(Link(weights[into][0], matrix.T))
             if result is not None:
                 self.links.append(Link(group, result.view(groups, -1), always=True))
-        if result is None:
-            if out.shape[1] > 1:
-                raise Untraceable("a convolution has kernels that are no weights")
-            return
-        if bias is not None:
-            for layer in self.get(bias):
+        if result is None and out.shape[1] > 1:
+            raise Untraceable("a convolution has kernels that are no weights")
+        layers = [fit(layer, out.shape) for layer in passing]
+        if result is not None:
+            for layer in self.get(bias) if bias is not None else ():
                 self.labels.join(result, core(layer))
-        self.put(out, [result.view(-1, *[1] * (out.ndim - 2)).expand(out.shape)])
+            layers.append(result.view(-1, *[1] * (out.ndim - 2)).expand(out.shape))
+        self.put(out, layers)
+
+    @staticmethod
+    def _slides(dims, x, weight, out):
+        """Whether a convolution mixes what lies along dimensions of its input."""
+        return any(dim < 2 or weight.shape[dim] > 1 or out.shape[dim] != x.shape[dim] for dim in dims)
 
     def _convolution_of_heads(self, out, x, weight, bias):
         """A depthwise convolution (heads, head_dim, height, width) that all heads share."""
@@ -571,19 +499,16 @@ class Tracer(TorchDispatchMode):
     }
 
 
+def _storage(tensor):
+    """What a tensor and its views have in common."""
+    return tensor.untyped_storage()._cdata
+
+
 def _tensors(value):
     """The tensors in an argument of an operation."""
     if isinstance(value, torch.Tensor):
         return (value,)
     return tuple(item for item in value if isinstance(item, torch.Tensor)) if isinstance(value, (list, tuple)) else ()
-
-
-def _unique_rows(rows):
-    """Different rows in the order of their first occurrence, and which of them each row is."""
-    unique, places = torch.unique(rows, dim=0, return_inverse=True)
-    first = torch.full((len(unique),), len(places)).scatter_reduce(0, places, torch.arange(len(places)), "amin")
-    order = first.argsort()
-    return unique[order], order.argsort()[places]
 
 
 @dataclass(frozen=True)
@@ -645,11 +570,11 @@ def _skeleton(model):
 def input_size(model: nn.Module) -> tuple:
     """(channels, height, width) of the images that a timm model is built for."""
     channels, *size = model.pretrained_cfg["input_size"]
-    for module in model.modules():
-        if getattr(module, "img_size", None) and hasattr(module, "grid_size"):  # an embedding of patches
+    readers = first_convolutions(model)
+    for name, module in model.named_modules():  # an embedding of patches may ask for one size
+        if getattr(module, "img_size", None) and any(key.startswith(f"{name}.") for key in readers):
             size = module.img_size
-            break
-    for convolution in first_convolutions(model).values():
+    for convolution in readers.values():
         times = convolution.in_channels / channels
         if times == 1 or math.isqrt(int(times)) ** 2 != times:  # else squares of pixels were moved into channels
             channels = convolution.in_channels

@@ -1,13 +1,17 @@
 """Every family: what is coupled keeps the same neurons, and a student hidden in a larger teacher is found again."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from helpers import assert_same
+from helpers import assert_same, meta
+from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
 from timm.models.vgg import VGG
 
 from models.create import create_model
+from program import InputError
 from selection.plan import apply_plan, make_plan
 from selection.trace import input_size, trace
 
@@ -173,3 +177,102 @@ def check_neurons(plan, teacher, student, method):
                 assert kept.setdefault(our, their) == their, (
                     f"{entry.key}, dimension {dim}: other neurons than elsewhere"
                 )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def sources(teacher, student, method, pattern):
+    """{group 1 of a pattern in a student's key: the same of the teacher's}, in the student's order."""
+    plan = make_plan(teacher, student, layer_selection=method)
+    found = ((re.search(pattern, entry.key), re.search(pattern, entry.source or "")) for entry in plan)
+    return {ours[1]: theirs[1] for ours, theirs in found if ours and theirs}
+
+
+@pytest.mark.parametrize(
+    ("method", "last"),
+    [("first_n", "0 1 2 3"), ("mid_n", "0 2 3 4"), ("last_n", "0 3 4 5"), ("uniform", "0 1 3 5")],
+)
+def test_a_block_that_downsamples_stays_and_rules_choose_of_the_others(method, last):
+    teacher = meta("resnet34", layers=(3, 4, 6, 3))
+    moved = sources(teacher, meta("resnet34", layers=(3, 4, 4, 3)), method, r"^layer3\.(\d+)\.conv1")
+    assert " ".join(moved.values()) == last
+
+
+def test_a_plain_stack_has_layers_per_stage_between_poolings():
+    moved = sources(meta("vgg16_bn"), meta("vgg11_bn"), "first_n", r"^features\.(\d+)\.weight")
+    convolutions = {"0": "0", "4": "7", "8": "14", "11": "17", "15": "24", "18": "27", "22": "34", "25": "37"}
+    assert moved.items() >= convolutions.items()
+    assert moved["1"] == "1" and moved["5"] == "8"  # normalisations go with their convolutions
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "named"),
+    [
+        (("resnet18", {}), ("resnet34", {}), "layer1: teacher has 2 layers, student 3"),
+        (("resnet50", {}), ("resnet18", {}), "layer1: teacher's layers are of the kinds 1 + 2, student's of 2"),
+        (("densenet201", {}), ("densenet121", {}), "layers are of the kinds"),
+        (("vgg16", {}), ("vgg11_bn", {}), "features"),
+        (("resnext101_64x4d", {}), ("resnet50", {}), "blocks of 64x4 in the teacher, 64 neurons in the student"),
+        (("res2net50_26w_6s", {}), ("res2net50_14w_8s", {}), "6 parts in the teacher, of 8 parts in the student"),
+        (("ecaresnet50t", {}), ("ecaresnet26t", {}), "slides along neurons"),
+        (("vit_dpwee_patch16_reg1_gap_256", {}), ("vit_dpwee_patch16_reg1_gap_256", {"embed_dim": 128}), "blocks"),
+        (("mixer_b16_224", {}), ("mixer_s16_224", {"img_size": 64}), "positions, not neurons"),
+        (("eva02_small_patch14_224", {}), ("eva02_tiny_patch14_224", {"num_heads": 6}), "must be the same"),
+        (("convmixer_1536_20", {}), ("convmixer_1536_20", {"dim": 768, "kernel_size": 7}), "positions, not neurons"),
+        (("vit_small_patch16_224", {}), ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}), "cls"),
+    ],
+)
+def test_students_that_are_no_smaller_versions_are_refused_with_the_reason(teacher, student, named):
+    with pytest.raises(InputError, match=re.escape(named)):
+        make_plan(meta(teacher[0], **teacher[1]), meta(student[0], **student[1]))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Geometry
+
+
+def selected_entry(teacher, student, key):
+    entry = next(entry for entry in make_plan(teacher, student) if entry.key == key)
+    return entry, apply_plan([entry], teacher.state_dict())[key]
+
+
+def test_a_student_for_small_images_from_a_teacher_for_large_ones():
+    teacher = create_model("vit_tiny", embed_dim=48, num_heads=3, depth=1)
+    student = meta("vit_tiny", embed_dim=24, num_heads=3, depth=1, img_size=32, patch_size=4, in_chans=1)
+    weights = teacher.state_dict()
+    entry, positions = selected_entry(teacher, student, "pos_embed")
+    assert entry.describe("uniform") == "resample 14x14 to 8x8, uniform"
+    expected = resample_abs_pos_embed(weights["pos_embed"], [8, 8], [14, 14], num_prefix_tokens=1)
+    torch.testing.assert_close(positions, expected[..., ::2])
+    entry, kernel = selected_entry(teacher, student, "patch_embed.proj.weight")
+    assert entry.describe("uniform") == "adapt 3 channels to 1, resample 16x16 to 4x4, uniform"
+    grey = weights["patch_embed.proj.weight"].sum(1, keepdim=True)
+    torch.testing.assert_close(kernel, resample_patch_embed(grey, [4, 4])[::2])
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "key", "extra"),
+    [
+        (
+            "swin_tiny_patch4_window7_224",
+            ({"window_size": 7}, {"window_size": 4, "img_size": 64}),
+            "layers.0.blocks.0.attn.relative_position_bias_table",
+            0,
+        ),
+        ("beit_base_patch16_224", ({}, {"img_size": 64}), "blocks.0.attn.relative_position_bias_table", 3),
+    ],
+)
+def test_tables_of_relative_positions_are_resampled_and_their_heads_selected(name, sizes, key, extra):
+    widths = [{"embed_dim": 8 * heads, "num_heads": heads, "depth": 1} for heads in (4, 2)]
+    if name.startswith("swin"):
+        widths = [{"embed_dim": 8 * heads, "num_heads": (heads,), "depths": (2,)} for heads in (4, 2)]
+    teacher, student = create_model(name, **widths[0], **sizes[0]), meta(name, **widths[1], **sizes[1])
+    teacher.load_state_dict({k: torch.rand_like(v) for k, v in teacher.state_dict().items()})
+    entry, table = selected_entry(teacher, student, key)
+    assert entry.describe("uniform").startswith("resample relative positions of a ")
+    source, window = teacher.state_dict()[key], student.get_submodule(key.rpartition(".")[0]).window_size
+    expected = resize_rel_pos_bias_table(source, window, (table.shape[0], source.shape[1]))
+    torch.testing.assert_close(table, expected[:, ::2])
+    torch.testing.assert_close(table[table.shape[0] - extra :], source[source.shape[0] - extra :, ::2])

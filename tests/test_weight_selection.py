@@ -1054,6 +1054,87 @@ def test_models_that_are_not_all_neurons_are_refused_or_selected_but_never_crash
 
 
 # ---------------------------------------------------------------------------------------------------------
+# From Python, and to others
+
+
+def test_the_teachers_weights_can_be_given_apart_from_it(weights, files, selected):
+    teacher, student = VIT.models()  # on the meta device
+    assert_same(select_weights(teacher, student, weights=weights["vit"]), selected["vit"])
+    assert_same(select_weights(teacher, student, weights=files["vit"]), selected["vit"])
+    assert_same(select_weights(teacher, student, weights=str(files["vit"])), selected["vit"])
+
+
+def test_a_teacher_can_be_a_name_with_a_file(tmp_path):
+    student = {"embed_dim": 32, "num_heads": 2, "num_classes": 5}
+    teacher = create_model("test_vit")
+    torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
+    small = meta("test_vit", **student)
+    assert_same(select_weights("test_vit", small, weights=tmp_path / "teacher.pth"), select_weights(teacher, small))
+
+
+def test_weights_that_are_not_the_teachers_are_refused(weights, files):
+    teacher, student = VIT.models()
+    with pytest.raises(InputError, match=r"weights: cls_token is absent, \(1, 1, 48\) is needed"):
+        select_weights(teacher, student, weights=weights["convnext"])
+    with pytest.raises(InputError, match=f"weights {files['convnext']}"):
+        select_weights(teacher, student, weights=files["convnext"])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_timm_loads_the_file_into_a_model_of_other_classes(suffix, cli, files, selected, tmp_path):
+    path = tmp_path / f"init{suffix}"
+    assert cli(weight_selection.main, *VIT.command(path, files["vit"])) is None
+    model = timm.create_model(
+        "vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **VIT.small
+    )
+    state = model.state_dict()
+    assert_same({key: state[key] for key in selected["vit"]}, selected["vit"])
+
+
+def test_timm_loads_a_complete_file_as_a_checkpoint(cli, files, selected, tmp_path):
+    command = VIT.command(tmp_path / "init.safetensors", files["vit"], "--complete", "--seed", "3")
+    assert cli(weight_selection.main, *command) is None
+    model = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(tmp_path / "init.safetensors"), **VIT.small)
+    torch.manual_seed(3)
+    expected = create_model("vit_tiny", **VIT.small).state_dict() | selected["vit"]
+    assert_same(dict(model.state_dict()), dict(expected))
+    record = json.loads((tmp_path / "init.json").read_text())
+    assert (record["left_out"], record["random"]) == ([], VIT.head)
+    assert load_initial(model, tmp_path / "init.safetensors", "--initialize") == []
+
+
+def test_a_student_can_be_that_of_a_configuration_of_main(cli, files, selected, tmp_path):
+    kwargs = "".join(
+        f"  {key}: {value}\n" for key, value in VIT.small.items() if key not in ("img_size", "num_classes")
+    )
+    config = f"model: {VIT.student}\ninput_size: 32\nepochs: 7\nmodel_kwargs:\n{kwargs}"
+    (tmp_path / "student.yaml").write_text(config)
+    named = VIT.command(tmp_path, files["vit"])
+    command = [*named[: named.index("--student")], *named[named.index("--output_dir") :]]
+    assert cli(weight_selection.main, *command, "--student_config", tmp_path / "student.yaml") is None
+    assert_same(read(tmp_path / "vit.pth"), selected["vit"])
+    student = json.loads((tmp_path / "vit.json").read_text())["student"]
+    assert (student["name"], student["kwargs"]["embed_dim"], student["input_size"]) == (VIT.student, 24, 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "named"),
+    [
+        ("model: vit_tiny", ["--student", "vit_tiny"], ["student.yaml", "leave --student out"]),
+        ("epochs: 3", [], ["student.yaml", "has no model"]),
+        ("model: vit_tiny\nwidth: 3", [], ["--student_config", "width is not an option"]),
+        ("model: [", [], ["--student_config", "not YAML"]),
+        ("model: vit_teeny", [], ["--student vit_teeny: no such model"]),
+    ],
+)
+def test_configurations_that_name_no_student_are_refused(text, more, named, cli, tmp_path):
+    (tmp_path / "student.yaml").write_text(text)
+    config = ["--student_config", tmp_path / "student.yaml"]
+    message = cli(weight_selection.main, "--dry_run", "--pretrained_model", "vit_small", *config, *more)
+    assert all(word in message for word in named), message
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Loading an initial file into a student
 
 
