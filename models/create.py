@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import inspect
 import sys
 import warnings
 from functools import partial
@@ -84,14 +85,17 @@ def _build(architecture, kwargs):
     except TypeError as error:
         if "multiple values for keyword argument" not in str(error):
             raise
-    module = sys.modules[timm.models.model_entrypoint(timm.models.split_model_name_tag(architecture)[0]).__module__]
+    entrypoint = timm.models.model_entrypoint(timm.models.split_model_name_tag(architecture)[0])
+    module = sys.modules[entrypoint.__module__]
     build = module.build_model_with_cfg
+    of_timm = inspect.signature(timm.create_model).parameters
+    of_model = {key: value for key, value in kwargs.items() if key not in of_timm}
 
     def replaced(*args, **given):
-        return build(*args, **{**given, **kwargs})
+        return build(*args, **given | of_model)
 
     with mock.patch.object(module, "build_model_with_cfg", replaced):
-        return timm.create_model(architecture)
+        return timm.create_model(architecture, **{key: value for key, value in kwargs.items() if key in of_timm})
 
 
 @contextlib.contextmanager

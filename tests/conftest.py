@@ -26,6 +26,10 @@ COLOURS = {"blue": (40, 60, 200), "green": (60, 190, 70), "red": (200, 50, 50)}
 TRAIN_IMAGES, TEST_IMAGES = 48, 13
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also every pair of timm's models, which takes an hour")
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
     """Directory of train/CLASS/IMAGE.png (48 images) and val/CLASS/IMAGE.png (13), three classes. Copy it to change."""

@@ -10,9 +10,11 @@ from helpers import assert_same, meta
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
 from timm.models.vgg import VGG
 
+import coverage
 from models.create import create_model
 from program import InputError
 from selection.plan import apply_plan, make_plan
+from selection.rules import element_indices
 from selection.trace import input_size, trace
 
 # Small models: name: (timm's architecture, arguments of both, of the teacher, of the student). A teacher has twice the
@@ -177,6 +179,50 @@ def check_neurons(plan, teacher, student, method):
                 assert kept.setdefault(our, their) == their, (
                     f"{entry.key}, dimension {dim}: other neurons than elsewhere"
                 )
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("method", ["uniform", "random"])
+def test_every_planned_pair_of_timms_models_keeps_the_same_neurons(request, method):
+    if not request.config.getoption("--all"):
+        pytest.skip("only with --all: takes an hour")
+    for names in coverage.architectures_by_family().values():
+        models = coverage.describe(names)
+        neurons = {name: numbered_neurons(name) for _, name, found in models if not isinstance(found, InputError)}
+        for (small, student), (large, teacher) in coverage.pairs(models):
+            try:
+                plan = coverage.plan_pair(teacher, student)
+            except InputError:
+                continue
+            check_places(plan, neurons[large], neurons[small], method, f"{small} from {large}")
+
+
+def numbered_neurons(name):
+    """{key: for each dimension the number of the neuron at each index}."""
+    traced = trace(meta(name))
+    return {key: [traced.labels.find(dim).numpy() for dim in dims] for key, dims in traced.dims.items()}
+
+
+def check_places(plan, teacher, student, method, pair):
+    """As ``check_neurons``, of the places alone: without a weight.
+
+    Where layers that are no residual branch were dropped, the neurons before them take the place of those after, by the
+    same indices.
+    """
+    count = max(dim.max() for dims in student.values() for dim in dims) + 1
+    kept, index = np.full(count, -1), np.full((count, 2), -1)
+    for entry in plan:
+        for dim, parts in (entry.parts or {}).items():
+            for theirs, ours in parts:
+                shape = torch.empty(theirs.shape, device="meta")
+                chosen = [element_indices(method, shape, axis, size).numpy() for axis, size in enumerate(ours.shape)]
+                large = teacher[entry.source][dim][theirs[np.ix_(*chosen)]].flatten()
+                place = np.arange(theirs.size).reshape(theirs.shape)[np.ix_(*chosen)].flatten()
+                place = np.stack([place, np.full_like(place, theirs.size)], axis=1)
+                small = student[entry.key][dim][ours].flatten()
+                same = (kept[small] == large) | (index[small] == place).all(axis=1)
+                assert (same | (kept[small] == -1)).all(), f"{pair}: {entry.key}, dimension {dim}"
+                kept[small], index[small] = large, place
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -75,6 +75,14 @@ def test_timm_keeps_its_own_meaning_of_every_name():
     assert create_model("convnext_tiny_in22k", device="meta").num_classes == 21841
 
 
+def test_arguments_replace_those_that_a_name_of_timms_fixes():
+    model = create_model("mixer_s32_224", img_size=32, patch_size=4, embed_dim=24, num_classes=5)
+    assert (model.stem.proj.kernel_size, model.stem.num_patches, model.embed_dim) == ((4, 4), 64, 24)
+    assert len(model.blocks) == 8  # what is not given stays as the name has it
+    assert create_model("mixer_s32_224", device="meta").embed_dim == 512  # and so does the name
+    assert create_model("vgg11", model_cfg=(4, "M", 8), device="meta").num_features == 8
+
+
 @pytest.mark.parametrize("name", ["vit_tiny", "vit_small_patch16_224_in21k", "vit_small_patch16_224.augreg_in21k"])
 def test_input_size_reaches_the_position_embedding(name):
     assert shapes(name, input_size=96)["pos_embed"][1] == 1 + 6 * 6
