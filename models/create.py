@@ -11,6 +11,7 @@ from unittest import mock
 import timm
 import torch
 import torch.nn as nn
+from timm.layers import to_2tuple
 from timm.models import is_model
 from torch.overrides import TorchFunctionMode
 
@@ -72,10 +73,14 @@ def create_model(
                     config = timm.create_model(architecture, **{**kwargs, "pretrained": False}).pretrained_cfg
                 if config.get("fixed_input_size"):
                     kwargs["img_size"] = input_size
-            return _build(architecture, kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError, IndexError) as error:  # timm's ways of refusing
+            model = _build(architecture, kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
         given = " ".join(f"{key}={value}" for key, value in kwargs.items())
         raise InputError(f"{option} {name}: timm cannot build it with {given or 'no arguments'}: {error}") from error
+    channels, *size = model.pretrained_cfg["input_size"]  # timm keeps the published weights' even if told otherwise
+    built = kwargs.get("in_chans", channels), *to_2tuple(kwargs.get("img_size") or size)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": built}
+    return model
 
 
 def _build(architecture, kwargs):

@@ -38,6 +38,7 @@ REASONS = {
     "kernels or positions of other sizes": r"positions, not neurons|their positions overlap|can be adapted",
     "sizes that must be the same": r"must be the same",
     "neurons in other parts or blocks": r"made of|blocks|elsewhere in the student",
+    "a tensor that is not used": r"does not use it",
     "another kind of tensor": r"not the same kind",
 }
 

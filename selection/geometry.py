@@ -76,12 +76,12 @@ def resampling(
         InputError: there is no way; names the key and the dimension.
     """
     theirs, ours = shapes
-    name = key.rpartition(".")[2]
-    if name == "pos_embed" and len(ours) == 3 and teacher.grid and student.grid:
-        return _positions(teacher.grid, student.grid, key, theirs[1], ours[1], allow_unused)
+    prefixes = [_prefix(shape, geometry.grid) for shape, geometry in ((theirs, teacher), (ours, student))]
+    if key == "pos_embed" and None not in prefixes:
+        return _positions(teacher.grid, student.grid, key, *prefixes, allow_unused)
     if not dims:
         return None
-    if name == "pos_embed" and len(ours) == 4 and set(dims) <= {1, 2}:
+    if key == "pos_embed" and (theirs[1:3], ours[1:3]) == (teacher.grid, student.grid) and set(dims) <= {1, 2}:
         size = list(ours[1:3])
         return Resampling(_words(theirs[1:3], size), partial(resample_abs_pos_embed_nhwc, new_size=size))
     if key in student.windows and source in teacher.windows and dims == [0]:
@@ -105,8 +105,16 @@ def _words(old, new):
     return "resample {}x{} to {}x{}".format(*old, *new)
 
 
-def _positions(old, new, key, rows, our_rows, allow_unused):
-    t, s = rows - old[0] * old[1], our_rows - new[0] * new[1]
+def _prefix(shape, grid):
+    """The number of prefix tokens (class, registers) in position embeddings (1, tokens, embed_dim), or None."""
+    count = shape[1] - grid[0] * grid[1] if grid and len(shape) == 3 else -1
+    return count if 0 <= count < MANY else None
+
+
+MANY = 32  # prefix tokens: then the positions are of something else
+
+
+def _positions(old, new, key, t, s, allow_unused):
     if t < s or (t > s and not allow_unused):
         ways = "--student_kwargs to give it the teacher's" + (", --allow_unused" if t > s else "")
         raise InputError(f"{key}: teacher's has {t} prefix tokens, student's {s}: {ways} or --exclude pos_embed")

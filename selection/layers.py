@@ -2,8 +2,8 @@
 
 Where layers are is what timm knows (``group_matcher``, which gives its optimisers their layer-wise learning rates);
 where that stops at a stage, the modules in a ``ModuleList`` or ``Sequential`` that are all of one class are layers too.
-Of a run of layers of the same shapes any can stand for another; a layer unlike its neighbours (one that downsamples)
-only for its like.
+Of the layers of one kind in a stage any can stand for another: the rules choose among those. A layer that downsamples,
+or has an attention of another kind, only stands for its like.
 """
 
 import re
@@ -25,7 +25,8 @@ class Layers:
 
     Attributes:
         spans: {key: places in it of the layers' numbers, (first character, one after the last)}, outermost first.
-        containers: {what comes before a number: {number: {what comes after: (shape, height)}}}.
+        containers: {what comes before a number: {number: {what comes after, without the numbers of layers inside it:
+            (shape, height) of the first}}}.
     """
 
     def __init__(self, model: nn.Module, shapes: dict, heights: dict):
@@ -41,15 +42,20 @@ class Layers:
             }
             spans |= set(_timms(patterns, key))
             self.spans[key] = sorted(spans)
-            for start, end in self.spans[key]:
+            for number, (start, end) in enumerate(self.spans[key]):
                 layers = self.containers.setdefault(key[:start], {})
-                layers.setdefault(int(key[start:end]), {})[key[end:]] = shapes[key], heights.get(key)
+                inside = _starred(key, self.spans[key][number + 1 :])[end:]
+                layers.setdefault(int(key[start:end]), {}).setdefault(inside, (shapes[key], heights.get(key)))
 
     def component(self, key: str) -> str:
         """A key without the numbers of its layers."""
-        for start, end in reversed(self.spans[key]):
-            key = f"{key[:start]}*{key[end:]}"
-        return key
+        return _starred(key, self.spans[key])
+
+
+def _starred(key, spans):
+    for start, end in reversed(spans):
+        key = f"{key[:start]}*{key[end:]}"
+    return key
 
 
 def _number(key, stack):
@@ -111,53 +117,66 @@ def _map(container, theirs, ours, method):
     name = container.rstrip(".")
     if theirs is None:
         raise InputError(f"{name}: the student has layers there, the teacher has none")
-    if len(theirs) == len(ours):
+    if _pattern(theirs) == _pattern(ours):
         return dict(zip(sorted(ours), sorted(theirs), strict=True))
     large, small = _stages(theirs), _stages(ours)
-    t, s = (sum(len(run) for stage in stages for run in stage) for stages in (large, small))
+    t, s = (sum(len(kind) for stage in stages for kind in stage) for stages in (large, small))
     if t < s:
         raise InputError(f"{name}: teacher has {t} layers, student {s}: a teacher must be at least as deep")
     if len(large) != len(small):
         raise InputError(f"{name}: teacher's layers are of {len(large)} resolutions, student's of {len(small)}")
     chosen = {}
-    for their_runs, our_runs in zip(large, small, strict=True):
-        prefix = len(our_runs) == 1 and len(our_runs[0]) <= len(their_runs[0])  # the student's stage ends after it
-        if len(our_runs) != len(their_runs) and not prefix:
-            kinds = (" + ".join(str(len(run)) for run in runs) for runs in (their_runs, our_runs))
-            raise InputError("{}: teacher's layers are of the kinds {}, student's of {}".format(name, *kinds))
-        for their_run, our_run in zip(their_runs, our_runs, strict=False):
-            if len(their_run) < len(our_run):
+    for their_kinds, our_kinds in zip(large, small, strict=True):
+        left = iter(their_kinds)
+        for these in our_kinds:
+            those = next((kind for kind in left if _tensors(theirs, kind[0]) == _tensors(ours, these[0])), None)
+            if those is None:
+                counts = (" + ".join(str(len(kind)) for kind in kinds) for kinds in (their_kinds, our_kinds))
+                raise InputError("{}: teacher's layers are of the kinds {}, student's of {}".format(name, *counts))
+            if len(those) < len(these):
                 raise InputError(
-                    f"{name}: teacher has {len(their_run)} layers of a kind, student {len(our_run)}: "
+                    f"{name}: teacher has {len(those)} layers of a kind, student {len(these)}: "
                     "a teacher must be at least as deep"
                 )
-            indices = layer_indices(method, len(their_run), len(our_run))
-            for index, unit in zip(indices, our_run, strict=True):
-                if len(unit) != len(their_run[index]):
-                    raise InputError(
-                        f"{name}: teacher's layers are of {len(their_run[index])} modules, student's of {len(unit)}"
-                    )
-                chosen.update(zip(unit, their_run[index], strict=True))
+            for index, unit in zip(layer_indices(method, len(those), len(these)), these, strict=True):
+                chosen.update(zip(unit, those[index], strict=True))
     return chosen
 
 
+def _pattern(layers):
+    """For each layer the first that has the same tensors."""
+    kinds = [frozenset(layers[number]) for number in sorted(layers)]
+    return [kinds.index(kind) for kind in kinds]
+
+
+def _tensors(layers, unit):
+    """The tensors of a layer, by the place of the module in it and the rest of the key."""
+    return {(place, rest) for place, number in enumerate(unit) for rest in layers[number]}
+
+
 def _stages(layers):
-    """Layers as [stage of one resolution: [run of the same shapes: [numbers that make one layer]]]."""
+    """Layers as [stage of one resolution: [layers of one kind: [numbers that make one layer]]].
+
+    Of one kind are layers of the same tensors and shapes, whose convolutions see the image get smaller alike. Only a
+    plain stack, in which poolings are between the layers, has several stages.
+    """
+    plain = all("." not in rest.lstrip(".") for content in layers.values() for rest in content)
     units = []
     for number in sorted(layers):
-        content = layers[number]
-        leaf = all("." not in rest.lstrip(".") for rest in content)  # a plain stack: a convolution and what follows
-        if not units or not leaf or any(len(shape) > 1 for shape, _ in content.values()):
-            units.append([number])
+        if units and plain and all(len(shape) < 2 for shape, _ in layers[number].values()):
+            units[-1].append(number)  # what follows a convolution
         else:
-            units[-1].append(number)
+            units.append([number])
     kinds, heights = [], []
     for unit in units:
-        content = {(place, rest): value for place, number in enumerate(unit) for rest, value in layers[number].items()}
-        kinds.append(tuple((where, shape) for where, (shape, _) in sorted(content.items())))
-        found = [height for _, height in content.values() if height is not None and height > 1]  # 1: squeezed
-        heights.append(min(found) if found else heights[-1] if heights else None)
+        content = [(place, rest, *layers[n][rest]) for place, n in enumerate(unit) for rest in sorted(layers[n])]
+        seen = [height for *_, height in content if height is not None]
+        kinds.append(tuple((place, rest, shape, height and height / seen[0]) for place, rest, shape, height in content))
+        heights.append(seen[0] if plain and seen else None)
     stages = []
     for _, stage in groupby(range(len(units)), key=heights.__getitem__):
-        stages.append([[units[i] for i in run] for _, run in groupby(stage, key=kinds.__getitem__)])
+        of_kind = {}
+        for index in stage:
+            of_kind.setdefault(kinds[index], []).append(units[index])
+        stages.append(list(of_kind.values()))
     return stages

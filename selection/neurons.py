@@ -7,9 +7,11 @@ concatenated features has one part for each. Inside a space, grouped convolution
 number for each head ask that neurons stay together in blocks: its *factors* are (blocks, neurons in a block).
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from selection.trace import Traced
 
@@ -53,147 +55,156 @@ class Neurons:
     Attributes:
         spaces: list of ``Space``.
         parts: {key: for each dimension its parts, or None for positions}.
+        unused: keys of tensors that the forward pass does not use, of which nothing is known.
     """
 
     spaces: list
     parts: dict
+    unused: frozenset
 
 
 def find_neurons(traced: Traced) -> Neurons:
     """Sort the labels of a trace into spaces and parts."""
-    labels = traced.labels
-    count = labels.count
-    roots = {key: [labels.find(dim).numpy() for dim in dims] for key, dims in traced.dims.items()}
-    position = np.zeros(count, bool)
-    for some in labels.positions:
-        position[labels.find(some).numpy()] = True
-
-    uses = {}  # {labels along a dimension: the dimensions that have them}
+    find = traced.labels.find
+    joined = 1
+    while joined:
+        roots = {key: [find(dim).numpy() for dim in dims] for key, dims in traced.dims.items()}
+        position = np.zeros(traced.labels.count, bool)
+        for some in traced.labels.positions:
+            position[find(some).numpy()] = True
+        members, space, rank = _sort([dim for dims in roots.values() for dim in dims], position)
+        joined = sum(_join_branches(traced, link, members, space) for link in traced.links)
+    blocks = _blocks(traced, [len(some) for some in members], space, rank, position)
+    spaces = [_space(len(some), blocks[number], bool(position[some].all())) for number, some in enumerate(members)]
+    known = {}
+    parts = {}
     for key, dims in roots.items():
-        for number, dim in enumerate(dims):
-            uses.setdefault(dim.tobytes(), []).append((key, number))
+        for dim in dims:
+            if dim.tobytes() not in known:
+                known[dim.tobytes()] = None if position[dim].all() else _parts(dim, space, rank, spaces)
+        parts[key] = tuple(known[dim.tobytes()] if key in traced.met else None for dim in dims)
+    return Neurons(spaces, parts, frozenset(roots) - traced.met)
+
+
+def _sort(dims, position):
+    """Spaces: (labels of each, in their order; number of the space of each label or -1; place of each label in it)."""
+    repeated = Counter(dim.tobytes() for dim in dims)
+    vectors = {content: np.frombuffer(content, np.int64) for content in repeated}
     random = np.random.Generator(np.random.PCG64(0))
-    signature = np.zeros(count, np.uint64)  # of a label: the sum of a random number for each dimension that has it
-    for vector, dims in uses.items():
-        signature[np.unique(np.frombuffer(vector, np.int64))] += random.integers(
-            2**63, size=len(dims), dtype=np.uint64
-        ).sum()
-    signature[position] ^= np.uint64(1 << 63)
-
-    rank, members, number_of = np.full(count, -1), {}, {}
-    for vector in uses:
-        dim = np.frombuffer(vector, np.int64)
-        unique, first = np.unique(dim, return_index=True)
-        unique = unique[np.argsort(first)]
-        fresh = unique[rank[unique] < 0]
-        for sign in np.unique(signature[fresh]).tolist():
-            same = fresh[signature[fresh] == sign]
-            rank[same] = np.arange(len(same))
-            members[len(members)] = same
-            number_of[sign] = len(members) - 1
-    cuts = _cuts(traced, members, rank, signature, number_of, position)
-    spaces = [
-        _space(len(same), *cuts.get(number, ({}, False)), bool(position[same[0]])) for number, same in members.items()
-    ]
-    parts = {
-        vector: _parts(np.frombuffer(vector, np.int64), rank, signature, number_of, spaces, position) for vector in uses
-    }
-    return Neurons(
-        spaces,
-        {
-            key: tuple(parts[dim.tobytes()] if key in traced.met else None for dim in dims)
-            for key, dims in roots.items()
-        },
-    )
+    signature = np.zeros(len(position), np.uint64)  # of a label: the sum of a random number for each dimension it is in
+    for content, times in repeated.items():
+        signature[np.unique(vectors[content])] += random.integers(2**62, size=times, dtype=np.uint64).sum()
+    signature[position] ^= np.uint64(1 << 63)  # positions and neurons are never of one space
+    space, rank, members = np.full(len(position), -1), np.full(len(position), -1), []
+    for vector in vectors.values():
+        labels, first = np.unique(vector, return_index=True)
+        labels = labels[np.argsort(first)]
+        labels = labels[space[labels] < 0]
+        for sign in np.unique(signature[labels]):
+            some = labels[signature[labels] == sign]
+            space[some], rank[some] = len(members), np.arange(len(some))
+            members.append(some)
+    return members, space, rank
 
 
-def _parts(dim, rank, signature, number_of, spaces, position):
-    """The parts of a dimension in the order of their first index; None if it holds positions only."""
-    if position[dim].all():
-        return None
+def _join_branches(traced, link, members, space):
+    """Where a sum runs over branches of one space each, all of them and the sum are the same neurons; True if new."""
+    if link.labels is None:
+        return False
+    joined = False
+    matrix = traced.labels.find(link.matrix).numpy()
+    for column in np.unique(matrix, axis=1).T:
+        number = space[column[0]]
+        alone = number >= 0 and (space[column] == number).all()
+        if alone and len(column) == len(members[number]) == len(np.unique(column)):  # all of the space, once
+            labels, branch = link.labels, torch.from_numpy(column)
+            if not torch.equal(traced.labels.find(labels), branch):
+                traced.labels.join(labels, branch)
+                joined = True
+    return joined
+
+
+def _parts(dim, space, rank, spaces):
+    """The parts of a dimension in the order of their first index."""
     order = np.argsort(dim, kind="stable")
-    if (signature[dim] == signature[dim[0]]).all() and (np.diff(dim[order]) > 0).all():  # one part, as most have
-        space = number_of[int(signature[dim[0]])]
-        return (Part(space, np.argsort(rank[dim]).reshape(spaces[space].factors)),)
-    starts = np.flatnonzero(np.r_[True, dim[order][1:] != dim[order][:-1]])
-    occurrence = np.empty(len(dim), np.int64)
-    occurrence[order] = np.arange(len(dim)) - np.repeat(starts, np.diff(np.r_[starts, len(dim)]))
-    groups = {}
-    for index, which in enumerate(zip(signature[dim].tolist(), occurrence.tolist(), strict=True)):
-        groups.setdefault(which, []).append(index)
+    starts = np.flatnonzero(np.r_[True, np.diff(dim[order]) > 0])
+    nth = np.empty(len(dim), np.int64)  # how often the label came before: queries and keys are the same neurons
+    nth[order] = np.arange(len(dim)) - np.repeat(starts, np.diff(np.r_[starts, len(dim)]))
+    which = np.stack([space[dim], nth])
+    kinds, first, inverse = np.unique(which, axis=1, return_index=True, return_inverse=True)
     found = []
-    for (sign, _), indices in groups.items():
-        space = number_of[sign]
-        places = np.empty(len(indices), np.int64)
-        places[rank[dim[indices]]] = indices
-        found.append(Part(space, places.reshape(spaces[space].factors)))
+    for kind in np.argsort(first):
+        indices = np.flatnonzero(inverse.reshape(-1) == kind)
+        number = int(kinds[0, kind])
+        places = indices[np.argsort(rank[dim[indices]])]
+        found.append(Part(number, places.reshape(spaces[number].factors)))
     return tuple(found)
 
 
-def _cuts(traced, members, rank, signature, number_of, position):
-    """{space: ({length of a block: (are the blocks fixed, is what is inside them fixed)}, is it tangled)}."""
-    found = {}
+@dataclass
+class _Blocks:
+    """What links say of a space: {length of a block: (must the blocks be as many, must a block be as long)}."""
+
+    lengths: dict = field(default_factory=dict)
+    tangled: bool = False
+
+    def add(self, length, many, long):
+        old = self.lengths.get(length, (False, False))
+        self.lengths[length] = old[0] or many, old[1] or long
+
+
+def _blocks(traced, sizes, space, rank, position):
+    """A ``_Blocks`` for each space."""
+    found = [_Blocks() for _ in sizes]
     for link in traced.links:
-        outer_fixed = link.labels is None
+        fixed = link.labels is None
         if link.labels is not None:
             roots = traced.labels.find(link.labels).numpy()
-            outer_fixed = bool(position[roots].any())
-            if not (link.always or outer_fixed or signature[roots].any()):
-                continue
+            fixed = bool(position[roots].any())
+            if not (link.always or fixed or (space[roots] >= 0).any()):
+                continue  # heads that meet nobody
         matrix = traced.labels.find(link.matrix).numpy()
-        for sign in np.unique(signature[matrix]).tolist():
-            if sign not in number_of:
+        for number in np.unique(space[matrix]).tolist():
+            if number < 0:
                 continue
-            space = number_of[sign]
-            size = len(members[space])
-            inside = signature[matrix] == sign
+            inside = space[matrix] == number
             rows = matrix[inside.any(axis=1)]
-            rows = rows[:, (signature[rows] == sign).all(axis=0)]
-            cuts, tangled = found.get(space, ({}, False))
-            length = _block_length(rank[rows], size)
+            rows = rows[:, (space[rows] == number).all(axis=0)]
+            length, outer = _block_length(rank[rows], sizes[number])
             if length is None:
-                tangled = True
-            elif length[0] not in (0, size):
-                blocks, outer = length
-                old = cuts.get(blocks, (False, False))
-                cuts[blocks] = (old[0] or outer_fixed and outer, old[1] or outer_fixed and not outer)
-            elif outer_fixed and length[0] == size and not length[1]:
-                cuts[size] = (False, True)
-            found[space] = (cuts, tangled)
+                found[number].tangled = True
+            elif 1 < length < sizes[number] or (length == 1 and fixed):
+                found[number].add(length, fixed and outer, fixed and not outer)
+            elif fixed and not outer:  # every neuron has its own constant
+                found[number].add(length, False, True)
     return found
 
 
 def _block_length(ranks, size):
-    """(length of the blocks that rows of ranks make of a space, whether rows are blocks); None if they are none."""
-    if ranks.size == 0:
-        return None
-    rows = np.unique(ranks, axis=0)
-    rows = np.unique(rows, axis=1)
+    """(length of the blocks that rows or else columns of ranks make of a space, is it rows); (None, _) if neither."""
+    rows = np.unique(np.unique(ranks, axis=0), axis=1)
     n, m = rows.shape
-    if n * m != size:
-        return None
-    if (np.sort(rows.flatten()) != np.arange(size)).any():
-        return None
-    if (np.sort(rows, axis=1) == np.arange(size).reshape(n, m)).all():
-        return m, True
-    if (np.sort(rows, axis=0) == np.arange(size).reshape(m, n).T).all():
-        return n, False
-    return None
+    if n * m == size:
+        if (np.sort(rows, axis=1) == np.arange(size).reshape(n, m)).all():
+            return m, True
+        if (np.sort(rows, axis=0) == np.arange(size).reshape(m, n).T).all():
+            return n, False
+    return None, False
 
 
-def _space(size, cuts, tangled, position):
-    lengths = sorted(cuts)
-    chain = [*lengths] if lengths and lengths[-1] == size else [*lengths, size]
+def _space(size, blocks, position):
+    """A space of the factors that blocks inside blocks make."""
+    lengths = sorted({*blocks.lengths, size})
     factors, fixed, inner = [], [], 1
-    for length in chain:
+    for length in lengths:
         if length % inner:
-            return Space((size,), (position,), True)
+            return Space((size,), (position,), tangled=True)
         factors.append(length // inner)
-        within = any(cuts[cut][1] and cut >= length for cut in cuts)
-        beyond = any(cuts[cut][0] and cut < length for cut in cuts)
+        within = any(long for cut, (_, long) in blocks.lengths.items() if cut >= length)
+        beyond = any(many for cut, (many, _) in blocks.lengths.items() if cut < length)
         fixed.append(position or within or beyond)
         inner = length
-    return Space(tuple(reversed(factors)), tuple(reversed(fixed)), tangled)
+    return Space(tuple(reversed(factors)), tuple(reversed(fixed)), blocks.tangled)
 
 
 class Matching:

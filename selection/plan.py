@@ -212,6 +212,11 @@ def _entry(teacher, student, matching, key, source, allow_unused):
         if dim not in positions
     }
     different = [dim for dim in positions if source_shape[dim] != shape[dim]]
+    if different and key in student.neurons.unused:
+        raise InputError(
+            f"{key}, dimension {different[0]}: teacher's size {source_shape[different[0]]}, student's "
+            f"{shape[different[0]]}: the model does not use it, so nothing says which elements belong together"
+        )
     brought = resampling(
         teacher.geometry, student.geometry, source, key, (source_shape, shape), different, allow_unused
     )

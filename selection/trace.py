@@ -36,7 +36,7 @@ MOVES = _names("""
 ALONE = _names("""
     gelu relu relu_ silu silu_ sigmoid sigmoid_ hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ elu
     elu_ leaky_relu leaky_relu_ softplus mish mish_ tanh tanh_ exp log sqrt rsqrt reciprocal square neg abs sin cos erf
-    clamp clamp_ clamp_min clamp_max _softmax _safe_softmax cumsum _to_copy logical_not bitwise_not
+    clamp clamp_ clamp_min clamp_max _softmax _safe_softmax _to_copy logical_not bitwise_not
 """)  # each element by itself, or lines normalised
 TOGETHER = _names("""
     add add_ sub sub_ rsub mul mul_ div div_ pow maximum minimum addcmul where copy_ eq floor_divide remainder
@@ -114,6 +114,8 @@ class Tracer(TorchDispatchMode):
 
     def _move(self, func, out, x, *args, **kwargs):
         if func.overloadpacket.__name__ in KEEP:
+            if out.shape != x.shape:
+                raise Untraceable(f"{func} changes a tensor's layout")
             self.put(out, self.get(x))
             return
         outs = [[] for _ in out] if isinstance(out, (tuple, list)) else [[]]
@@ -144,22 +146,23 @@ class Tracer(TorchDispatchMode):
         first = out[0] if isinstance(out, tuple) else out
         layers = []
         for layer in self.get(x):
-            changed = {dim for dim in varying(layer) if first.shape[dim] != x.shape[dim]}
-            if not changed:
-                layers.append(fit(layer, first.shape))
-            elif func.overloadpacket is torch.ops.aten.constant_pad_nd:
+            dims = varying(layer)
+            changed = {dim for dim in dims if first.shape[dim] != x.shape[dim]}
+            if func.overloadpacket is torch.ops.aten.constant_pad_nd and changed:
                 layers.append(self._padded(layer, changed, first.shape, args[0]))
-            elif changed == varying(layer):  # interpolated or pooled along what are positions, then
+            elif max(dims) < 2 or func.overloadpacket is torch.ops.aten.constant_pad_nd:
+                layers.append(fit(layer, first.shape))
+            elif min(dims) >= 2:  # interpolated or pooled along what are positions, then
                 self._positions(core(layer))
             else:
                 raise Untraceable(f"{func} runs along neurons")
         self.put(first, layers)
 
     def _padded(self, layer, dims, shape, pads):
-        """Labels of neurons beside constants, which are positions."""
+        """Labels of neurons beside constants, which are neurons of no parameter."""
         kept = core(layer)
         size = [shape[dim] if dim in dims else n for dim, n in enumerate(kept.shape)]
-        padded = self._positions(self.labels.new(torch.Size(size).numel())).view(size)
+        padded = self.labels.new(torch.Size(size).numel()).view(size)
         inside = padded
         for dim in dims:
             inside = inside.narrow(dim, max(pads[2 * (layer.ndim - 1 - dim)], 0), kept.shape[dim])
@@ -405,6 +408,10 @@ class Tracer(TorchDispatchMode):
             self._sum(inputs, 0, weights[into], 0)
         elif groups == x.shape[1]:  # depthwise: what comes out is what went in
             inputs = self._one(inputs, 0)
+            if transposed:
+                if out.shape[1] != groups:
+                    raise Untraceable("a transposed convolution has groups")
+                result = weights[0][0] if weights[0] else None
             if inputs is not None and result is not None:
                 self.labels.join(result.view(groups, -1), inputs.view(groups, 1))
             elif inputs is not None:
@@ -549,7 +556,7 @@ def trace(model: nn.Module) -> Traced:
     try:
         with torch.no_grad(), tracer:
             skeleton(images)
-    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         raise Untraceable(f"its forward pass of {tuple(images.shape)} images fails ({error})") from error
     tracer.labels.positions.append(channels)
     heights = {key: tracer.heights[id(value)] for key, value in state.items() if id(value) in tracer.heights}

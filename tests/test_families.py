@@ -70,6 +70,23 @@ MODELS = {
         {"layers": (2, 2, 2, 1), "cardinality": 8, "base_width": 8},
         {"layers": (1, 1, 2, 1), "cardinality": 4, "base_width": 4},
     ),
+    "sk_resnext": (
+        "skresnext50_32x4d",
+        SMALL | {"layers": (1, 1, 1, 1)},
+        {"channels": (128, 128, 256, 256)},
+        {"channels": (64, 64, 128, 128)},
+    ),
+    "resnest": (
+        "resnest14d",
+        SMALL | {"layers": (1, 1, 1, 1)},
+        *({"channels": sizes["channels"]} for sizes in CHANNELS),
+    ),
+    "efficientvit": (
+        "efficientvit_b0",
+        SMALL,
+        {"widths": (8, 16, 32, 64, 128), "head_widths": (64, 64)},
+        {"widths": (8, 16, 16, 32, 64), "head_widths": (64, 64)},
+    ),
     "vgg": (
         "vgg11",
         SMALL,
@@ -246,6 +263,13 @@ def test_a_block_that_downsamples_stays_and_rules_choose_of_the_others(method, l
     assert " ".join(moved.values()) == last
 
 
+@pytest.mark.parametrize(("method", "chosen"), [("first_n", "0 1"), ("last_n", "2 3")])
+def test_rules_choose_among_the_layers_of_each_kind(method, chosen):  # local and global attention in turn
+    teacher, student = (meta("twins_svt_small", depths=(2, 2, depth, 2)) for depth in (4, 2))
+    moved = sources(teacher, student, method, r"^blocks\.2\.(\d+)\.norm1")
+    assert " ".join(moved.values()) == chosen
+
+
 def test_a_plain_stack_has_layers_per_stage_between_poolings():
     moved = sources(meta("vgg16_bn"), meta("vgg11_bn"), "first_n", r"^features\.(\d+)\.weight")
     convolutions = {"0": "0", "4": "7", "8": "14", "11": "17", "15": "24", "18": "27", "22": "34", "25": "37"}
@@ -258,7 +282,8 @@ def test_a_plain_stack_has_layers_per_stage_between_poolings():
     [
         (("resnet18", {}), ("resnet34", {}), "layer1: teacher has 2 layers, student 3"),
         (("resnet50", {}), ("resnet18", {}), "layer1: teacher's layers are of the kinds 1 + 2, student's of 2"),
-        (("densenet201", {}), ("densenet121", {}), "layers are of the kinds"),
+        (("nest_tiny", {}), ("nest_tiny", {"img_size": 112}), "levels.0.pos_embed, dimension 2"),
+        (("densenet201", {}), ("densenet121", {}), "made of 49 parts in the teacher, of 25 parts in the student"),
         (("vgg16", {}), ("vgg11_bn", {}), "features"),
         (("resnext101_64x4d", {}), ("resnet50", {}), "blocks of 64x4 in the teacher, 64 neurons in the student"),
         (("res2net50_26w_6s", {}), ("res2net50_14w_8s", {}), "6 parts in the teacher, of 8 parts in the student"),
