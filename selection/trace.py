@@ -39,7 +39,7 @@ ALONE = _names("""
     clamp clamp_ clamp_min clamp_max _softmax _safe_softmax _to_copy logical_not bitwise_not
 """)  # each element by itself, or lines normalised
 TOGETHER = _names("""
-    add add_ sub sub_ rsub mul mul_ div div_ pow maximum minimum addcmul where copy_ eq floor_divide remainder
+    add add_ sub sub_ rsub mul mul_ div div_ pow maximum minimum addcmul where copy_ eq ne gt ge lt le floor_divide remainder
     masked_fill masked_fill_
 """)  # tensors met element by element
 OVER_SPACE = _names("""
