@@ -39,8 +39,8 @@ ALONE = _names("""
     clamp clamp_ clamp_min clamp_max _softmax _safe_softmax _to_copy logical_not bitwise_not
 """)  # each element by itself, or lines normalised
 TOGETHER = _names("""
-    add add_ sub sub_ rsub mul mul_ div div_ pow maximum minimum addcmul where copy_ eq ne gt ge lt le floor_divide remainder
-    masked_fill masked_fill_
+    add add_ sub sub_ rsub mul mul_ div div_ pow maximum minimum addcmul where copy_ floor_divide remainder masked_fill
+    masked_fill_ eq ne gt ge lt le
 """)  # tensors met element by element
 OVER_SPACE = _names("""
     avg_pool2d max_pool2d_with_indices _adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d
