@@ -29,7 +29,7 @@ class Entry:
         source, source_shape: the teacher's tensor, for what is selected.
         parts: for each dimension along which elements are selected, {dimension: [(teacher's indices, student's)]},
             inside each part by the same rule; indices have one dimension, or more where neurons come in blocks.
-        resampling: what is done to positions and to the channels of images, where they differ, before; or None.
+        resampling: what is done before, where positions or the channels of images differ; or None.
     """
 
     key: str
@@ -78,15 +78,16 @@ def anatomy(model: nn.Module, name: str) -> Anatomy:
     """Take a model apart; its weights are not touched, so it may be on the meta device.
 
     Raises:
-        InputError: the model does what neurons cannot be followed through; ``name`` is what to call it.
+        InputError: the model is not timm's, or neurons cannot be followed through it; ``name`` is what to call it.
     """
+    family = family_of(model, name)
     try:
         traced = trace(model)
     except Untraceable as reason:
         raise InputError(f"{name}: weight selection cannot take a {type(model).__name__} apart: {reason}") from reason
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     layers = Layers(model, shapes, traced.heights)
-    return Anatomy(family_of(model, name), shapes, layers, find_neurons(traced), find_geometry(model))
+    return Anatomy(family, shapes, layers, find_neurons(traced), find_geometry(model))
 
 
 def make_plan(teacher: nn.Module, student: nn.Module, **options) -> list:
@@ -291,8 +292,8 @@ def _checked(entry, weight, option):
     if weight is None or tuple(weight.shape) != entry.source_shape:
         found = "absent" if weight is None else tuple(weight.shape)
         raise InputError(
-            f"{option}: {entry.source} is {found}, {entry.source_shape} is needed; set --teacher_kwargs "
-            "num_classes=N to the file's, or leave out --include_head"
+            f"{option}: {entry.source} is {found}, {entry.source_shape} is needed; give this teacher's weights, or "
+            "for a classifier set --teacher_kwargs num_classes=N to the file's, or leave out --include_head"
         )
     if weight.dtype not in DTYPES:
         raise InputError(f"{option}: {entry.source} is of {weight.dtype}; convert it to float32")
@@ -340,4 +341,4 @@ def _take(weight, dim, indices):
     first = int(indices[0]) if len(indices) else 0
     if np.array_equal(indices, np.arange(first, first + len(indices))):
         return weight.narrow(dim, first, len(indices))
-    return weight.index_select(dim, torch.from_numpy(indices))
+    return weight.index_select(dim, torch.from_numpy(indices).to(weight.device))
