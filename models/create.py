@@ -70,7 +70,7 @@ def create_model(
             warnings.filterwarnings("ignore", "Mapping deprecated model name")  # timm's old names are welcome here
             if input_size is not None and "img_size" not in kwargs:
                 with _on("meta"):
-                    config = timm.create_model(architecture, **{**kwargs, "pretrained": False}).pretrained_cfg
+                    config = _build(architecture, {**kwargs, "pretrained": False}).pretrained_cfg
                 if config.get("fixed_input_size"):
                     kwargs["img_size"] = input_size
             model = _build(architecture, kwargs)

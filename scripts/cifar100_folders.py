@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write CIFAR-100 as class folders, with fewer training images if you like.
+"""Write CIFAR-100 as class folders, with fewer training images or classes if you like.
 
 python scripts/cifar100_folders.py data/ cifar100_50/ --train 50
 python main.py --data_set image_folder --data_path cifar100_50/ ...
@@ -56,6 +56,13 @@ def get_args_parser() -> Parser:
     parser.add_argument("data", metavar="DATA", type=Path)
     parser.add_argument("out", metavar="OUT", type=Path, help="must not exist")
     parser.add_argument("--train", type=int, metavar="N", help="training images per class (default: all)")
+    parser.add_argument(
+        "--classes",
+        type=int,
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help="only these of the 100, by number from 0, without the last (default: all)",
+    )
     return parser
 
 
@@ -63,12 +70,15 @@ def main(argv=None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.train is not None and args.train < 1:
         raise InputError(f"--train {args.train}: give a number from 1 up")
+    first, end = args.classes or (0, 100)
+    if not 0 <= first < end <= 100:
+        raise InputError(f"--classes {first} {end}: give two numbers from 0 to 100, the smaller one first")
     if args.out.exists():
         raise InputError(f"OUT {args.out}: exists; remove it or name another directory")
     if not args.data.is_dir():
         raise InputError(f"DATA {args.data}: no such directory; make it, and CIFAR-100 is downloaded into it")
     train, test = open_cifar100(args.data, train=True), open_cifar100(args.data, train=False)
-    training, testing = by_class(train), by_class(test)
+    training, testing = (dict(list(by_class(dataset).items())[first:end]) for dataset in (train, test))
     if args.train is not None and args.train > (fewest := min(map(len, training.values()))):
         raise InputError(f"--train {args.train}: a class has only {fewest} training images")
     training = {name: indices[: args.train] for name, indices in training.items()}
@@ -81,8 +91,8 @@ def main(argv=None) -> None:
             whole.rename(args.out)
     except OSError as error:
         raise InputError(f"OUT {args.out}: cannot be written ({error.strerror or error})") from error
-    images = sum(map(len, training.values()))
-    print(f"{args.out}: {images:,} training and {len(test):,} test images of {len(training)} classes")
+    images, tests = (sum(map(len, chosen.values())) for chosen in (training, testing))
+    print(f"{args.out}: {images:,} training and {tests:,} test images of {len(training)} classes")
 
 
 if __name__ == "__main__":

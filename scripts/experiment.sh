@@ -241,6 +241,10 @@ smoke_sizes() { # teacher|student MODEL: model arguments of a tiny one
   case $1:$2 in
     teacher:convnext*) echo "depths=(2,2,2,2) dims=(16,32,48,64)" ;;
     student:convnext*) echo "depths=(1,1,1,1) dims=(8,16,24,32)" ;;
+    *:resnet18d_half) echo "stem_width=4 channels=(8,16,24,32)" ;;
+    *:resnet18d) echo "stem_width=8 channels=(16,32,48,64)" ;;
+    *:mixer_half) echo "embed_dim=24 num_blocks=2 patch_size=8" ;;
+    *:mixer) echo "embed_dim=48 num_blocks=2 patch_size=8" ;;
     teacher:*) echo "embed_dim=48 num_heads=6 depth=4 patch_size=8" ;;
     student:vit_a*) echo "embed_dim=24 num_heads=3 depth=2 patch_size=8" ;;
     student:*) echo "embed_dim=24 num_heads=3 depth=4 patch_size=8" ;;

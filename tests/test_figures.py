@@ -215,6 +215,16 @@ def test_the_first_images_of_each_class_train_and_all_test(data, tmp_path, cli, 
     assert out.stat().st_mode & 0o777 == (tmp_path / "data").stat().st_mode & 0o777  # for others to read
 
 
+def test_only_some_classes(data, tmp_path, cli, capsys):
+    out = tmp_path / "out"
+    assert cli(cifar100_folders.main, data, out, "--classes", 7, 10) is None
+    assert capsys.readouterr().out == f"{out}: 6 training and 3 test images of 3 classes\n"
+    for part in ("train", "val"):
+        assert sorted(path.name for path in (out / part).iterdir()) == ["class 7", "class 8", "class 9"]
+    for wrong in ((5, 5), (-1, 3), (0, 101)):
+        assert cli(cifar100_folders.main, data, tmp_path / "none", "--classes", *wrong).startswith("--classes ")
+
+
 def test_folders_are_written_whole_or_not_at_all(data, tmp_path, cli, monkeypatch):
     out = tmp_path / "out"
     assert cli(cifar100_folders.main, data, out, "--train", 3) == "--train 3: a class has only 2 training images"

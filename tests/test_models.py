@@ -80,6 +80,8 @@ def test_arguments_replace_those_that_a_name_of_timms_fixes():
     assert (model.stem.proj.kernel_size, model.stem.num_patches, model.embed_dim) == ((4, 4), 64, 24)
     assert len(model.blocks) == 8  # what is not given stays as the name has it
     assert create_model("mixer_s32_224", device="meta").embed_dim == 512  # and so does the name
+    small = create_model("mixer_s32_224", input_size=32, device="meta", patch_size=8, pretrained=False)
+    assert small.stem.num_patches == 16
     assert create_model("vgg11", model_cfg=(4, "M", 8), device="meta").num_features == 8
 
 

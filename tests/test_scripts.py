@@ -16,6 +16,7 @@ from weight_selection import get_args_parser as selection_parser
 ROOT = Path(__file__).parents[1]
 TABLES = sorted(path.stem for path in (ROOT / "scripts").glob("table*.sh") if path.stem != "table01")
 FIGURES = ["figure03", "figure04"]
+OWN = ["evidence", "other_families"]
 EVIDENCE = [name for name in paper.contents()["tables"] if name.startswith("evidence")]
 
 
@@ -40,7 +41,7 @@ def commands(script, *words, **environment):
 @pytest.fixture(scope="module")
 def dry():
     """{script: its commands}"""
-    return {script: commands(script, OUT="out") for script in [*TABLES, *FIGURES, "evidence"]}
+    return {script: commands(script, OUT="out") for script in [*TABLES, *FIGURES, *OWN]}
 
 
 def run_of(args):
@@ -77,6 +78,16 @@ def test_the_evidence_runs_the_cells_of_its_tables(dry):
     assert runs == cells
 
 
+def test_other_families_run_the_cells_of_their_table_and_two_teachers(dry):
+    cells = {cell.run for cell in paper.read_table("other_families").cells}
+    runs = ["/".join(run_of(parse_args(words))[:3]) for words in dry["other_families"]["main.py"]]
+    teachers = {"resnet18d/cifar100_first/random", "mixer/cifar100_first/random"}
+    assert set(runs) == cells | teachers
+    assert {run: runs.count(run) for run in runs} == dict.fromkeys(cells, 3) | dict.fromkeys(teachers, 1)
+    (words,) = commands("other_families", "mixer_half", "selected", OUT="out", SEEDS="0")["weight_selection.py"]
+    assert words[words.index("--pretrained_path") + 1] == "out/mixer/cifar100_first/random/0/checkpoint-best.pth"
+
+
 def test_the_same_run_is_the_same_command_in_every_table(dry):
     seen = {}
     for script, programs in dry.items():
@@ -85,7 +96,7 @@ def test_the_same_run_is_the_same_command_in_every_table(dry):
             assert seen.setdefault(directory, words) == words, script
 
 
-@pytest.mark.parametrize("script", [*TABLES, *FIGURES, "evidence"])
+@pytest.mark.parametrize("script", [*TABLES, *FIGURES, *OWN])
 def test_every_initial_file_is_selected_before_it_is_trained_from(dry, script):
     written = {words[words.index("--output_dir") + 1] for words in dry[script]["weight_selection.py"]}
     used = {words[words.index("--initialize") + 1] for words in dry[script]["main.py"] if "--initialize" in words}
