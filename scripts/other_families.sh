@@ -11,27 +11,34 @@ classes() { # PART FROM TO: class folders of these classes in DATA
     "$PYTHON" scripts/cifar100_folders.py "$DATA" "$DATA/cifar100_$1" --classes "$2" "$3"
 }
 
-selection() { # TEACHER STUDENT MODEL TEACHER_KWARGS: train the teacher, select from it the student of its recipe
-  local model=$3 larger=$4 classes=50 student="--student_config recipes/$2/cifar100_last.yaml" image=""
-  if [ -n "${SMOKE:-}" ]; then
-    case $model in mixer*) image=" img_size=32" ;; esac
-    larger=$(smoke_sizes teacher "$1")$image classes=3
-    student="--student $model --student_kwargs $(smoke_sizes student "$2")$image"
-  fi
+teacher() { # TEACHER
   classes first 0 50
   data_path=$DATA/cifar100_first train_seed "$1" cifar100_first random 0
+}
+
+selected() { # NAME TEACHER STUDENT MODEL TEACHER_KWARGS [OPTION...]: select the student of its recipe and train it
+  local name=$1 teacher=$2 setting=$3 model=$4 larger=$5 classes=50 image="" student
+  student="--student_config recipes/$setting/cifar100_last.yaml"
+  shift 5
+  wanted "$setting" cifar100_last "$name" || return 0
+  if [ -n "${SMOKE:-}" ]; then
+    case $model in mixer*) image=" img_size=32" ;; esac
+    larger=$(smoke_sizes teacher "$teacher")$image classes=3
+    student="--student $model --student_kwargs $(smoke_sizes student "$setting")$image"
+  fi
+  teacher "$teacher"
   # shellcheck disable=SC2086  # words
-  make_once "$OUT/init/$2/selected.pth" \
-    "$PYTHON" weight_selection.py --output_dir "$OUT/init/$2/selected.pth" \
+  make_once "$OUT/init/$setting/$name.pth" \
+    "$PYTHON" weight_selection.py --output_dir "$OUT/init/$setting/$name.pth" \
     --pretrained_model "$model" --teacher_kwargs $larger num_classes=$classes \
-    --pretrained_path "$OUT/$1/cifar100_first/random/0/checkpoint-best.pth" $student
+    --pretrained_path "$OUT/$teacher/cifar100_first/random/0/checkpoint-best.pth" $student "$@"
+  data_path=$DATA/cifar100_last train "$setting" cifar100_last "$name" --initialize "$OUT/init/$setting/$name.pth"
 }
 
 family() { # TEACHER STUDENT MODEL TEACHER_KWARGS
   data_path=$DATA/cifar100_last train "$2" cifar100_last random
-  wanted "$2" cifar100_last selected || return 0
-  selection "$@"
-  data_path=$DATA/cifar100_last train "$2" cifar100_last selected --initialize "$OUT/init/$2/selected.pth"
+  selected selected "$@"
+  selected inconsistent "$@" --element_selection random_inconsistent
 }
 
 classes last 50 100

@@ -129,8 +129,12 @@ def _map(container, theirs, ours, method):
     for their_kinds, our_kinds in zip(large, small, strict=True):
         left = iter(their_kinds)
         for these in our_kinds:
-            those = next((kind for kind in left if _tensors(theirs, kind[0]) == _tensors(ours, these[0])), None)
-            if those is None:
+            needed = _tensors(ours, these[0])
+            if len(their_kinds) == len(our_kinds):
+                those = next(left)  # of what their tensors differ in, the plan will tell
+            else:
+                those = next((kind for kind in left if needed <= _tensors(theirs, kind[0])), None)
+            if those is None or len(those[0]) != len(these[0]):
                 counts = (" + ".join(str(len(kind)) for kind in kinds) for kinds in (their_kinds, our_kinds))
                 raise InputError("{}: teacher's layers are of the kinds {}, student's of {}".format(name, *counts))
             if len(those) < len(these):

@@ -270,6 +270,14 @@ def test_rules_choose_among_the_layers_of_each_kind(method, chosen):  # local an
     assert " ".join(moved.values()) == chosen
 
 
+def test_layers_may_lose_what_the_student_does_not_have():  # LayerScale, in fewer layers
+    teacher, student = meta("deit3_small_patch16_224"), meta("vit_tiny", class_token=True, no_embed_class=True, depth=6)
+    with pytest.raises(InputError, match="blocks.0.ls1.gamma: the student has no such tensor"):
+        make_plan(teacher, student)
+    plan = make_plan(teacher, student, layer_selection="last_n", allow_unused=True)
+    assert {entry.key: entry.source for entry in plan}["blocks.0.norm1.bias"] == "blocks.6.norm1.bias"
+
+
 def test_a_plain_stack_has_layers_per_stage_between_poolings():
     moved = sources(meta("vgg16_bn"), meta("vgg11_bn"), "first_n", r"^features\.(\d+)\.weight")
     convolutions = {"0": "0", "4": "7", "8": "14", "11": "17", "15": "24", "18": "27", "22": "34", "25": "37"}
