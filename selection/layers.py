@@ -133,7 +133,8 @@ def _map(container, theirs, ours, method):
             if len(their_kinds) == len(our_kinds):
                 those = next(left)  # of what their tensors differ in, the plan will tell
             else:
-                those = next((kind for kind in left if needed <= _tensors(theirs, kind[0])), None)
+                fitting = (kind for kind in left if needed <= _tensors(theirs, kind[0]) and len(kind) >= len(these))
+                those = next(fitting, None)
             if those is None or len(those[0]) != len(these[0]):
                 counts = (" + ".join(str(len(kind)) for kind in kinds) for kinds in (their_kinds, our_kinds))
                 raise InputError("{}: teacher's layers are of the kinds {}, student's of {}".format(name, *counts))
