@@ -11,7 +11,7 @@ from program import InputError
 
 # Components that ``--exclude`` can name, of families without a declaration: by the names of modules' classes.
 CLASSES = {"attention": r"Attention|Attn", "mlp": r"Mlp|SwiGLU", "norm": r"Norm"}
-KEYS = {"pos_embed": r"(^|\.)(absolute_)?pos_embed"}
+POS_EMBED = r"(^|\.)(absolute_)?pos_embed"
 
 
 def family_of(model: nn.Module, name: str) -> Family:
@@ -45,11 +45,13 @@ def _undeclared(model, name):
         for component, pattern in CLASSES.items()
     }
     components["patch_embed"] = _prefixes(_names(model.pretrained_cfg.get("first_conv")))
+    if any(re.search(POS_EMBED, key) for key, _ in model.named_parameters()):
+        components["pos_embed"] = POS_EMBED
     return Family(
         name=root.__name__.lower(),
         model_class=f"{root.__module__}:{root.__name__}",
         classifier=_classifier(model),
-        components={component: pattern for component, pattern in (components | KEYS).items() if pattern},
+        components={component: pattern for component, pattern in components.items() if pattern},
         filter_fn=filter_fn and f"{root.__module__}:{filter_fn.__name__}",
     )
 

@@ -21,7 +21,7 @@ from timm.layers import resample_patch_embed
 
 import weight_selection
 from models.create import create_model
-from models.weights import load_initial
+from models.weights import find_weights, load_initial
 from program import InputError
 from selection import ELEMENT_SELECTION
 from selection.plan import apply_plan, make_plan
@@ -1051,6 +1051,52 @@ def test_models_that_are_not_all_neurons_are_refused_or_selected_but_never_crash
     assert {key: value.shape for key, value in chosen.items()} == {
         key: value.shape for key, value in student.state_dict().items() if not key.startswith("head.")
     }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A family that is declared nowhere
+
+
+RESNET = Pair(
+    "resnet18",
+    {"channels": (16, 32, 48, 64), "layers": (2, 2, 3, 1), "num_classes": 5},
+    "resnet18",
+    {"channels": (8, 16, 24, 32), "layers": (1, 2, 2, 1), "num_classes": 5},
+    "resnet.pth",
+    ["fc.weight", "fc.bias"],
+)
+
+
+def test_any_family_goes_from_a_file_to_a_file_that_initialises(cli, tmp_path, capsys):
+    teacher = create_model(RESNET.teacher, **RESNET.large)
+    teacher.train()(torch.rand(2, 3, 64, 64))  # moves the running statistics
+    torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
+    assert cli(weight_selection.main, *RESNET.command(tmp_path / "out", tmp_path / "teacher.pth")) is None
+    assert written(tmp_path / "out") == ["resnet.json", "resnet.pth"]
+    chosen = read(tmp_path / "out" / "resnet.pth")
+    assert_same(chosen, select_weights(teacher, RESNET.student_model()))
+    key = "layer1.0.bn1.running_mean"
+    assert torch.equal(chosen[key], teacher.state_dict()[key][::2])
+    assert chosen["layer1.0.bn1.num_batches_tracked"] == 1
+    student = RESNET.student_model()
+    file = find_weights(tmp_path / "out", student, "--initialize")
+    assert load_initial(student, file, "--initialize") == RESNET.head
+
+
+@pytest.mark.parametrize(
+    ("component", "inside"),
+    [("norm", "bn|downsample.1"), ("patch_embed", "^conv1"), ("mlp", None), ("pos_embed", None)],
+)
+def test_components_of_any_family_can_be_excluded(component, inside, cli, tmp_path):
+    torch.save(create_model(RESNET.teacher, **RESNET.large).state_dict(), tmp_path / "teacher.pth")
+    command = RESNET.command(tmp_path / "out.pth", tmp_path / "teacher.pth", "--exclude", component)
+    message = cli(weight_selection.main, *command)
+    if inside is None:
+        assert message == f"--exclude {component}: resnet has no such component; it has norm, patch_embed"
+        return
+    assert message is None
+    keys = [key for key in RESNET.student_model().state_dict() if key not in RESNET.head]
+    assert list(read(tmp_path / "out.pth")) == [key for key in keys if not re.search(inside, key)]
 
 
 # ---------------------------------------------------------------------------------------------------------
