@@ -10,7 +10,7 @@ from models.families import FAMILIES, Family
 from program import InputError
 
 # Components that ``--exclude`` can name, of families without a declaration: by the names of modules' classes.
-CLASSES = {"attention": r"Attention|Attn", "mlp": r"Mlp|SwiGLU", "norm": r"Norm"}
+CLASSES = {"attention": r"Attention|Attn", "mlp": r"Mlp$|SwiGLU", "norm": r"Norm"}
 POS_EMBED = r"(^|\.)(absolute_)?pos_embed"
 
 
@@ -38,12 +38,12 @@ def _undeclared(model, name):
         raise InputError(f"{name}: a {type(model).__name__} is not one of timm's models")
     root = ours[-1]  # subclasses (distilled variants) belong to the family of the class they extend
     filter_fn = getattr(sys.modules[root.__module__], "checkpoint_filter_fn", None)
-    components = {
-        component: _prefixes(
-            path for path, module in model.named_modules() if re.search(pattern, type(module).__name__)
-        )
-        for component, pattern in CLASSES.items()
-    }
+    components = {}
+    for component, pattern in CLASSES.items():
+        modules = {path: m for path, m in model.named_modules() if re.search(pattern, type(m).__name__)}
+        if component == "norm":  # and no block that has it in its name
+            modules = {path: m for path, m in modules.items() if next(m.parameters(recurse=False), None) is not None}
+        components[component] = _prefixes(modules)
     components["patch_embed"] = _prefixes(_names(model.pretrained_cfg.get("first_conv")))
     if any(re.search(POS_EMBED, key) for key, _ in model.named_parameters()):
         components["pos_embed"] = POS_EMBED
