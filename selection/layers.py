@@ -14,6 +14,8 @@ import torch.nn as nn
 from program import InputError
 from selection.rules import layer_indices
 
+NUMBER = re.compile(r"(\d+)\.")
+
 
 class Layers:
     """The layers of a model.
@@ -34,12 +36,7 @@ class Layers:
         stacks = {name + "." if name else "" for name, module in model.named_modules() if _is_stack(module)}
         self.spans, self.containers = {}, {}
         for key in shapes:
-            spans = {
-                (len(stack) + a, len(stack) + b)
-                for stack in stacks
-                if key.startswith(stack)
-                for a, b in _number(key, stack)
-            }
+            spans = {m.span(1) for stack in stacks if key.startswith(stack) and (m := NUMBER.match(key, len(stack)))}
             spans |= set(_timms(patterns, key))
             self.spans[key] = sorted(spans)
             for number, (start, end) in enumerate(self.spans[key]):
@@ -56,11 +53,6 @@ def _starred(key, spans):
     for start, end in reversed(spans):
         key = f"{key[:start]}*{key[end:]}"
     return key
-
-
-def _number(key, stack):
-    match = re.match(r"(\d+)\.", key[len(stack) :])
-    return [match.span(1)] if match else []
 
 
 def _patterns(model):

@@ -170,48 +170,28 @@ class Tracer(TorchDispatchMode):
         return padded.expand(shape)
 
     def _cat(self, func, out, tensors, dim=0):
-        packet = func.overloadpacket
-        if packet is torch.ops.aten.stack:
-            dim = dim % out.ndim
-            pieces = [[layer.unsqueeze(dim) for layer in self.get(tensor)] for tensor in tensors]
-            shapes = [(*tensor.shape[:dim], 1, *tensor.shape[dim:]) for tensor in tensors]
-        else:
-            dim = dim % out.ndim
-            pieces = [list(self.get(tensor)) for tensor in tensors]
-            shapes = [tuple(tensor.shape) for tensor in tensors]
-        kinds = []  # of layers, by the dimensions that they depend on besides dim
-        for layers in pieces:
-            found = [varying(layer) - {dim} for layer in layers]
-            kinds += [kind for number, kind in enumerate(found) if found[: number + 1].count(kind) > kinds.count(kind)]
+        dim = dim % out.ndim
+        stacked = func.overloadpacket is torch.ops.aten.stack
+        pieces = [[layer.unsqueeze(dim) if stacked else layer for layer in self.get(tensor)] for tensor in tensors]
+        shapes = [(*t.shape[:dim], 1, *t.shape[dim:]) if stacked else tuple(t.shape) for t in tensors]
         result = []
-        for number, kind in enumerate(kinds):
-            nth = kinds[:number].count(kind)
-            parts = []
-            for layers in pieces:
-                fitting = [layer for layer in layers if varying(layer) - {dim} == kind]
-                parts.append(fitting[nth] if nth < len(fitting) else None)
-            along = (
-                kind == frozenset()
-                or packet is torch.ops.aten.stack
-                or any(p is not None and dim in varying(p) for p in parts)
-            )
-            if not along:  # rows, tokens: each has the same neurons
-                present = [part for part in parts if part is not None]
-                for part in present[1:]:
+        for kind, parts in _aligned(pieces, dim):
+            present = [part for part in parts if part is not None]
+            if kind and not stacked and not any(dim in varying(part) for part in present):
+                for part in present[1:]:  # rows, tokens: each has the same neurons
                     self.labels.join(core(present[0]).narrow(dim, 0, 1), core(part).narrow(dim, 0, 1))
                 result.append(fit(present[0].narrow(dim, 0, 1), out.shape))
-                continue
-            if any(part is None and self.get(tensor) for part, tensor in zip(parts, tensors, strict=True)):
-                for part in [part for part in parts if part is not None]:  # tokens beside an image's positions
+            elif any(part is None and layers for part, layers in zip(parts, pieces, strict=True)):
+                for part in present:  # tokens beside an image's positions
                     self._positions(core(part))
-                continue
-            filled = []
-            for part, shape in zip(parts, shapes, strict=True):
-                size = [n if d == dim or d in kind else 1 for d, n in enumerate(shape)]
-                if part is None:  # constants: neurons of no parameter
-                    part = self.labels.new(torch.Size(size).numel()).view(size)
-                filled.append(core(part).expand(size))
-            result.append(fit(torch.cat(filled, dim), out.shape))
+            else:
+                filled = []
+                for part, shape in zip(parts, shapes, strict=True):
+                    size = [n if d == dim or d in kind else 1 for d, n in enumerate(shape)]
+                    if part is None:  # constants: neurons of no parameter
+                        part = self.labels.new(torch.Size(size).numel()).view(size)
+                    filled.append(core(part).expand(size))
+                result.append(fit(torch.cat(filled, dim), out.shape))
         self.put(out, result)
 
     def _index(self, func, out, x, indices, *args, **kwargs):
@@ -504,6 +484,21 @@ class Tracer(TorchDispatchMode):
         "col2im": _col2im,
         "index": _index,
     }
+
+
+def _aligned(pieces, dim):
+    """Layers of several tensors that go together: those that depend on the same dimensions besides ``dim``.
+
+    Yields (these dimensions, [layer of each tensor, or None]).
+    """
+    kinds = [[varying(layer) - {dim} for layer in layers] for layers in pieces]
+    for kind in dict.fromkeys(kind for found in kinds for kind in found):
+        for nth in range(max(found.count(kind) for found in kinds)):
+            parts = []
+            for layers, found in zip(pieces, kinds, strict=True):
+                fitting = [layer for layer, its in zip(layers, found, strict=True) if its == kind]
+                parts.append(fitting[nth] if nth < len(fitting) else None)
+            yield kind, parts
 
 
 def _storage(tensor):
