@@ -5,7 +5,7 @@
 
 Every architecture of timm is built on the meta device, so nothing is downloaded and no weight exists. Every pair of a
 family of which one has more parameters is planned; a plan fills every key of the student but the classifier's. Takes
-half an hour on two cores.
+a quarter of an hour on two cores.
 """
 
 import re

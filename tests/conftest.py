@@ -27,7 +27,7 @@ TRAIN_IMAGES, TEST_IMAGES = 48, 13
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="also every pair of timm's models, which takes an hour")
+    parser.addoption("--all", action="store_true", help="also every pair of timm's models, which takes most of an hour")
 
 
 @pytest.fixture(scope="session")
