@@ -88,9 +88,10 @@ def resampling(
         old, new = teacher.windows[source], student.windows[key]
         extra = [rows - (2 * h - 1) * (2 * w - 1) for rows, (h, w) in ((theirs[0], old), (ours[0], new))]
         if extra[0] == extra[1] >= 0:
+            known = {} if old[0] == old[1] else {"old_window_size": old}  # timm takes a table to be of a square
             return Resampling(
                 f"resample relative positions of a {old[0]}x{old[1]} to a {new[0]}x{new[1]} window",
-                lambda table: resize_rel_pos_bias_table(table, new, (ours[0], table.shape[1]), old),
+                lambda table: resize_rel_pos_bias_table(table, new, (ours[0], table.shape[1]), **known),
             )
     if key in student.images and source in teacher.images:
         return _kernel(teacher, student, source, key, theirs, ours, dims)
