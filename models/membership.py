@@ -44,7 +44,7 @@ def _undeclared(model, name):
         if component == "norm":  # and no block that has it in its name
             modules = {path: m for path, m in modules.items() if next(m.parameters(recurse=False), None) is not None}
         components[component] = _prefixes(modules)
-    components["patch_embed"] = _prefixes(_names(model.pretrained_cfg.get("first_conv")))
+    components["patch_embed"] = _prefixes(recorded_names(model, "first_conv"))
     if any(re.search(POS_EMBED, key) for key, _ in model.named_parameters()):
         components["pos_embed"] = POS_EMBED
     return Family(
@@ -56,9 +56,10 @@ def _undeclared(model, name):
     )
 
 
-def _names(recorded):
-    """Modules' names as timm records them: none, one or several."""
-    return (recorded,) if isinstance(recorded, str) else recorded or ()
+def recorded_names(model: nn.Module, what: str) -> tuple:
+    """Names of the modules that timm records as a model's ``first_conv`` or ``classifier``: none, one or several."""
+    names = model.pretrained_cfg.get(what) or ()
+    return (names,) if isinstance(names, str) else names
 
 
 def _prefixes(paths):
@@ -74,4 +75,4 @@ def classifier_pattern(model: nn.Module) -> str:
 
 
 def _classifier(model):
-    return _prefixes(_names(model.pretrained_cfg.get("classifier"))) or r"$^"  # a model without one: no key
+    return _prefixes(recorded_names(model, "classifier")) or r"$^"  # a model without one: no key

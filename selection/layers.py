@@ -83,7 +83,7 @@ def source_keys(teacher: Layers, student: Layers, method: str) -> dict:
     """{student key: key of the teacher's tensor that it is made from}.
 
     Args:
-        method: one of ``LAYER_SELECTION``, applied to each run of layers of the same shapes.
+        method: one of ``LAYER_SELECTION``, applied to the layers of each kind in a stage.
 
     Raises:
         InputError: the teacher has fewer layers somewhere, or they come in other kinds.

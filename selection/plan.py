@@ -233,7 +233,7 @@ def _pair_parts(matching, key, source, dim, t, s):
             raise InputError(f"{where} < student's {s}: a teacher must be at least as wide")
         raise InputError(f"{where}, student's {s}: {found}")
     for large, small, (their_space, our_space) in found:
-        if (large.shape == small.shape) and not (their_space.tangled and large.size != small.size):
+        if large.shape == small.shape:
             continue
         if large.size < small.size:
             raise InputError(f"{where} < student's {s}: a teacher must be at least as wide")

@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.membership import recorded_names
 from selection.labels import Labels, Link, compact, core, fit, unique_rows, varying
 
 
@@ -76,10 +77,10 @@ class Tracer(TorchDispatchMode):
         return self._layers.get(id(tensor), (None, ()))[1] if isinstance(tensor, torch.Tensor) else ()
 
     def put(self, tensor, layers):
-        self._layers[id(tensor)] = tensor, [compact(layer) for layer in layers if varying(compact(layer))]
+        self._layers[id(tensor)] = tensor, [layer for layer in map(compact, layers) if varying(layer)]
 
     def label(self, tensor):
-        """New labels for every dimension of a parameter: {dimension: labels}."""
+        """New labels for every dimension of a parameter, a tuple."""
         labels = {dim: self.labels.new(size) for dim, size in enumerate(tensor.shape)}
         shapes = {dim: [-1 if other == dim else 1 for other in range(tensor.ndim)] for dim in labels}
         self.put(tensor, [labels[dim].view(shapes[dim]).expand(tensor.shape) for dim in labels])
@@ -251,10 +252,7 @@ class Tracer(TorchDispatchMode):
                 continue
             lead = len(shape) - tensor.ndim
             full = frozenset(dim + lead for dim in varying(tensor))  # an expanded dimension has one value
-            layers = [
-                layer.expand(shape) if lead == 0 else layer[(None,) * lead].expand(shape) for layer in self.get(tensor)
-            ]
-            layers = [core(layer).expand(shape) for layer in layers]
+            layers = [core(layer)[(None,) * lead].expand(shape) for layer in self.get(tensor)]
             if tensor is tensors[0] or not filled and not result:
                 result, filled = layers, full
                 continue
@@ -275,15 +273,15 @@ class Tracer(TorchDispatchMode):
                     layer = twin
                 kept.append(layer)
                 continue
-            kept += self._unmatched(layer, dims, theirs, their_full)
+            kept += self._unmatched(layer, theirs, their_full)
         for layer in theirs:
-            kept += self._unmatched(layer, varying(layer), ours, our_full)
+            kept += self._unmatched(layer, ours, our_full)
         solid = [layer for layer in kept if not self._is_derived(layer)]
         return [k for k in kept if not self._is_derived(k) or not any(varying(k) < varying(s) for s in solid)]
 
-    def _unmatched(self, layer, dims, others, full):
+    def _unmatched(self, layer, others, full):
         """What remains of labels that meet a tensor which has none along the same dimensions."""
-        covered = False
+        dims, covered = varying(layer), False
         for other in others:
             part = varying(other)
             if part < dims:
@@ -585,6 +583,5 @@ def input_size(model: nn.Module) -> tuple:
 
 def first_convolutions(model: nn.Module) -> dict:
     """{key of its weight: convolution that reads the image}, as timm records them."""
-    names = model.pretrained_cfg.get("first_conv") or ()
-    modules = {name: model.get_submodule(name) for name in ((names,) if isinstance(names, str) else names)}
+    modules = {name: model.get_submodule(name) for name in recorded_names(model, "first_conv")}
     return {f"{name}.weight": module for name, module in modules.items() if isinstance(module, nn.Conv2d)}
