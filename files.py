@@ -48,6 +48,12 @@ def check_file(path, option):
         raise InputError(f"{option} {path}: no such file")
 
 
+def check_directory(path, option, remedy):
+    """Raise an InputError that names ``option`` and says the remedy unless ``path`` is a directory."""
+    if not Path(path).is_dir():
+        raise InputError(f"{option} {path}: no such directory; {remedy}")
+
+
 PARTIAL = ".partial-"  # begins the name of a file that is being written
 
 

@@ -14,10 +14,10 @@ each dimension. Applying it touches the weights.
 import argparse
 import os
 
-from files import begin_sha256, check_file
+from files import begin_sha256, check_directory, check_file
 from models.families import COMPONENTS, FAMILIES
 from program import InputError, Kwargs, Parser, check_kwargs, run_program
-from selection import ELEMENT_SELECTION, LAYER_SELECTION, SEEDED
+from selection import CALIBRATION_IMAGES, ELEMENT_SELECTION, FITTED, LAYER_SELECTION, NOISE, SEEDED
 
 
 def select_weights(
@@ -27,9 +27,11 @@ def select_weights(
     weights=None,
     element_selection: str = "uniform",
     seed: int = 0,
+    calibration=None,
+    calibration_images: int = CALIBRATION_IMAGES,
     **plan_options,
 ) -> dict:
-    """Select a student's first weights from a teacher.
+    """Select a student's first weights from a teacher, or project the teacher's onto it.
 
     Args:
         teacher: a timm model, or the name of one; its own weights are taken (of a name the published ones), unless
@@ -37,8 +39,10 @@ def select_weights(
         student: a smaller model of the same family, or a name; only its shapes matter, it may be on the meta device.
         weights: the teacher's weights apart from it: a state_dict with timm's keys, or a file that
             ``--pretrained_path`` would take.
-        element_selection: one of ``ELEMENT_SELECTION``.
-        seed: of the random selections.
+        element_selection: one of ``ELEMENT_SELECTION``, or of ``FITTED``: these run both models, so none is on the meta
+            device, and work where the teacher is.
+        seed: of the random selections, of noise, and of the draw of images.
+        calibration, calibration_images: of ``selection.fitting.fit_weights``, for ``FITTED``.
         **plan_options: of ``plan_selection``: layer_selection, exclude, include_head, include_head_norm, allow_unused.
 
     Returns:
@@ -47,6 +51,19 @@ def select_weights(
     Raises:
         InputError: unknown name, weights that are not this teacher's, or a student that is no smaller version of it.
     """
+    if element_selection in FITTED:
+        return _project(
+            teacher,
+            student,
+            weights,
+            method=element_selection,
+            seed=seed,
+            calibration=calibration,
+            calibration_images=calibration_images,
+            **plan_options,
+        )
+    if calibration is not None:
+        raise InputError(f"calibration: has no effect with element_selection={element_selection}; leave it out")
     from models.create import create_model
     from models.membership import family_of
     from models.weights import create_pretrained, open_teacher
@@ -66,6 +83,31 @@ def select_weights(
     elif in_file:
         weights, _ = open_teacher(weights, teacher, family_of(teacher, "teacher"), "weights")
     return apply_plan(plan, weights, element_selection=element_selection, seed=seed, option="weights")
+
+
+def _project(teacher, student, weights, *, calibration, **options):
+    """``select_weights`` by one of ``FITTED``."""
+    import copy
+
+    from models.create import create_model
+    from models.membership import family_of
+    from models.weights import create_pretrained, open_teacher
+    from selection.fitting import fit_weights, load_teacher
+
+    if calibration is None:
+        raise InputError(f"calibration is missing: a directory of images, batches of images, or {NOISE}")
+    if isinstance(teacher, str) and weights is None:
+        teacher = create_pretrained(teacher, {}, "teacher", "give a loaded model, or weights")
+    else:
+        teacher = create_model(teacher, option="teacher") if isinstance(teacher, str) else copy.deepcopy(teacher)
+    student = create_model(student, option="student") if isinstance(student, str) else copy.deepcopy(student)
+    for name, model in (("teacher", teacher), ("student", student)):
+        if next(model.parameters()).is_meta:
+            raise InputError(f"{name}: is on the meta device, but projection runs it; give a real one")
+    if isinstance(weights, (str, os.PathLike)):
+        weights, _ = open_teacher(weights, teacher, family_of(teacher, "teacher"), "weights")
+    load_teacher(teacher, teacher.state_dict() if weights is None else weights, "weights")
+    return fit_weights(teacher, student, calibration=calibration, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -107,8 +149,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--teacher_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V", help="likewise for the teacher")
     add("--layer_selection", choices=LAYER_SELECTION, default="first_n")
-    add("--element_selection", choices=ELEMENT_SELECTION, default="uniform")
-    add("--seed", type=int, help="of the random selections (default: 0)")
+    add(
+        "--element_selection",
+        choices=ELEMENT_SELECTION + FITTED,
+        default="uniform",
+        help="project (rotated) and greedy (coordinates) go beyond the paper, and need --calibration",
+    )
+    add(
+        "--calibration",
+        metavar=f"DIR|{NOISE}",
+        help="images without labels for project and greedy: those of the task are best, any will do; or none, noise",
+    )
+    add("--calibration_images", type=int, metavar="N", help=f"how many of them (default: {CALIBRATION_IMAGES})")
+    add("--seed", type=int, help="of the random selections, of noise and of the choice of images (default: 0)")
     add(
         "--exclude",
         nargs="+",
@@ -145,19 +198,42 @@ def check_options(args) -> None:
     if args.model_type is not None:
         args.student = args.student or FAMILIES[args.model_type].student
         args.pretrained_model = args.pretrained_model or FAMILIES[args.model_type].teacher
-    if args.seed is not None and args.element_selection not in SEEDED and not args.complete:
+    if args.seed is not None and args.element_selection not in SEEDED + FITTED and not args.complete:
         raise InputError(
             f"--seed {args.seed}: has no effect with --element_selection {args.element_selection}; leave it out"
         )
     args.seed = args.seed or 0
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: give a number from 0 up")
+    _check_calibration(args)
     if args.output_dir is None and not args.dry_run:
         raise InputError("--output_dir is missing: name a directory or a file, or add --dry_run to only see the plan")
     if args.pretrained_path is not None:
         check_file(args.pretrained_path, "--pretrained_path")
     check_kwargs(args.student_kwargs, "--student_kwargs", {})
     check_kwargs(args.teacher_kwargs, "--teacher_kwargs", {})
+
+
+def _check_calibration(args):
+    fitted = args.element_selection in FITTED
+    given = {"--calibration": args.calibration, "--calibration_images": args.calibration_images}
+    for option, value in given.items():
+        if value is not None and not fitted:
+            raise InputError(
+                f"{option} {value}: has no effect with --element_selection {args.element_selection}; leave it out, or "
+                f"choose {' or '.join(FITTED)}"
+            )
+    if fitted and args.calibration is None and not args.dry_run:
+        raise InputError(
+            f"--calibration is missing: --element_selection {args.element_selection} needs a directory of images (any, "
+            f"without labels; those of the task are best), or {NOISE}"
+        )
+    if fitted and args.calibration not in (None, NOISE):
+        check_directory(args.calibration, "--calibration", f"name one of images, or {NOISE}")
+    if args.calibration_images is None:
+        args.calibration_images = CALIBRATION_IMAGES
+    if args.calibration_images < 1:
+        raise InputError(f"--calibration_images {args.calibration_images}: give a number from 1 up")
 
 
 def _read_student(args):

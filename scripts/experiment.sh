@@ -5,7 +5,8 @@
 # one goes on. Arguments choose runs by setting, data set or name: bash scripts/table02.sh vit_tiny flowers pets
 #
 # Variables before a call change it: teacher=NAME selects from another teacher, init=NAME starts from the selection of
-# that name, distill="logit|feature TEACHER" distills, recipe=NAME takes recipes/SETTING/NAME.yaml, data_path=DIR.
+# that name, distill="logit|feature TEACHER" distills, recipe=NAME takes recipes/SETTING/NAME.yaml, data_path=DIR,
+# selector="SCRIPT WORD ..." makes the first weights in place of weight_selection.py.
 #
 # From the environment, relative paths from the root of the repository:
 #
@@ -58,7 +59,7 @@ if [ $# -gt 0 ]; then
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-unset teacher init distill recipe data_path # those of a user's own environment
+unset teacher init distill recipe data_path selector # those of a user's own environment
 OUT=${OUT:-results}
 DATA=${DATA:-data}
 SEEDS=${SEEDS:-0}
@@ -158,8 +159,9 @@ select_weights() { # SETTING NAME [options of weight_selection.py]: into $OUT/in
     case $setting in vit*) tiny+=(img_size=32) ;; esac
     smoke_made "$file" --teacher "$teacher" --teacher_kwargs $(smoke_sizes teacher "$teacher")
   fi
+  # shellcheck disable=SC2086  # words
   make_once "$directory/${setting%%_*}.pth" \
-    "$PYTHON" weight_selection.py --output_dir "$directory" --pretrained_model "$teacher" \
+    "$PYTHON" ${selector:-weight_selection.py} --output_dir "$directory" --pretrained_model "$teacher" \
     ${file:+--pretrained_path "$file"} "${student[@]}" "$@" ${tiny[@]+"${tiny[@]}"}
 }
 

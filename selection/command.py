@@ -27,6 +27,7 @@ from models.weights import (
     write_weights,
 )
 from program import InputError
+from selection import FITTED
 from selection.plan import anatomy, apply_plan, plan_selection
 from selection.trace import input_size
 
@@ -91,17 +92,55 @@ def verify(path: Path, state_dict: dict, student: nn.Module, left_out: list) -> 
             raise InputError("--student: its output with the selected weights is not finite")
 
 
-def print_plan(plan: list, element_selection: str) -> None:
-    """The plan as a table."""
+def print_plan(plan: list, describe) -> None:
+    """The plan as a table, with what ``describe`` says of each entry."""
     rows = [("student key", "shape", "teacher key", "shape", "rule")]
     for entry in plan:
         shapes = [
             "x".join(map(str, shape)) if shape is not None else "-" for shape in (entry.shape, entry.source_shape)
         ]
-        rows.append((entry.key, shapes[0], entry.source or "-", shapes[1], entry.describe(element_selection)))
+        rows.append((entry.key, shapes[0], entry.source or "-", shapes[1], describe(entry)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[4]]))
+
+
+class _Fitting:
+    """Selection by one of ``FITTED``; what can be refused is refused at once.
+
+    Args:
+        args: checked options.
+        teacher, whole: on the meta device, and its anatomy.
+        student: on the meta device.
+    """
+
+    def __init__(self, args, teacher, whole, student):
+        from selection import calibration, fitting, roles  # what no other rule needs
+
+        self.args, self.module, self.whole = args, fitting, whole
+        self.structure = roles.Structure(teacher, whole.neurons)
+        if args.element_selection == "project":
+            fitting.check_streams(self.structure, args.pretrained_model)
+        if not args.dry_run:
+            self.images = calibration.Calibration(
+                args.calibration, args.calibration_images, input_size(student), teacher.pretrained_cfg, args.seed
+            )
+
+    def describe(self, plan, taken_apart):
+        return self.module.describer(
+            plan, self.structure, self.whole, taken_apart, self.args.element_selection == "project"
+        )
+
+    def fit(self, weights, student_options, plan_options, option):
+        args = self.args
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        teacher = create_model(args.pretrained_model, option="--pretrained_model", **args.teacher_kwargs)
+        self.module.load_teacher(teacher, weights, option)
+        torch.manual_seed(args.seed)
+        student = create_model(args.student, **student_options)
+        return self.module.fit_weights(
+            teacher.to(device), student, method=args.element_selection, calibration=self.images, **plan_options
+        )
 
 
 def run(args, digest: Future | None) -> None:
@@ -126,11 +165,16 @@ def run(args, digest: Future | None) -> None:
         "allow_unused": args.allow_unused,
     }
     taken_apart = anatomy(student, f"--student {args.student}")
-    plan = plan_selection(anatomy(teacher, f"--pretrained_model {args.pretrained_model}"), taken_apart, **plan_options)
+    whole = anatomy(teacher, f"--pretrained_model {args.pretrained_model}")
+    plan = plan_selection(whole, taken_apart, **plan_options)
+    fitting = _Fitting(args, teacher, whole, student) if args.element_selection in FITTED else None
     counts = {role: sum(entry.role == role for entry in plan) for role in ("selected", "excluded", "classifier")}
     summary = ", ".join(f"{count} {role}" for role, count in counts.items() if count)
     if args.dry_run:
-        print_plan(plan, args.element_selection)
+        if fitting is None:
+            print_plan(plan, lambda entry: entry.describe(args.element_selection))
+        else:
+            print_plan(plan, fitting.describe(plan, taken_apart))
         print(f"{args.student} from {args.pretrained_model}: {summary}; nothing written")
         return
 
@@ -139,13 +183,11 @@ def run(args, digest: Future | None) -> None:
     option = "--pretrained_model" if args.pretrained_path is None else "--pretrained_path"
     if digest is None and file is not None:
         digest = begin_sha256(file)
-    state_dict = apply_plan(
-        plan,
-        weights,
-        element_selection=args.element_selection,
-        seed=args.seed,
-        option=f"{option} {args.pretrained_path or args.pretrained_model}",
-    )
+    option = f"{option} {args.pretrained_path or args.pretrained_model}"
+    if fitting is None:
+        state_dict = apply_plan(plan, weights, element_selection=args.element_selection, seed=args.seed, option=option)
+    else:
+        state_dict = fitting.fit(weights, student_options, plan_options, option)
     left_out = [entry.key for entry in plan if entry.role != "selected"]
     torch.manual_seed(args.seed)
     student = create_model(args.student, **student_options)
@@ -162,7 +204,12 @@ def run(args, digest: Future | None) -> None:
             "teacher": origin | {"sha256": digest and digest.result()},
             "student": {"name": args.student, "kwargs": args.student_kwargs}
             | ({"input_size": args.student_input_size} if args.student_input_size else {}),
-            "options": {**plan_options, "element_selection": args.element_selection, "seed": args.seed},
+            "options": {**plan_options, "element_selection": args.element_selection, "seed": args.seed}
+            | (
+                {"calibration": args.calibration, "calibration_images": args.calibration_images}
+                if fitting is not None
+                else {}
+            ),
             "left_out": absent,
             **({"random": left_out} if args.complete else {}),
             "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": sys.version.split()[0]},

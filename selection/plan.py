@@ -280,7 +280,7 @@ def apply_plan(
     selected = {}
     for entry in plan:
         if entry.role == "selected":
-            weight = _checked(entry, weights.get(entry.source), option)
+            weight = checked_weight(entry.source, entry.source_shape, weights.get(entry.source), option)
             selected[entry.key] = _apply(entry, weight, element_selection, seed)
     return selected
 
@@ -288,17 +288,18 @@ def apply_plan(
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)  # int64: counted batches
 
 
-def _checked(entry, weight, option):
-    if weight is None or tuple(weight.shape) != entry.source_shape:
+def checked_weight(key: str, shape: tuple, weight: torch.Tensor | None, option: str) -> torch.Tensor:
+    """A teacher's weight; InputError unless it is there, of that shape, of a known kind of numbers and finite."""
+    if weight is None or tuple(weight.shape) != shape:
         found = "absent" if weight is None else tuple(weight.shape)
         raise InputError(
-            f"{option}: {entry.source} is {found}, {entry.source_shape} is needed; give this teacher's weights, or "
+            f"{option}: {key} is {found}, {shape} is needed; give this teacher's weights, or "
             "for a classifier set --teacher_kwargs num_classes=N to the file's, or leave out --include_head"
         )
     if weight.dtype not in DTYPES:
-        raise InputError(f"{option}: {entry.source} is of {weight.dtype}; convert it to float32")
+        raise InputError(f"{option}: {key} is of {weight.dtype}; convert it to float32")
     if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():  # NaN is both least and greatest
-        raise InputError(f"{option}: {entry.source} has values that are not finite")
+        raise InputError(f"{option}: {key} has values that are not finite")
     return weight.detach()
 
 

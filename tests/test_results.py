@@ -264,7 +264,7 @@ def test_a_damaged_result_is_named(make_run, cli, tmp_path, damage, reason):
 def test_tables_are_well_formed(name):
     table = TABLES[name]
     assert set(table) <= {"title", "script", "columns", "rows", "notes", "recipe"}
-    assert re.fullmatch(rf"scripts/({name}|evidence)\.sh", table["script"])
+    assert re.fullmatch(rf"scripts/({name}|evidence|projection)\.sh", table["script"])
     for row in table["rows"]:
         assert set(row) <= {"row", "run", "paper", "statistic"}
         assert ("paper" in row) == name.startswith("table"), "the paper's tables have its values, ours have none"

@@ -16,7 +16,7 @@ from weight_selection import get_args_parser as selection_parser
 ROOT = Path(__file__).parents[1]
 TABLES = sorted(path.stem for path in (ROOT / "scripts").glob("table*.sh") if path.stem != "table01")
 FIGURES = ["figure03", "figure04"]
-OWN = ["evidence", "other_families"]
+OWN = ["evidence", "other_families", "projection"]
 EVIDENCE = [name for name in paper.contents()["tables"] if name.startswith("evidence")]
 
 
@@ -32,10 +32,12 @@ def shell(script, *words, check=True, **environment):
 def commands(script, *words, **environment):
     """The commands that a dry run prints, as lists of words, by program."""
     lines = [shlex.split(line) for line in shell(script, *words, DRY_RUN="1", **environment).stdout.splitlines()]
-    return {
+    words = {
         program: [line[line.index(program) + 1 :] for line in lines if program in line]
-        for program in ("main.py", "weight_selection.py")
+        for program in ("main.py", "weight_selection.py", "scripts/ablate_projection.py")
     }
+    words["weight_selection.py"] += [line[1:] for line in words.pop("scripts/ablate_projection.py")]
+    return words
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,13 @@ def test_a_table_runs_its_cells_and_no_others(dry, script):
 def test_the_evidence_runs_the_cells_of_its_tables(dry):
     cells = {cell.run for name in EVIDENCE for cell in paper.read_table(name).cells}
     runs = {"/".join(run_of(parse_args(words))[:3]) for words in dry["evidence"]["main.py"]}
+    assert runs == cells
+
+
+def test_projection_runs_the_cells_of_its_tables(dry):
+    names = [name for name in paper.contents()["tables"] if name.startswith("projection")]
+    cells = {cell.run for name in names for cell in paper.read_table(name).cells}
+    runs = {"/".join(run_of(parse_args(words))[:3]) for words in dry["projection"]["main.py"]}
     assert runs == cells
 
 

@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""weight_selection.py --element_selection project or greedy, with one of its parts taken out.
+
+python scripts/ablate_projection.py reads --output_dir init/no_reads --element_selection project --calibration ...
+
+Everything after the part goes to weight_selection.py. The parts, by the equations of selection/projection.py:
+
+  reads        (7) the least squares: layers read as they would without images
+  weights      (2) the readers' weights in the choice of the rotated space: the leading eigenvectors of E[n n']
+  frame        (2) the rotation's nearness to coordinates: a random one in the same space
+  coordinates  (3) the choice of the stream's coordinates (greedy): evenly spaced ones
+  units        (4) the choice of hidden units: evenly spaced ones
+  heads    (5) (6) the low-rank heads: evenly spaced dimensions of queries, keys and values
+"""
+
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
+import torch
+
+import weight_selection
+from program import InputError, run_program
+from selection import projection
+from selection.roles import Structure
+from selection.rules import uniform_indices
+
+ROTATION = projection.rotation
+
+
+def leading(normalised, weight, frame):
+    """The rotation onto the leading eigenvectors."""
+    return ROTATION(normalised, torch.eye(len(normalised), dtype=normalised.dtype), frame)
+
+
+def turned(normalised, weight, frame):
+    """The rotation, in another frame of the student's stream orthogonal to ones."""
+    random = torch.randn(2, len(frame), len(frame), generator=torch.Generator().manual_seed(0), dtype=normalised.dtype)
+    random[:, :, 0] = 1
+    first, second = torch.linalg.qr(random).Q[:, :, 1:]
+    return first @ second.T @ ROTATION(normalised, weight, frame)
+
+
+PARTS = {
+    "reads": (projection, "read_through", lambda across, own, prior: prior),
+    "weights": (projection, "rotation", leading),
+    "frame": (projection, "rotation", turned),
+    "coordinates": (projection, "greedy", lambda covariance, weight, count: uniform_indices(len(weight), count)),
+    "units": (projection, "strongest", lambda variance, outgoing, groups, count: uniform_indices(len(groups), count)),
+    "heads": (Structure, "_attention", lambda self, name, heads, local: None),
+}
+
+
+def main(argv=None) -> None:
+    part, *rest = sys.argv[1:] if argv is None else argv or ["--help"]
+    if part in ("-h", "--help"):
+        print(__doc__)
+        return
+    if part not in PARTS:
+        raise InputError(f"{part}: no part of projection; choose one of {', '.join(PARTS)}")
+    with mock.patch.object(*PARTS[part]):
+        weight_selection.main(rest)
+
+
+if __name__ == "__main__":
+    run_program("ablate_projection.py", main)

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Projection beside selection (RESULTS.md): a small ViT, 112 pixels, short training, on a CPU in minutes a run.
+# Environment and arguments: scripts/experiment.sh. DATA holds flowers-102/ and what these make of CIFAR-100 and Flowers-102:
+#   python scripts/cifar100_folders.py data/ data/cifar100_50 --train 50
+#   python scripts/calibration_images.py flowers data/ data/flowers_256 --count 256
+source "$(dirname "$0")/experiment.sh" "$@"
+
+images() { # DATA: options that calibrate with its training images
+  local directory=$DATA/flowers_256
+  case $1 in cifar100) directory=$DATA/cifar100_50/train ;; esac
+  if [ -n "${SMOKE:-}" ]; then
+    smoke_made "$OUT/images"
+    directory=$OUT/images
+    echo "--calibration $directory --calibration_images 8"
+  else
+    echo "--calibration $directory"
+  fi
+}
+
+fitted() { # SETTING DATA NAME RULE INIT [options of weight_selection.py] [-- options of main.py]; with calibration
+  local calibration=${calibration:-$(images "$2")}
+  # shellcheck disable=SC2086  # words
+  init=$5 selected "$1" "$2" "$3" --element_selection "$4" $calibration "${@:6}"
+}
+
+# Half the width.
+for data in flowers cifar100; do
+  data_path=$DATA
+  case $data in cifar100) data_path=$DATA/cifar100_50 ;; esac
+  train vit_half_112 $data random
+  selected vit_half_112 $data selected
+  selected vit_half_112 $data consecutive --element_selection consecutive
+  drawn vit_half_112 $data random_consistent --element_selection random
+  for rule in project greedy; do
+    fitted vit_half_112 $data $rule $rule ${data}_$rule
+  done
+done
+data_path=$DATA
+
+# How long?
+for epochs in 5 10 40 80; do
+  length=(--epochs $epochs --warmup_epochs $((epochs / 10 + 1)) --eval_interval $epochs)
+  train vit_half_112 flowers random_$epochs "${length[@]}"
+  init=selected selected vit_half_112 flowers selected_$epochs -- "${length[@]}"
+  for rule in project greedy; do
+    fitted vit_half_112 flowers ${rule}_$epochs $rule flowers_$rule -- "${length[@]}"
+  done
+done
+
+# Which images, and how many?
+for rule in project greedy; do
+  calibration="--calibration noise" fitted vit_half_112 flowers ${rule}_noise $rule noise_$rule
+  calibration=$(images cifar100) fitted vit_half_112 flowers ${rule}_cifar100 $rule cifar100_$rule
+done
+for count in 16 64; do
+  fitted vit_half_112 flowers project_${count}_images project flowers_project_${count}_images --calibration_images $count
+done
+
+# What does each part bring?
+for part in reads weights frame units heads; do
+  selector="scripts/ablate_projection.py $part" \
+    fitted vit_half_112 flowers project_without_$part project flowers_project_without_$part
+done
+for part in reads coordinates; do
+  selector="scripts/ablate_projection.py $part" \
+    fitted vit_half_112 flowers greedy_without_$part greedy flowers_greedy_without_$part
+done
+
+# Half the depth.
+train vit_a_112 flowers random
+for layers in first_n uniform; do
+  selected vit_a_112 flowers $layers --layer_selection $layers
+  fitted vit_a_112 flowers greedy_$layers greedy flowers_greedy_$layers --layer_selection $layers
+done
+finish projection_half projection_length projection_images projection_parts projection_depth

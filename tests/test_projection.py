@@ -1,0 +1,629 @@
+"""Projection: the equations, what they give back exactly, families, and the command line around them."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from helpers import meta
+from test_families import MODELS, lively, models, reads
+
+import weight_selection
+from models.create import create_model
+from program import InputError
+from selection import projection
+from selection.calibration import Calibration, Tap
+from selection.fitting import check_streams
+from selection.plan import anatomy, make_plan
+from selection.roles import HEADS, ROTATED, UNIFORM, Structure
+from selection.survey import Side, Survey
+from selection.trace import input_size
+from weight_selection import select_weights
+
+DOUBLE = torch.float64
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
+
+
+def images_for(model, count=12, side=None):
+    channels, height, width = input_size(model)
+    return random(count, channels, side or height, side or width, seed=1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Equations
+
+
+def test_moments_of_batches_are_those_of_a_plain_loop():
+    x, z = random(50, 4) + 1, random(50, 3, seed=1) - 2
+    moments, variances = projection.Moments(), projection.Variances()
+    for part, other in zip(x.split(7), z.split(7), strict=True):
+        moments.add(part, other)
+        variances.add(part)
+    loop = (
+        sum(
+            torch.outer(torch.cat([a, a.new_ones(1)]), torch.cat([b, b.new_ones(1)])) for a, b in zip(x, z, strict=True)
+        )
+        / 50
+    )
+    torch.testing.assert_close(moments.mean, loop)
+    torch.testing.assert_close(moments.covariance, (x - x.mean(0)).T @ (z - z.mean(0)) / 50)
+    torch.testing.assert_close(variances.variance, x.var(0, correction=0))
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_survey_has_the_moments_of_what_every_layer_takes(batch):
+    model = lively(create_model("test_vit", num_classes=7))
+    images = images_for(model, 5)
+    side = Side.of(model, anatomy(model, "teacher"))
+    with torch.no_grad():
+        survey = Survey(side, images.split(batch))
+        taken = {}
+        hooks = [
+            module.register_forward_pre_hook(lambda _, args, key=f"{name}.weight": taken.__setitem__(key, args[0]))
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    assert taken.keys() <= survey.moments.keys()
+    for key, x in taken.items():
+        x = x.reshape(-1, x.shape[-1])
+        torch.testing.assert_close(survey.moments[key].variance, x.var(0, correction=0))
+        if isinstance(survey.moments[key], projection.Moments):
+            torch.testing.assert_close(survey.moments[key].mean[:-1, :-1], x.T @ x / len(x))
+    assert survey.norm_of["blocks.1.mlp.fc1.weight"] == "blocks.1.norm2.weight"
+
+
+def test_a_rotation_has_orthonormal_rows_that_are_orthogonal_to_ones_but_for_their_mean():
+    n = random(200, 12)
+    n = n - n.mean(1, keepdim=True)
+    frame = torch.arange(0, 12, 2)
+    write = projection.rotation(n.T @ n, torch.eye(12, dtype=DOUBLE), frame)
+    torch.testing.assert_close(write @ write.T, torch.eye(6, dtype=DOUBLE) - 1 / 6)  # a projection off ones
+    torch.testing.assert_close(write.sum(0), torch.zeros(12, dtype=DOUBLE))
+    energies = torch.linalg.eigvalsh(n.T @ n)
+    torch.testing.assert_close(((write @ n.T) ** 2).sum(), energies[-5:].sum())  # with equal weights the leading ones
+
+
+def test_a_rotation_is_the_nearest_to_its_coordinates():
+    n = random(200, 12)
+    n = n - n.mean(1, keepdim=True)
+    frame = torch.tensor([1, 2, 5, 6, 8, 11])
+    write = projection.rotation(n.T @ n, torch.eye(12, dtype=DOUBLE), frame)
+    select = torch.eye(12, dtype=DOUBLE)[frame]
+    best = (write - select).norm()
+    for seed in range(20):
+        turn = random(6, 6, seed=seed)
+        turn[:, 0] = 1
+        turn = torch.linalg.qr(turn).Q[:, 1:]
+        other = random(6, 6, seed=seed + 100)
+        other[:, 0] = 1
+        turned = turn @ torch.linalg.qr(other).Q[:, 1:].T @ write
+        assert (turned - select).norm() > best
+
+
+def test_a_rotation_keeps_what_is_read():
+    n = random(200, 12) * torch.linspace(3, 1, 12, dtype=DOUBLE)
+    n = n - n.mean(1, keepdim=True)
+    weak = torch.zeros(12, dtype=DOUBLE)
+    weak[[-1, -2]] = torch.tensor([1.0, -1.0], dtype=DOUBLE)  # the only thing that anybody reads has little energy
+    write = projection.rotation(n.T @ n, torch.outer(weak, weak), torch.arange(3))
+    s, seen = n @ write.T, n @ weak
+    left = seen - s @ torch.linalg.lstsq(s, seen).solution
+    assert left.norm() < 1e-3 * seen.norm()
+
+
+def test_greedy_coordinates_explain_their_copies_and_what_is_read():
+    base = random(100, 4) * torch.tensor([1.0, 2, 3, 4], dtype=DOUBLE)
+    x = base[:, [0, 0, 1, 1, 2, 2, 3, 3]]
+    covariance = torch.cov(x.T)
+    kept = projection.greedy(covariance, torch.eye(8, dtype=DOUBLE), 4)
+    assert (kept // 2).tolist() == [0, 1, 2, 3]  # one of each pair
+    reader = torch.zeros(8, dtype=DOUBLE)
+    reader[1] = 1
+    assert projection.greedy(covariance, torch.diag(reader), 1).item() in (0, 1)  # the only pair that is read
+
+
+def test_each_greedy_choice_is_the_best_one():
+    x = random(60, 7)
+    covariance, read = torch.cov(x.T), random(3, 7, seed=2)
+    weight = read.T @ read
+
+    def lost(kept):
+        inside = covariance[kept][:, kept]
+        rest = covariance - covariance[:, kept] @ torch.linalg.inv(inside) @ covariance[kept]
+        return (weight * rest).sum()
+
+    kept = []
+    for _ in range(3):
+        kept.append(min(set(range(7)) - set(kept), key=lambda index: lost([*kept, index])))
+    assert projection.greedy(covariance, weight, 3).tolist() == sorted(kept)
+
+
+def test_shared_products_are_the_best_of_their_rank():
+    q, k = random(300, 6) @ random(6, 6, seed=3), random(300, 6, seed=1) @ random(6, 6, seed=4)
+    queries, keys = q.T @ q / 300, k.T @ k / 300
+
+    def error(to_q, to_k):
+        middle = torch.eye(6, dtype=DOUBLE) - to_q.T @ to_k * (6 / len(to_q)) ** 0.5
+        return (queries @ middle @ keys @ middle.T).trace()
+
+    best = error(*projection.shared_products(queries, keys, 2))
+    for seed in range(20):
+        some = torch.linalg.qr(random(6, 2, seed=seed)).Q.T * (2 / 6) ** 0.25
+        assert error(some, some) > best
+    exact = projection.shared_products(queries, keys, 6)
+    assert error(*exact) < 1e-12 and torch.equal(exact[0], torch.eye(6, dtype=DOUBLE))
+
+
+def test_a_read_is_least_squares_and_stays_at_its_prior_where_nothing_is_seen(monkeypatch):
+    monkeypatch.setattr(projection, "RIDGE", 1e-12)
+    z = random(100, 4)
+    z[:, 3] = 0  # never seen
+    x = z @ random(4, 6, seed=1) + 3
+    moments, own = projection.Moments(), projection.Moments()
+    moments.add(x, z)
+    own.add(z, z)
+    prior = random(6, 5, seed=2)
+    read = projection.read_through(moments.mean[:-1], own.mean, prior)
+    torch.testing.assert_close(z @ read[:, :-1].T + read[:, -1], x)
+    torch.testing.assert_close(read[:, 3], prior[:, 3])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What comes back exactly
+
+STREAMS = (
+    "vit",
+    "vit_qk_norm",
+    "deit3",
+    "dinov2_reg",
+    "dinov2_swiglu",
+    "siglip",
+    "eva",
+    "beit",
+    "cait",
+    "efficientvit",
+)
+SMALL_IMAGES = {name: 32 for name in MODELS if "img_size" not in MODELS[name][1]}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", ["project", "greedy"])
+def test_a_student_as_large_as_its_teacher_has_its_function(name, method):
+    teacher, _ = models(name)
+    lively(teacher)
+    if method == "project" and not _streams(teacher):
+        with pytest.raises(InputError, match="choose greedy"):
+            check_streams(Structure(teacher, anatomy(teacher, name).neurons), name)
+        return
+    images = images_for(teacher, 3, SMALL_IMAGES.get(name))
+    student = lively(copy.deepcopy(teacher))
+    for parameter in student.parameters():
+        parameter.data += 1
+    try:
+        first = select_weights(teacher, student, element_selection=method, calibration=images, include_head=True)
+    except InputError as error:
+        assert method == "project" and "computes something else when its residual stream is rotated" in str(error)
+        assert name not in STREAMS
+        return
+    assert method == "greedy" or name in (*STREAMS, "swin", "swin_v2")
+    student.load_state_dict(first, strict=False)
+    with torch.no_grad():
+        expected = teacher(images)
+        assert expected.std() > 1e-3
+        torch.testing.assert_close(student(images), expected, rtol=1e-8, atol=1e-8 * expected.abs().max().item())
+
+
+def _streams(model):
+    structure = Structure(model, anatomy(model, "teacher").neurons)
+    return [space for space in structure.uses if structure.role(space, True) == ROTATED]
+
+
+def disguised(plan, teacher, student):
+    """A teacher's state_dict that computes what the student does with more neurons of each kind.
+
+    Beside every neuron of the student's are copies that nobody reads, so a normalisation sees the same statistics;
+    whole heads are copied, for whom none writes. Layers that the plan drops are zero.
+    """
+    whole = anatomy(teacher, "teacher")
+    structure = Structure(teacher, whole.neurons)
+    state = {key: torch.zeros_like(value) for key, value in teacher.state_dict().items()}
+    weights = student.state_dict()
+    for entry in plan:
+        value = weights[entry.key]
+        for dim, size in enumerate(entry.source_shape):
+            origin, alive = np.arange(size), np.ones(size, bool)
+            spaces = [part.space for part in whole.neurons.parts[entry.source][dim] or ()]
+            for (theirs, ours), space in zip((entry.parts or {}).get(dim, ()), spaces, strict=False):
+                times = [t // s for t, s in zip(theirs.shape, ours.shape, strict=True)]
+                axes = [np.arange(t) for t in theirs.shape]
+                if structure.role(space, False) == HEADS:
+                    places = [axis % s for axis, s in zip(axes, ours.shape, strict=True)]
+                    first = [axis < s for axis, s in zip(axes, ours.shape, strict=True)]
+                else:
+                    places = [axis // n for axis, n in zip(axes, times, strict=True)]
+                    first = [axis % n == 0 for axis, n in zip(axes, times, strict=True)]
+                origin[theirs] = ours[np.ix_(*places)]
+                alive[theirs] = np.all(np.meshgrid(*first, indexing="ij"), axis=0)
+            value = value.index_select(dim, torch.from_numpy(origin))
+            if dim == reads(teacher, entry.source):
+                value = value * torch.from_numpy(alive).view([-1 if d == dim else 1 for d in range(value.ndim)])
+        state[entry.source] = value
+    return state
+
+
+RECOVERED = {
+    "greedy": ("vit", "vit_qk_norm", "deit3", "dinov2_reg", "dinov2_swiglu", "dinov3", "eva", "convnext", "convnext_v2")
+    + ("mixer", "gmixer", "resnet", "wide_resnet", "resnext", "metaformer", "convmixer"),
+    "project": ("vit", "vit_qk_norm", "deit3", "dinov2_reg", "dinov2_swiglu", "eva"),
+}
+
+
+@pytest.mark.parametrize(("method", "name"), [(method, name) for method in RECOVERED for name in RECOVERED[method]])
+def test_a_teacher_that_uses_only_a_part_of_its_neurons_is_recovered(method, name, monkeypatch):
+    monkeypatch.setattr(projection, "RIDGE", 1e-11)
+    teacher, student = models(name)
+    for model in (teacher, lively(student)):
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-12  # a part of the variance of another size
+    plan = make_plan(teacher, student, include_head=True)
+    teacher.double().eval().load_state_dict(disguised(plan, teacher, student))
+    images = images_for(student, 24, SMALL_IMAGES.get(name))
+    with torch.no_grad():
+        expected = student(images)
+        torch.testing.assert_close(teacher(images), expected, rtol=1e-9, atol=1e-9)
+        found = copy.deepcopy(student)
+        first = select_weights(teacher, student, element_selection=method, calibration=images, include_head=True)
+        for parameter in found.parameters():
+            parameter.data += 1
+        found.load_state_dict(first, strict=False)
+        error = (found(images) - expected).norm() / expected.norm()
+    assert error < 1e-6, error
+
+
+def orthogonal_to_ones(size, count, seed):
+    columns = random(size, count + 1, seed=seed)
+    columns[:, 0] = 1
+    return torch.linalg.qr(columns).Q[:, 1:]
+
+
+def oblique(student, teacher):
+    """A teacher's state_dict that computes what the student does, with its stream along no coordinates of its own.
+
+    x = V s, so that n = sqrt(D/d) V LN(s); heads have dimensions more that are zero.
+    """
+    d, large = student.embed_dim, teacher.embed_dim
+    turn = orthogonal_to_ones(large, d - 1, 5) @ orthogonal_to_ones(d, d - 1, 6).T
+    into = turn.T * (d / large) ** 0.5
+    heads, a, b = 2, large // 2, d // 2
+    inside = torch.cat([torch.arange(b) + head * a for head in range(heads)])
+    state = {key: torch.zeros_like(value) for key, value in teacher.state_dict().items()}
+    given = student.state_dict()
+    norms = {"attn.qkv": "norm1", "mlp.fc1": "norm2", "head": "norm"}
+    for key, value in given.items():
+        layer, _, kind = key.rpartition(".")
+        norm = next((layer.removesuffix(end) + norms[end] for end in norms if layer.endswith(end)), None)
+        if "norm" in layer:
+            value = torch.ones(large) if kind == "weight" else torch.zeros(large)
+        elif norm is not None:
+            gain, shift = given[f"{norm}.weight"], given[f"{norm}.bias"]
+            weight = given[f"{layer}.weight"]
+            value = weight * gain @ into if kind == "weight" else value + weight @ shift
+        elif layer.endswith(("attn.proj", "mlp.fc2", "patch_embed.proj")):
+            value = torch.tensordot(turn, value, 1)
+        else:
+            value = value @ turn.T
+        if layer.endswith("attn.qkv"):
+            wide = torch.zeros(3, large, *value.shape[1:], dtype=DOUBLE)
+            wide[:, inside] = value.view(3, d, *value.shape[1:])
+            wide[0] *= (a / b) ** 0.5
+            value = wide.flatten(0, 1)
+        if layer.endswith("attn.proj") and kind == "weight":
+            wide = torch.zeros(large, large, dtype=DOUBLE)
+            wide[:, inside] = value
+            value = wide
+        state[key] = value
+    return state
+
+
+def test_a_stream_along_no_coordinates_is_recovered_by_a_rotation_only(monkeypatch):
+    monkeypatch.setattr(projection, "RIDGE", 1e-11)
+    options = {"img_size": 32, "patch_size": 8, "num_classes": 7, "num_heads": 2, "depth": 2}
+    student = lively(create_model("vit_tiny", **options, embed_dim=32))
+    teacher = lively(create_model("vit_tiny", **options, embed_dim=64, mlp_ratio=2))
+    for module in (*teacher.modules(), *student.modules()):
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-12
+    teacher.load_state_dict(oblique(student, teacher))
+    images = images_for(student, 24)
+    errors = {}
+    with torch.no_grad():
+        expected = student(images)
+        torch.testing.assert_close(teacher(images), expected, rtol=1e-8, atol=1e-8)
+        for method in ("project", "greedy"):
+            first = select_weights(teacher, student, element_selection=method, calibration=images, include_head=True)
+            found = lively(copy.deepcopy(student))
+            found.load_state_dict(first, strict=False)
+            errors[method] = ((found(images) - expected).norm() / expected.norm()).item()
+    assert errors["project"] < 1e-6 and errors["greedy"] > 1e-2, errors
+
+
+def test_heads_of_a_low_rank_are_recovered_in_smaller_and_in_more_heads(monkeypatch):
+    monkeypatch.setattr(projection, "RIDGE", 1e-11)
+    options = {"img_size": 32, "patch_size": 8, "num_classes": 7, "depth": 2, "embed_dim": 32}
+    teacher = lively(create_model("vit_tiny", **options, num_heads=2))
+    for block in teacher.blocks:  # queries and keys that share 8 of 16 dimensions
+        rows = block.attn.qkv.weight.data.view(3, 2, 16, 32)
+        rows[0, :, 8:] = random(2, 8, 8) @ rows[0, :, :8]
+        bias = block.attn.qkv.bias.data.view(3, 2, 16)
+        bias[0, :, 8:] = (random(2, 8, 8) @ bias[0, :, :8, None])[..., 0]
+    student = lively(create_model("vit_tiny", **options, num_heads=4))  # the values of each go into two heads
+    images = images_for(student, 24)
+    student.load_state_dict(
+        select_weights(teacher, student, element_selection="greedy", calibration=images, include_head=True)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(student(images), teacher(images), rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Families
+
+
+def test_roles_follow_from_what_touches_the_neurons():
+    model = meta("vit_tiny")
+    structure = Structure(model, anatomy(model, "teacher").neurons)
+    assert [attention.heads for attention in structure.attentions.values()] == [3] * 12
+    parts = structure.neurons.parts
+    assert structure.role(parts["cls_token"][2][0].space, True) == ROTATED
+    assert structure.role(parts["blocks.0.mlp.fc2.weight"][1][0].space, True) == "strongest"
+    rotary = meta("vit_small_patch16_dinov3")
+    structure = Structure(rotary, anatomy(rotary, "teacher").neurons)
+    assert not structure.attentions
+    assert structure.role(structure.neurons.parts["blocks.0.attn.qkv.weight"][0][0].space, True) == UNIFORM
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("convnext_tiny", "conv_dw.weight works on single coordinates"),
+        ("resnet18", "no layer normalisation reads it"),
+        ("vit_small_patch16_dinov3", "blocks.0.attn.qkv.weight has no bias to take over"),
+    ],
+)
+def test_a_stream_that_is_tied_to_its_coordinates_is_not_rotated(name, reason):
+    model = meta(name)
+    with pytest.raises(InputError, match=reason):
+        check_streams(Structure(model, anatomy(model, name).neurons), name)
+
+
+def test_a_rotation_that_structure_allows_but_the_function_does_not_is_refused():
+    teacher, student = (lively(model) for model in models("mixer"))  # its hidden units are of tokens and channels
+    with pytest.raises(InputError, match="computes something else when its residual stream is rotated; choose greedy"):
+        select_weights(teacher, student, element_selection="project", calibration=images_for(teacher))
+
+
+def test_heads_that_are_not_free_are_selected_uniformly_which_is_said(capsys):
+    teacher, student = (lively(model) for model in models("cait"))
+    select_weights(teacher, student, element_selection="greedy", calibration=images_for(teacher))
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("ClassAttn: queries, keys and values are not free inside a head") == 1
+    assert "TalkingHeadAttn" not in said.out + said.err
+
+
+def closeness(teacher, student, images, **options):
+    """Correlation of what a student's first weights and the teacher compute."""
+    first = select_weights(teacher, student, include_head=True, **options)
+    student = copy.deepcopy(student)
+    student.load_state_dict(first, strict=False)
+    with torch.no_grad():
+        both = torch.stack([model.eval()(images).flatten() for model in (teacher, student)])
+    return torch.corrcoef(both)[0, 1].item()
+
+
+PRE_NORM = {"img_size": 32, "patch_size": 8, "num_classes": 7, "depth": 2, "pre_norm": True, "mlp_ratio": 2}
+PAIRS = {
+    "norm in the stream": ("vit_tiny", PRE_NORM, {"embed_dim": 64, "num_heads": 4}, {"embed_dim": 32, "num_heads": 2}),
+    "a ratio that is no integer": (
+        "vit_tiny",
+        PRE_NORM | {"pre_norm": False},
+        {"embed_dim": 60, "num_heads": 4},
+        {"embed_dim": 36, "num_heads": 3},
+    ),
+    "fewer layers": (
+        "vit_tiny",
+        PRE_NORM | {"pre_norm": False, "embed_dim": 48, "num_heads": 4},
+        {"depth": 6},
+        {"depth": 3},
+    ),
+    "other images": (
+        "vit_tiny",
+        {"patch_size": 8, "num_classes": 7, "depth": 2, "mlp_ratio": 2},
+        {"embed_dim": 64, "num_heads": 4, "img_size": 64},
+        {"embed_dim": 32, "num_heads": 2, "img_size": 32},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_projected_weights_are_nearer_to_the_teacher_than_selected_ones(kind):
+    architecture, both, large, small = PAIRS[kind]
+    teacher = create_model(architecture, **{**both, **large}).eval()
+    student = create_model(architecture, **{**both, **small}).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in teacher.parameters():  # weights that matter, few directions of them more than others
+        if parameter.ndim == 2:
+            parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
+            parameter.data *= torch.linspace(2, 0, parameter.shape[1]) ** 2
+    images = images_for(student, 32).float()
+    seen = copy.deepcopy(teacher)
+    if kind == "other images":
+        seen.set_input_size(img_size=32)
+    rules = {method: {"element_selection": method, "calibration": images} for method in ("project", "greedy")}
+    if kind == "fewer layers":
+        rules = {"greedy": rules["greedy"]}
+    plain = closeness(seen, student, images)
+    for method, options in rules.items():
+        assert closeness(seen, student, images, **options) > plain + 0.03, method
+        given = select_weights(teacher, student, **options, include_head=True)
+        again = select_weights(seen, student, **options, include_head=True)
+        assert all(torch.equal(given[key], again[key]) for key in given), "the teacher was not brought to the images"
+
+
+def test_of_the_models_nothing_changes():
+    teacher, student = (lively(model) for model in models("vit"))
+    before = [{key: value.clone() for key, value in model.state_dict().items()} for model in (teacher, student)]
+    teacher.train()
+    select_weights(teacher, student, element_selection="project", calibration=images_for(teacher))
+    assert teacher.training
+    for model, weights in zip((teacher, student), before, strict=True):
+        assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Calibration and the command line
+
+CONFIG = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 0.9}
+
+
+def test_calibration_images_are_the_same_every_time_and_others_for_another_seed(image_folder):
+    for source in ("noise", image_folder):
+        batches = Calibration(source, 40, (3, 16, 16), CONFIG, 0)
+        first, again = torch.cat(list(batches)), torch.cat(list(batches))
+        assert first.shape == (40, 3, 16, 16) and torch.equal(first, again) and len(list(batches)) == len(batches)
+        assert not torch.equal(first, torch.cat(list(Calibration(source, 40, (3, 16, 16), CONFIG, 1))))
+    assert len(first.flatten(1).unique(dim=0)) == 40, "an image twice"
+
+
+def test_noise_is_one_over_f():
+    images = torch.cat(list(Calibration("noise", 64, (3, 64, 64), CONFIG, 0))).double()
+    amplitude = torch.fft.rfft2(images).abs().square().mean((0, 1))[0].sqrt()
+    torch.testing.assert_close(amplitude[4] / amplitude[16], torch.tensor(4.0, dtype=DOUBLE), rtol=0.1, atol=0)
+    assert abs(images.mean()) < 1e-6 and abs(images.std() - 1) < 1e-2
+
+
+def test_a_tap_shows_layers_and_takes_what_is_given_back():
+    model = lively(create_model("test_vit", num_classes=7))
+    images = images_for(model, 2)
+    seen = []
+    with torch.no_grad(), Tap(model, lambda key, x, y: seen.append(key) or (y * 0 if key == "head.weight" else y)):
+        assert not model(images).any()
+    assert seen[0] == "patch_embed.proj.weight" and seen[-1] == "head.weight" and len(seen) == 2 + 4 * 6
+
+
+LARGE = {"embed_dim": 32, "depth": 3, "num_heads": 4, "img_size": 16, "patch_size": 4, "num_classes": 5}
+SMALL = {**LARGE, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, image_folder):
+    """Words of the command line: a small teacher's file, a student of half its width, images; later words win."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save(create_model("vit_small", **LARGE).state_dict(), path)
+    given = ["--pretrained_model", "vit_small", "--pretrained_path", path, "--student", "vit_tiny"]
+    for option, sizes in (("--teacher_kwargs", LARGE), ("--student_kwargs", SMALL)):
+        given += [option, *(f"{key}={value}" for key, value in sizes.items())]
+
+    def words(output, *more):
+        return [*given, "--output_dir", output, "--calibration", image_folder, "--calibration_images", 20, *more]
+
+    return words
+
+
+@pytest.mark.parametrize("method", ["project", "greedy"])
+def test_the_command_writes_what_the_function_gives_with_where_it_is_from(cli, command, method, tmp_path, image_folder):
+    options = ["--element_selection", method, "--seed", 3]
+    assert cli(weight_selection.main, *command(tmp_path / "init.pth", *options)) is None
+    assert cli(weight_selection.main, *command(tmp_path / "again.pth", *options)) is None
+    written, again = (torch.load(tmp_path / name, weights_only=True) for name in ("init.pth", "again.pth"))
+    teacher = create_model("vit_small", **LARGE)
+    function = select_weights(
+        teacher,
+        create_model("vit_tiny", **SMALL),
+        weights=command("")[3],
+        element_selection=method,
+        calibration=image_folder,
+        calibration_images=20,
+        seed=3,
+    )
+    student = create_model("vit_tiny", **SMALL)
+    assert list(written) == [key for key in student.state_dict() if not key.startswith("head")]
+    for other in (again, function):
+        assert all(torch.equal(written[key], other[key]) for key in written)
+    options = json.loads((tmp_path / "init.json").read_text())["options"]
+    assert options["element_selection"] == method and options["seed"] == 3
+    assert (options["calibration"], options["calibration_images"]) == (str(image_folder), 20)
+
+
+def test_a_dry_run_says_what_is_done_and_needs_no_images(cli, command, tmp_path, capsys):
+    words = [str(word) for word in command(tmp_path, "--element_selection", "project", "--dry_run")]
+    without = words[: words.index("--calibration")] + words[words.index("--calibration_images") + 2 :]
+    assert cli(weight_selection.main, *without) is None
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert lines["blocks.0.attn.qkv.weight"].endswith("heads, least-squares read")
+    assert lines["blocks.0.mlp.fc2.weight"].endswith("rotated, least-squares read")
+    assert lines["blocks.0.mlp.fc1.bias"].endswith("strongest")
+    assert lines["cls_token"].endswith("rotated") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--element_selection", "uniform"], "--calibration {images}: has no effect with --element_selection uniform"),
+        (["--calibration", "nowhere"], "--calibration nowhere: no such directory; name one of images, or noise"),
+        (["--calibration_images", 0], "--calibration_images 0: give a number from 1 up"),
+        (["--calibration_images", 999], "--calibration {images}: 61 images there, --calibration_images asks for 999"),
+        (
+            ["--student", "resnet18", "--student_kwargs", "--pretrained_model", "resnet18", "--teacher_kwargs"],
+            "--element_selection project: resnet18 has no residual stream that can be rotated: no layer",
+        ),
+        (
+            ["--student_kwargs", *(f"{k}={v}" for k, v in (SMALL | {"num_heads": 1}).items())],
+            "blocks.0.attn: the teacher's heads have 8 dimensions, the student's 16: heads cannot be merged",
+        ),
+        (
+            ["--student_kwargs", *(f"{k}={v}" for k, v in (SMALL | {"in_chans": 1}).items())],
+            "in_chans: the teacher cannot see images of other channels than its own",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(cli, command, more, message, tmp_path, image_folder):
+    said = cli(weight_selection.main, *command(tmp_path / "out", "--element_selection", "project", *more))
+    assert said.startswith(message.format(images=image_folder)), said
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_projection_asks_for_images(cli, command, tmp_path):
+    words = [str(word) for word in command(tmp_path, "--element_selection", "greedy")]
+    words = words[: words.index("--calibration")] + words[words.index("--calibration_images") + 2 :]
+    assert cli(weight_selection.main, *words).startswith("--calibration is missing: --element_selection greedy needs")
+    with pytest.raises(InputError, match="calibration is missing: a directory of images, batches of images, or noise"):
+        select_weights(*models("vit"), element_selection="greedy")
+    with pytest.raises(InputError, match="calibration: has no effect with element_selection=uniform"):
+        select_weights(*models("vit"), calibration="noise")
+    with pytest.raises(InputError, match="student: is on the meta device, but projection runs it"):
+        select_weights(models("vit")[0], meta("vit_tiny"), element_selection="greedy", calibration="noise")
+
+
+def test_an_image_that_cannot_be_read_is_named(cli, command, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    more = ["--element_selection", "greedy", "--calibration", tmp_path / "images", "--calibration_images", 1]
+    said = cli(weight_selection.main, *command(tmp_path / "out.pth", *more))
+    assert "broken.png cannot be read" in said and not (tmp_path / "out.pth").exists()
+
+
+def test_a_teacher_whose_activations_overflow_is_refused():
+    teacher, student = (model.float() for model in models("vit"))
+    teacher.blocks[0].mlp.fc1.weight.data.fill_(1e38)
+    with pytest.raises(InputError, match="blocks.0.mlp.fc2.weight takes is not finite"):
+        select_weights(teacher, student, element_selection="greedy", calibration=images_for(teacher).float())
