@@ -13,6 +13,7 @@ each dimension. Applying it touches the weights.
 
 import argparse
 import os
+import sys
 
 from files import begin_sha256, check_directory, check_file
 from models.families import COMPONENTS, FAMILIES
@@ -28,7 +29,7 @@ def select_weights(
     element_selection: str = "uniform",
     seed: int = 0,
     calibration=None,
-    calibration_images: int = CALIBRATION_IMAGES,
+    calibration_images: int | None = None,
     **plan_options,
 ) -> dict:
     """Select a student's first weights from a teacher, or project the teacher's onto it.
@@ -51,6 +52,10 @@ def select_weights(
     Raises:
         InputError: unknown name, weights that are not this teacher's, or a student that is no smaller version of it.
     """
+    if element_selection not in ELEMENT_SELECTION + FITTED:
+        raise InputError(
+            f"element_selection={element_selection}: choose one of {', '.join(ELEMENT_SELECTION + FITTED)}"
+        )
     if element_selection in FITTED:
         return _project(
             teacher,
@@ -62,8 +67,9 @@ def select_weights(
             calibration_images=calibration_images,
             **plan_options,
         )
-    if calibration is not None:
-        raise InputError(f"calibration: has no effect with element_selection={element_selection}; leave it out")
+    for option, value in (("calibration", calibration), ("calibration_images", calibration_images)):
+        if value is not None:
+            raise InputError(f"{option}: has no effect with element_selection={element_selection}; leave it out")
     from models.create import create_model
     from models.membership import family_of
     from models.weights import create_pretrained, open_teacher
@@ -94,6 +100,7 @@ def _project(teacher, student, weights, *, calibration, **options):
     from models.weights import create_pretrained, open_teacher
     from selection.fitting import fit_weights, load_teacher
 
+    _check_exclude(options["method"], options.get("exclude"))
     if calibration is None:
         raise InputError(f"calibration is missing: a directory of images, batches of images, or {NOISE}")
     if isinstance(teacher, str) and weights is None:
@@ -106,7 +113,8 @@ def _project(teacher, student, weights, *, calibration, **options):
             raise InputError(f"{name}: is on the meta device, but projection runs it; give a real one")
     if isinstance(weights, (str, os.PathLike)):
         weights, _ = open_teacher(weights, teacher, family_of(teacher, "teacher"), "weights")
-    load_teacher(teacher, teacher.state_dict() if weights is None else weights, "weights")
+    own = teacher.state_dict() if weights is None else weights
+    load_teacher(teacher, own, "weights", options.get("include_head", False))
     return fit_weights(teacher, student, calibration=calibration, **options)
 
 
@@ -214,6 +222,14 @@ def check_options(args) -> None:
     check_kwargs(args.teacher_kwargs, "--teacher_kwargs", {})
 
 
+def _check_exclude(method, exclude):
+    if exclude:
+        raise InputError(
+            f"--exclude {exclude[0]}: {method} fits layers to what those before them give, which must not be random; "
+            "leave it out, or select by another rule"
+        )
+
+
 def _check_calibration(args):
     fitted = args.element_selection in FITTED
     given = {"--calibration": args.calibration, "--calibration_images": args.calibration_images}
@@ -230,9 +246,9 @@ def _check_calibration(args):
         )
     if fitted and args.calibration not in (None, NOISE):
         check_directory(args.calibration, "--calibration", f"name one of images, or {NOISE}")
-    if args.calibration_images is None:
-        args.calibration_images = CALIBRATION_IMAGES
-    if args.calibration_images < 1:
+    if fitted:
+        _check_exclude(args.element_selection, args.exclude)
+    if args.calibration_images is not None and args.calibration_images < 1:
         raise InputError(f"--calibration_images {args.calibration_images}: give a number from 1 up")
 
 
@@ -265,5 +281,6 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # copying waits for memory; more threads would wait for each other
+    if not any(word.split("=")[-1] in FITTED for word in sys.argv):  # these compute; the others copy, which waits for
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # memory: more threads would wait for each other
     run_program("weight_selection.py", main)

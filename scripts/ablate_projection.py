@@ -26,28 +26,39 @@ from selection import projection
 from selection.roles import Structure
 from selection.rules import uniform_indices
 
-ROTATION = projection.rotation
+ROTATION, STRONGEST = projection.rotation, projection.strongest
 
 
 def leading(normalised, weight, frame):
     """The rotation onto the leading eigenvectors."""
-    return ROTATION(normalised, torch.eye(len(normalised), dtype=normalised.dtype), frame)
+    return ROTATION(normalised, torch.eye(len(normalised)).to(normalised), frame)
 
 
 def turned(normalised, weight, frame):
     """The rotation, in another frame of the student's stream orthogonal to ones."""
     random = torch.randn(2, len(frame), len(frame), generator=torch.Generator().manual_seed(0), dtype=normalised.dtype)
     random[:, :, 0] = 1
-    first, second = torch.linalg.qr(random).Q[:, :, 1:]
+    first, second = torch.linalg.qr(random).Q[:, :, 1:].to(normalised.device)
     return first @ second.T @ ROTATION(normalised, weight, frame)
 
 
+def spaced_units(variance, outgoing, groups, count):
+    """Evenly spaced hidden units; of heads, the strongest as ever."""
+    if groups.shape[1] > 1:
+        return STRONGEST(variance, outgoing, groups, count)
+    return uniform_indices(len(groups), count).to(variance.device)
+
+
 PARTS = {
-    "reads": (projection, "read_through", lambda across, own, prior: prior),
+    "reads": (projection, "read_through", lambda across, own, prior, constant: prior),
     "weights": (projection, "rotation", leading),
     "frame": (projection, "rotation", turned),
-    "coordinates": (projection, "greedy", lambda covariance, weight, count: uniform_indices(len(weight), count)),
-    "units": (projection, "strongest", lambda variance, outgoing, groups, count: uniform_indices(len(groups), count)),
+    "coordinates": (
+        projection,
+        "greedy",
+        lambda covariance, weight, count: uniform_indices(len(weight), count).to(weight.device),
+    ),
+    "units": (projection, "strongest", spaced_units),
     "heads": (Structure, "_attention", lambda self, name, heads, local: None),
 }
 

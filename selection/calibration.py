@@ -1,5 +1,6 @@
 """Calibration: a few images, without labels, and what a model's dense layers take and give while it sees them."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from files import check_directory
 from program import InputError
-from selection import NOISE
+from selection import CALIBRATION_IMAGES, NOISE
 from sources import BadImage, ImageFiles
 
 BATCH_SIZE = 16
@@ -25,7 +26,8 @@ class Calibration:
 
     Args:
         source: ``noise``, or a directory, searched with all below it.
-        count: number of images; of a directory that has more, a random draw.
+        count: number of images; of a directory that has more, a random draw. None: ``CALIBRATION_IMAGES``, or all that
+            a directory has if these are fewer.
         size: (channels, height, width) of the model's input.
         config: the teacher's pretrained_cfg: its mean, std and interpolation.
         seed: of the draw and of the noise.
@@ -34,18 +36,33 @@ class Calibration:
         InputError: no such directory, no images in it, or not as many as ``count``.
     """
 
-    def __init__(self, source, count: int, size: tuple, config: dict, seed: int):
-        self.count, self.size, self.seed, self.images = count, tuple(size), seed, None
+    def __init__(self, source, count: int | None, size: tuple, config: dict, seed: int):
+        if count is not None and count < 1:
+            raise InputError(f"--calibration_images {count}: give a number from 1 up")
+        if seed < 0:
+            raise InputError(f"--seed {seed}: give a number from 0 up")
+        self.size, self.config, self.seed, self.images = tuple(size), config, seed, None
+        self.count = count or CALIBRATION_IMAGES
         if str(source) == NOISE:
             return
         root = Path(source)
         check_directory(root, "--calibration", f"name one of images, or {NOISE}")
-        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-        if len(paths) < count:
+        if self.size[0] != 3:
+            raise InputError(
+                f"--calibration {root}: images are RGB, the model takes {self.size[0]} channels; use {NOISE}"
+            )
+        files = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
+        paths = sorted(path for path in files if path.suffix.lower() in IMG_EXTENSIONS)
+        if not paths:
+            raise InputError(
+                f"--calibration {root}: no images there ({' '.join(IMG_EXTENSIONS)}); name another directory"
+            )
+        if len(paths) < (count or 1):
             raise InputError(
                 f"--calibration {root}: {len(paths)} images there, --calibration_images asks for {count}; give fewer"
             )
-        draw = np.random.Generator(np.random.PCG64(seed)).permutation(len(paths))[:count]
+        self.count = min(self.count, len(paths))
+        draw = np.random.Generator(np.random.PCG64(seed)).permutation(len(paths))[: self.count]
         words = ("mean", "std", "interpolation", "crop_pct")
         transform = create_transform(self.size, **{word: config[word] for word in words})
         self.images = ImageFiles([(paths[index], None) for index in sorted(draw)], transform)
@@ -66,22 +83,56 @@ class Calibration:
             raise InputError(f"--calibration: {error}; remove it, or give another directory") from error
 
     def _noise(self, index):
-        return noise(self.size, np.random.SeedSequence((self.seed, index)))
+        mean, std = (torch.tensor(self.config[word])[: self.size[0], None, None] for word in ("mean", "std"))
+        return (noise(self.size, np.random.SeedSequence((self.seed, index))) - mean) / std
 
 
 def noise(size: tuple, entropy) -> torch.Tensor:
-    """An image of noise whose amplitude falls as 1/frequency, as that of photographs does; mean 0, deviation 1.
+    """Noise with what photographs have in common: amplitudes that fall as 1/frequency, channels that are much alike,
+    brightness and contrast of their own.
 
     Args:
-        size: (channels, height, width); channels are independent.
+        size: (channels, height, width).
         entropy: seed of numpy's generator.
+
+    Returns:
+        float32 in 0..1, about 0.5 +- 0.25.
     """
     channels, height, width = size
-    white = np.random.Generator(np.random.PCG64(entropy)).standard_normal(size)
+    random = np.random.Generator(np.random.PCG64(entropy))
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = np.inf
-    image = np.fft.irfft2(np.fft.rfft2(white) / frequency, s=(height, width))
-    return torch.from_numpy(image / image.std(axis=(1, 2), keepdims=True)).float()
+    layers = np.fft.irfft2(np.fft.rfft2(random.standard_normal((1 + channels, height, width))) / frequency, s=size[1:])
+    layers /= layers.std(axis=(1, 2), keepdims=True)
+    image = 0.85 * layers[:1] + 0.5 * layers[1:]  # light, and colour
+    image = random.uniform(0.4, 1.2) * image + random.normal(0, 0.4) + random.normal(0, 0.3, (channels, 1, 1))
+    return torch.from_numpy((0.5 + 0.25 * image).clip(0, 1)).float()
+
+
+def check_batches(images, channels: int, count: int | None):
+    """Images of a caller's own, in batches.
+
+    Args:
+        images: a tensor (n, channels, height, width), or an iterable of such.
+        channels: of the model.
+        count: must be None: all are taken.
+
+    Raises:
+        InputError: they are something else, or can be gone through only once.
+    """
+    if count is not None:
+        raise InputError(f"calibration_images={count}: has no effect with images given as tensors; leave it out")
+    if isinstance(images, torch.Tensor):
+        images = images.split(BATCH_SIZE)
+    if not hasattr(images, "__iter__") or iter(images) is images:
+        raise InputError(f"calibration: a {type(images).__name__} cannot be gone through three times; give a list")
+    first = next(iter(images), None)
+    if not isinstance(first, torch.Tensor) or not first.is_floating_point() or first.ndim != 4 or not len(first):
+        found = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, torch.Tensor) else type(first).__name__
+        raise InputError(f"calibration: batches must be floating point (n, {channels}, height, width), not {found}")
+    if first.shape[1] != channels:
+        raise InputError(f"calibration: images have {first.shape[1]} channels, the model takes {channels}")
+    return images
 
 
 class Tap(TorchFunctionMode):
@@ -112,7 +163,8 @@ class Tap(TorchFunctionMode):
             if key is not None:
                 return self.norm(key, args[0], func(*args, **kwargs))
         elif self.scaled is not None and getattr(func, "__name__", "") in PRODUCTS:
-            for one, other in (args, args[::-1]):
+            factors = (*args, *kwargs.values())[:2]
+            for one, other in (factors, factors[::-1]):
                 if id(one) in self.keys:
                     self.scaled(self.keys[id(one)], other)
         return func(*args, **kwargs)

@@ -110,21 +110,33 @@ class _Fitting:
 
     Args:
         args: checked options.
+        plan: of the selection.
         teacher, whole: on the meta device, and its anatomy.
-        student: on the meta device.
+        student, taken_apart: likewise.
     """
 
-    def __init__(self, args, teacher, whole, student):
-        from selection import calibration, fitting, roles  # what no other rule needs
+    def __init__(self, args, plan, teacher, whole, student, taken_apart):
+        from selection import calibration, fitting, roles, survey, writes  # what no other rule needs
 
         self.args, self.module, self.whole = args, fitting, whole
         self.structure = roles.Structure(teacher, whole.neurons)
         if args.element_selection == "project":
             fitting.check_streams(self.structure, args.pretrained_model)
-        if not args.dry_run:
+        if args.calibration is not None:
             self.images = calibration.Calibration(
                 args.calibration, args.calibration_images, input_size(student), teacher.pretrained_cfg, args.seed
             )
+        sides = survey.Side(teacher, whole, self.structure), survey.Side.of(student, taken_apart)
+        writes.check_heads({entry.key: entry for entry in plan}, *sides)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def record(self):
+        """What the provenance says of it."""
+        return {
+            "calibration": self.args.calibration,
+            "calibration_images": self.images.count,
+            "calibration_device": self.device,
+        }
 
     def describe(self, plan, taken_apart):
         return self.module.describer(
@@ -133,13 +145,12 @@ class _Fitting:
 
     def fit(self, weights, student_options, plan_options, option):
         args = self.args
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         teacher = create_model(args.pretrained_model, option="--pretrained_model", **args.teacher_kwargs)
-        self.module.load_teacher(teacher, weights, option)
+        self.module.load_teacher(teacher, weights, option, args.include_head)
         torch.manual_seed(args.seed)
         student = create_model(args.student, **student_options)
         return self.module.fit_weights(
-            teacher.to(device), student, method=args.element_selection, calibration=self.images, **plan_options
+            teacher.to(self.device), student, method=args.element_selection, calibration=self.images, **plan_options
         )
 
 
@@ -167,7 +178,7 @@ def run(args, digest: Future | None) -> None:
     taken_apart = anatomy(student, f"--student {args.student}")
     whole = anatomy(teacher, f"--pretrained_model {args.pretrained_model}")
     plan = plan_selection(whole, taken_apart, **plan_options)
-    fitting = _Fitting(args, teacher, whole, student) if args.element_selection in FITTED else None
+    fitting = _Fitting(args, plan, teacher, whole, student, taken_apart) if args.element_selection in FITTED else None
     counts = {role: sum(entry.role == role for entry in plan) for role in ("selected", "excluded", "classifier")}
     summary = ", ".join(f"{count} {role}" for role, count in counts.items() if count)
     if args.dry_run:
@@ -205,11 +216,7 @@ def run(args, digest: Future | None) -> None:
             "student": {"name": args.student, "kwargs": args.student_kwargs}
             | ({"input_size": args.student_input_size} if args.student_input_size else {}),
             "options": {**plan_options, "element_selection": args.element_selection, "seed": args.seed}
-            | (
-                {"calibration": args.calibration, "calibration_images": args.calibration_images}
-                if fitting is not None
-                else {}
-            ),
+            | (fitting.record() if fitting is not None else {}),
             "left_out": absent,
             **({"random": left_out} if args.complete else {}),
             "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": sys.version.split()[0]},

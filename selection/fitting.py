@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from models.membership import classifier_pattern
 from program import InputError
-from selection import CALIBRATION_IMAGES, projection
-from selection.calibration import BATCH_SIZE, Calibration, Tap, vectors
+from selection import projection
+from selection.calibration import Calibration, Tap, check_batches, vectors
 from selection.plan import Anatomy, anatomy, checked_weight, plan_selection
 from selection.projection import Moments
 from selection.roles import ROTATED, Structure
@@ -61,6 +61,8 @@ class Fit:
         self.weights = teacher.model.state_dict()
         self.state = student.model.state_dict()
         self.folded = self._fold()
+        read = {entry.source for key, entry in entries.items() if self._is_read(key)}
+        self._taken_over = {self.survey.norm_of[key] for key in read if key in survey.norm_of}
         self.rows, self.priors, self._shifts = {}, {}, {}
         for key, entry in entries.items():
             self._convert(key, entry)
@@ -76,11 +78,13 @@ class Fit:
             images: batches on the device of the models.
         """
         across, own = ({key: Moments() for key in self.rows} for _ in range(2))
+        sources = {entry.source for entry in self.entries.values()}
         for batch in images:
             taken = {}
 
             def record(key, x, y, taken=taken):
-                taken.setdefault(key, []).append((x.clone(), y.clone()))  # activations may be changed in place
+                if key in sources:
+                    taken.setdefault(key, []).append((x.clone(), y.clone()))  # activations may be changed in place
                 return y
 
             def force(key, z, y, taken=taken):
@@ -103,9 +107,8 @@ class Fit:
                 self.student.model(batch)
         for key, prior in self.priors.items():
             if own[key].count:
-                columns = slice(None) if self._shifts[key] else slice(-1)  # without a bias there is no c
-                moments = across[key].mean[:-1, columns], own[key].mean[columns, columns]
-                self._read(key, projection.read_through(*moments, prior[:, columns]))
+                moments = across[key].mean[:-1], own[key].mean
+                self._read(key, projection.read_through(*moments, prior, constant=bool(self._shifts[key])))
 
     def comparable(self, key: str) -> bool:
         """Whether a dense layer of the student gives what the teacher's gives, if nothing is lost."""
@@ -141,7 +144,7 @@ class Fit:
         in_stream = self.student.space_of(key) in self.writes.rotated and (
             entry.source in self.survey.scaled or structure.is_norm(key)
         )
-        reads = 1 in entry.parts and key in structure.dense and entry.source in self.survey.moments
+        reads = self._is_read(key)
         if in_stream:
             weight = self._neutral(key, entry)
         for dim in () if in_stream else entry.parts:
@@ -153,23 +156,39 @@ class Fit:
         else:
             self.state[key].copy_(weight.reshape(entry.shape))
 
+    def _is_read(self, key):
+        """Whether a tensor is the weight of a layer whose read is fitted."""
+        entry = self.entries[key]
+        return 1 in entry.parts and key in self.student.structure.dense and entry.source in self.survey.moments
+
     def _neutral(self, key, entry):
-        """What a norm or a LayerScale of a rotated stream starts from: layers around it have taken its values over."""
+        """What a norm or a LayerScale of a rotated stream starts from: layers around it have taken its values over.
+
+        Where none has, before a new classifier, features keep their sizes.
+        """
         is_shift = entry.source.endswith("bias")
         gain = entry.source.removesuffix("bias") + "weight" if is_shift else entry.source
+        space = self.student.space_of(key)
         if gain in self.survey.early:
-            return self._between(self.student.space_of(key), gain)[1 + is_shift]
+            return self._between(space, gain)[1 + is_shift]
+        if gain in self.survey.normalised and gain not in self._taken_over:
+            return self.writes.of[space] @ self._shift(gain) if is_shift else self._mean_gain(space, gain)
         return torch.full(entry.shape, float(not is_shift), device=self.teacher.device)
+
+    def _mean_gain(self, space, gain):
+        """g_i, the mean gain of what is written onto each coordinate of a rotated stream; none is nearly zero."""
+        share, gains = self.writes.of[space] ** 2, self.weights[gain].double()
+        mean, least = share @ gains / share.sum(1), 0.1 * gains.square().mean().sqrt()
+        return torch.where(mean.abs() < least, least.copysign(mean), mean)
 
     def _between(self, space, gain):
         """For a norm in the stream itself, x = g n + b: the write before it, its gain and its shift.
 
         With g_i the mean gain of what is written onto coordinate i, the write Q diag(g) / g_i before it and this gain
-        give Q diag(g) n but for the length, which is right in the mean.                                           (8)
+        give nearly Q diag(g) n: the length is right in the mean only, and a mean over coordinates is lost.        (8)
         """
-        write, gains = self.writes.of[space], self.weights[gain].double()
-        mean = (write**2 @ gains) / (write**2).sum(1)
-        before = write * gains / mean[:, None]
+        write, mean = self.writes.of[space], self._mean_gain(space, gain)
+        before = write * self.weights[gain].double() / mean[:, None]
         before = before - before.mean(1, keepdim=True)
         moments = self.survey.normalised[gain].mean[:-1, :-1]
         length = ((before @ moments) * before).sum() / len(before)
@@ -289,7 +308,9 @@ def check_free(teacher: Side, student: Side, survey: Survey, batch: Tensor, rota
             for side in (teacher, student):
                 side.structure.refuse(kind)
     streams = [space for space in structure.uses if structure.role(space, rotate) == ROTATED]
-    if streams and not _unchanged(teacher, survey, batch, streams, []):
+    readers = [key for space in streams for key in structure.readers(space) if key in survey.moments]
+    normalised = all(key in survey.norm_of for key in readers)
+    if streams and not (normalised and _unchanged(teacher, survey, batch, streams, [])):
         raise InputError(
             "--element_selection project: this teacher computes something else when its residual stream is rotated; "
             "choose greedy, which keeps coordinates"
@@ -334,8 +355,10 @@ def _unchanged(teacher, survey, batch, streams, attentions):
 # From two models to a state_dict
 
 
-def load_teacher(teacher: nn.Module, weights: Mapping, option: str) -> None:
-    """Load all of a teacher's weights but its classifier, which may not be there, in single precision or double.
+def load_teacher(teacher: nn.Module, weights: Mapping, option: str, include_head: bool = False) -> None:
+    """Load all of a teacher's weights, in single precision or double.
+
+    Unless it is to be selected, the classifier may be missing or have other classes: then it is zero and reads nothing.
 
     Raises:
         InputError: as ``checked_weight``.
@@ -344,12 +367,13 @@ def load_teacher(teacher: nn.Module, weights: Mapping, option: str) -> None:
     state = {}
     for key, own in teacher.state_dict().items():
         weight = weights.get(key)
-        if re.search(pattern, key) and (weight is None or weight.shape != own.shape):
+        if not include_head and re.search(pattern, key) and (weight is None or weight.shape != own.shape):
+            state[key] = torch.zeros_like(own)
             continue
         state[key] = checked_weight(key, tuple(own.shape), weight, option)
     if all(value.dtype != torch.float64 for value in state.values()):
         teacher.float()
-    teacher.load_state_dict(state, strict=False)
+    teacher.load_state_dict(state)
 
 
 def fit_weights(
@@ -358,7 +382,7 @@ def fit_weights(
     *,
     method: str,
     calibration,
-    calibration_images: int = CALIBRATION_IMAGES,
+    calibration_images: int | None = None,
     seed: int = 0,
     **plan_options,
 ) -> dict:
@@ -368,11 +392,11 @@ def fit_weights(
         teacher: a timm model with its weights, on the device to work on; it may be changed to the student's geometry.
         student: a timm model on any device; its weights are replaced.
         method: ``project`` or ``greedy``.
-        calibration: ``noise``, a directory of images, or batches of images as the teacher takes them, (n, channels,
-            height, width): a tensor, or an iterable that can be iterated over twice.
-        calibration_images: number of images, of noise or a directory.
+        calibration: ``noise``, a directory of images, or images as the teacher takes them, normalised: a tensor (n,
+            channels, height, width), or an iterable of such batches that is gone through three times.
+        calibration_images: of noise or a directory, as for ``Calibration``.
         seed: of the noise, or of the draw from the directory.
-        **plan_options: of ``plan_selection``.
+        **plan_options: of ``plan_selection``, but ``exclude``: layers are fitted to what those before them give.
 
     Returns:
         The student's state_dict, in its order, without what is not selected, on the CPU.
@@ -381,15 +405,14 @@ def fit_weights(
         InputError: as ``plan_selection``, ``Calibration`` and ``fit_plan``, or the teacher cannot be brought to the
             student's images.
     """
-    device = next(teacher.parameters()).device
-    student = student.to(device).eval()
+    student = student.to(next(teacher.parameters())).eval()
     taken_apart = anatomy(student, "student")
     teacher, whole = _at_geometry(teacher.eval(), student, taken_apart, plan_options)
     plan = plan_selection(whole, taken_apart, **plan_options)
     if isinstance(calibration, str | Path):
         calibration = Calibration(calibration, calibration_images, input_size(student), teacher.pretrained_cfg, seed)
-    elif isinstance(calibration, Tensor):
-        calibration = calibration.split(BATCH_SIZE)
+    else:
+        calibration = check_batches(calibration, input_size(student)[0], calibration_images)
     return fit_plan(plan, Side.of(teacher, whole), Side.of(student, taken_apart), calibration, method)
 
 
@@ -400,7 +423,7 @@ def fit_plan(plan: list, teacher: Side, student: Side, images, method: str) -> d
     Args:
         plan: of ``plan_selection``, without resampling.
         teacher, student: on one device, in evaluation mode; the student's weights are replaced.
-        images: batches of normalised images, (n, channels, height, width); iterated over three times at most.
+        images: batches of normalised images, (n, channels, height, width); gone through three times.
         method: ``project`` or ``greedy``.
 
     Returns, Raises: as ``fit_weights``.
@@ -408,13 +431,13 @@ def fit_plan(plan: list, teacher: Side, student: Side, images, method: str) -> d
     rotate = method == "project"
     if rotate:
         check_streams(teacher.structure, type(teacher.model).__name__)
-    survey = Survey(teacher, _shown(images, "teacher", teacher.device))
-    check_free(teacher, student, survey, next(iter(images)).to(teacher.device), rotate)
+    survey = Survey(teacher, _shown(images, "teacher", teacher))
+    check_free(teacher, student, survey, next(iter(images)).to(next(teacher.model.parameters())), rotate)
     entries = {entry.key: entry for entry in plan if entry.role == "selected"}
     pairs = spaces_of(plan, teacher.anatomy, student.anatomy)
     writes = choose_writes(entries, pairs, teacher, student, survey, rotate)
     fit = Fit(entries, teacher, student, survey, writes)
-    fit.fit_reads(_shown(images, "student", teacher.device))
+    fit.fit_reads(_shown(images, "student", teacher))
     return {key: fit.state[key].to("cpu", copy=True) for key in entries}
 
 
@@ -439,11 +462,11 @@ def _at_geometry(teacher, student, taken_apart, plan_options):
     return teacher, whole
 
 
-def _shown(images, who, device):
-    """Batches on a device, with progress."""
+def _shown(images, who, teacher):
+    """Batches on the teacher's device and in its precision, with progress."""
     with tqdm(images, desc=f"calibration, {who}", unit="batch", leave=False) as batches:
         for batch in batches:
-            yield batch.to(device)
+            yield batch.to(next(teacher.model.parameters()))
 
 
 def describer(plan: list, structure: Structure, teacher: Anatomy, student: Anatomy, rotate: bool):

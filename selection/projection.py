@@ -4,7 +4,8 @@ A student's dense layer (linear, convolution) does what the teacher's does, on f
 
     W_student = Q W_teacher B        b_student = Q (b_teacher + W_teacher c)                                        (1)
 
-Q, the *write* of the neurons that the layer gives, is chosen; B and c, the *read* of those that it takes, follow by
+of a convolution at every place of its kernel (at the image's border, padded with zeros, c is only nearly right). Q, the
+*write* of the neurons that the layer gives, is chosen; B and c, the *read* of those that it takes, follow by
 least squares. Everything here is float64 and knows nothing of models. x are a teacher's activations, z a student's,
 x~ is x with a 1 appended.
 
@@ -152,7 +153,8 @@ def strongest(variance: Tensor, outgoing: Tensor, groups: Tensor, count: int) ->
     Args:
         variance: of each unit, (D,).
         outgoing: sum of the squares of the weights that read it, (D,).
-        groups, count: as for ``greedy``.
+        groups: integers (number of groups, size of a group): single units, or heads.
+        count: number of groups to keep.
     """
     strength = (variance * outgoing)[groups].sum(1)
     return strength.argsort(descending=True, stable=True)[:count].sort().values
@@ -183,8 +185,8 @@ def shared_products(queries: Tensor, keys: Tensor, rank: int) -> tuple:
 def values(context: Tensor, out: Tensor, rank: int) -> Tensor:
     """Q of a head's values, the best directions first.
 
-    Values reach the stream through W_out only: the best for it are the leading right singular vectors of W_out R, R the
-    root of the covariance of what the head hands on; here an orthonormal basis of as many of them as one takes.    (6)
+    Values reach the stream through W_out only: with R the root of the covariance of what the head hands on and W_out R
+    = U S V', the best are V' R^-1 of the leading singular values; here an orthonormal basis of them.               (6)
 
     Args:
         context: covariance (a, a) of the head's output.
@@ -201,7 +203,7 @@ def values(context: Tensor, out: Tensor, rank: int) -> Tensor:
     return torch.linalg.qr((right @ inverse).T).Q.T
 
 
-def read_through(across: Tensor, own: Tensor, prior: Tensor) -> Tensor:
+def read_through(across: Tensor, own: Tensor, prior: Tensor, constant: bool = True) -> Tensor:
     """The read (B, c) that gives the teacher's x from the student's z: x ~ B z + c.
 
     Ridge regression towards the read that one would take without images, so that directions that they do not show stay
@@ -209,17 +211,27 @@ def read_through(across: Tensor, own: Tensor, prior: Tensor) -> Tensor:
 
         B~ = B~_0 + (E[x z~'] - B~_0 E[z~ z~']) (E[z~ z~'] + ridge)^-1                                              (7)
 
+    The ridge is RIDGE times the mean square of z, so that scaling z changes nothing, and leaves c free.
+
     Args:
-        across: E[x z~'], (D, d + 1); without the last column there is no c.
+        across: E[x z~'], (D, d + 1).
         own: E[z~ z~'], (d + 1, d + 1).
         prior: B~_0, (D, d + 1).
+        constant: whether there is a c; if not, c = 0.
 
     Returns:
-        (D, d + 1).
+        (D, d + 1), or (D, d) without a c.
     """
+    if not constant:
+        across, own, prior = across[:, :-1], own[:-1, :-1], prior[:, :-1]
     missing = across - prior @ own
-    damping = torch.full((len(own),), RIDGE * own.diagonal().mean().item(), dtype=own.dtype, device=own.device)
-    return prior + torch.linalg.solve(own + damping.diag(), missing.T).T
+    if not missing.any():
+        return prior
+    squares = own.diagonal().clone()
+    squares[:] = (RIDGE * squares[: prior.shape[1] - constant].mean()).clamp(min=torch.finfo(own.dtype).tiny)
+    if constant:
+        squares[-1] = 0
+    return prior + torch.linalg.solve(own + squares.diag(), missing.T).T
 
 
 def _root(moments):

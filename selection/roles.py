@@ -52,7 +52,7 @@ class Structure:
 
     def __init__(self, model: nn.Module, neurons: Neurons):
         self.neurons = neurons
-        self.modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules(remove_duplicate=False))
         self.dense = {
             f"{name}.weight".lstrip("."): module
             for name, module in self.modules.items()
@@ -87,7 +87,8 @@ class Structure:
     def biases(self, key: str) -> dict:
         """{key of a bias of a dense layer: the outputs that it is for}; none if the layer has no bias.
 
-        Where queries and values have biases of their own, keys need none: softmax ignores what all keys share.
+        Where queries and values have biases of their own, the keys' share is lost, which softmax ignores (after a
+        normalisation or a rotation of keys only nearly).
         """
         bias = key.removesuffix("weight") + "bias"
         if bias in self.neurons.parts:
@@ -148,7 +149,13 @@ class Structure:
         for name, heads in counts.items():
             if any(other.startswith(f"{name}.") for other in counts):
                 continue  # the innermost one has the heads
-            local = {s for s, uses in self.uses.items() if all(key.startswith(f"{name}.") for key, _, _ in uses)}
+            inside = {s: [key.startswith(f"{name}.") for key, _, _ in uses] for s, uses in self.uses.items()}
+            local = {space for space, where in inside.items() if all(where)}
+            if any(
+                any(where) and not all(where) and self.neurons.spaces[s].size == heads for s, where in inside.items()
+            ):
+                self.inside |= dict.fromkeys(local, name)
+                continue  # a table that several modules share has one element per head
             self.inside |= dict.fromkeys(local, name)
             found = self._attention(name, heads, local)
             if found is not None:

@@ -61,7 +61,8 @@ class Survey:
         normalised: {key of a norm's gain: ``Moments`` of what it makes before gain and shift}.
         norm_of: {key of a dense weight: key of the last norm before it over the same neurons}.
         scaled: {key of a LayerScale: key of the dense weight that gives what it scales}.
-        early: {key of a norm that no dense layer reads, in the stream itself: keys of the dense weights before it}.
+        early: {key of a norm in the stream itself, which no dense layer but another norm reads: keys of the dense
+            weights before it}.
     """
 
     def __init__(self, teacher: Side, images):
@@ -76,15 +77,18 @@ class Survey:
             and all(structure.role(part.space, False) == STRONGEST for part in structure.neurons.parts[key][1] or ())
         }
         for batch in images:
-            self._last, self._given, self._before = {}, {}, []
+            self._last, self._given, self._before, self._followed = {}, {}, [], set()
             with Tap(teacher.model, self._dense, self._norm, self._scale):
                 teacher.model(batch)
-        del self._last, self._given, self._before
+        followed = self._followed
+        del self._last, self._given, self._before, self._followed
         for key, moments in self.moments.items():
             if not moments.total.isfinite().all():
-                raise InputError(f"--calibration: what the teacher's {key} takes is not finite; check its weights")
+                raise InputError(
+                    f"--calibration: what the teacher's {key} takes is not finite; check weights and images"
+                )
         read = set(self.norm_of.values())
-        self.early = {key: before for key, before in self.early.items() if key not in read}
+        self.early = {key: self.early[key] for key in followed - read}
 
     def _dense(self, key, x, y):
         structure = self._teacher.structure
@@ -106,6 +110,7 @@ class Survey:
     def _norm(self, key, x, y):
         space = self._teacher.space_of(key)
         if space is not None:
+            self._followed.add(self._last.get(space, key))
             self._last[space] = key
             n = F.layer_norm(x, y.shape[-1:]).reshape(-1, y.shape[-1])
             self.normalised.setdefault(key, Moments()).add(n, n)
@@ -113,5 +118,5 @@ class Survey:
         return y
 
     def _scale(self, key, x):
-        if x.data_ptr() in self._given:
+        if isinstance(x, torch.Tensor) and x.data_ptr() in self._given:
             self.scaled[key] = self._given[x.data_ptr()][0]

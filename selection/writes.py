@@ -41,14 +41,17 @@ def choose_writes(entries: dict, pairs: dict, teacher: Side, student: Side, surv
     writes = Writes()
     for ours in student.structure.attentions.values():
         theirs = _attention_behind(ours, entries, teacher)
-        if theirs is not None:
+        if theirs is not None and {theirs.queries[0], theirs.keys[0], theirs.out} <= survey.moments.keys():
             _refactor(writes, theirs, ours, teacher, student, survey)
     for our, their in pairs.items():
         if our in writes.of or (our, 0) in writes.of:
             continue
         role, count = teacher.structure.role(their, rotate), student.size(our)
+        seen = any(key in survey.moments for key in teacher.structure.readers(their))
         if teacher.size(their) == count:
             writes.of[our] = torch.arange(count, device=teacher.device)
+        elif not seen:  # weights that the model computes from others, layers that did not run
+            writes.of[our] = _uniform(teacher, their, student, our)
         elif role in (ROTATED, GREEDY):
             writes.of[our] = projection.greedy(*_read(their, teacher, survey), count)
             if role == ROTATED:
@@ -57,8 +60,7 @@ def choose_writes(entries: dict, pairs: dict, teacher: Side, student: Side, surv
         elif role == STRONGEST:
             writes.of[our] = _strongest(their, count, teacher, survey)
         else:
-            writes.of[our] = _uniform(teacher.anatomy.neurons.spaces[their], student.anatomy.neurons.spaces[our])
-            writes.of[our] = writes.of[our].to(teacher.device)
+            writes.of[our] = _uniform(teacher, their, student, our)
     return writes
 
 
@@ -140,14 +142,15 @@ def _strongest(space, count, teacher, survey):
     return projection.strongest(survey.moments[key].variance[indices], outgoing, units, count)
 
 
-def _uniform(large, small):
+def _uniform(teacher, their, student, our):
     """As plain selection keeps neurons, in blocks where they come in blocks."""
+    large, small = teacher.anatomy.neurons.spaces[their], student.anatomy.neurons.spaces[our]
     depth = max(len(large.factors), len(small.factors))
     indices, sizes = torch.arange(large.size), small.factors
     indices = indices.view(*[1] * (depth - len(large.factors)), *large.factors)
     for dim, size in enumerate([1] * (depth - len(sizes)) + list(sizes)):
         indices = indices.index_select(dim, uniform_indices(indices.shape[dim], size))
-    return indices.reshape(-1)
+    return indices.reshape(-1).to(teacher.device)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -162,13 +165,7 @@ def _attention_behind(ours: Attention, entries, teacher):
 
 def _refactor(writes, theirs, ours, teacher, student, survey):
     """Writes of the queries, keys and values of one attention."""
-    large, small = teacher.size(theirs.shared) // theirs.heads, student.size(ours.shared) // ours.heads
-    wide, narrow = teacher.size(theirs.valued) // theirs.heads, student.size(ours.valued) // ours.heads
-    if large < small or wide < narrow:
-        raise InputError(
-            f"{ours.name}: the teacher's heads have {large} dimensions, the student's {small}: heads cannot be merged; "
-            "give the student more heads (--student_kwargs num_heads=N), or select by another rule"
-        )
+    (large, small), (wide, narrow) = _head_sizes(theirs, ours, teacher, student)
     queries = _of_inputs(*theirs.queries, False, teacher, survey)
     keys = _of_inputs(*theirs.keys, True, teacher, survey)
     indices = next(indices for space, _, indices in teacher.parts(theirs.out, 1) if space == theirs.valued)
@@ -187,6 +184,33 @@ def _refactor(writes, theirs, ours, teacher, student, survey):
     writes.of[ours.shared, 0], writes.of[ours.shared, 1], writes.of[ours.valued] = q, k, v
     for space in ours.counted:
         writes.of[space] = torch.tensor([head for head, _ in copies], device=out.device)
+
+
+def check_heads(entries: dict, teacher: Side, student: Side) -> None:
+    """Raise InputError if a student's heads are larger than the teacher's; weights are not needed.
+
+    Args:
+        entries: {student's key: its entry of the plan}.
+    """
+    for ours in student.structure.attentions.values():
+        theirs = _attention_behind(ours, entries, teacher)
+        if theirs is not None:
+            _head_sizes(theirs, ours, teacher, student)
+
+
+def _head_sizes(theirs, ours, teacher, student):
+    """((teacher's, student's) dimensions of a head's queries and keys, of its values)."""
+    sizes = [
+        (teacher.size(their) // theirs.heads, student.size(our) // ours.heads)
+        for their, our in ((theirs.shared, ours.shared), (theirs.valued, ours.valued))
+    ]
+    for large, small in sizes:
+        if large < small:
+            raise InputError(
+                f"{ours.name}: the teacher's heads have {large} dimensions, the student's {small}: heads cannot be "
+                "merged; give the student more heads (--student_kwargs num_heads=N), or select by another rule"
+            )
+    return sizes
 
 
 def _of_inputs(key, number, centred, teacher, survey):

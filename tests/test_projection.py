@@ -14,7 +14,7 @@ import weight_selection
 from models.create import create_model
 from program import InputError
 from selection import projection
-from selection.calibration import Calibration, Tap
+from selection.calibration import Calibration, Tap, noise
 from selection.fitting import check_streams
 from selection.plan import anatomy, make_plan
 from selection.roles import HEADS, ROTATED, UNIFORM, Structure
@@ -503,11 +503,16 @@ def test_calibration_images_are_the_same_every_time_and_others_for_another_seed(
     assert len(first.flatten(1).unique(dim=0)) == 40, "an image twice"
 
 
-def test_noise_is_one_over_f():
-    images = torch.cat(list(Calibration("noise", 64, (3, 64, 64), CONFIG, 0))).double()
+def test_noise_is_one_over_f_in_channels_that_are_alike():
+    images = torch.stack([noise((3, 64, 64), seed) for seed in range(64)]).double()
+    assert images.min() >= 0 and images.max() <= 1 and abs(images.mean() - 0.5) < 0.05
     amplitude = torch.fft.rfft2(images).abs().square().mean((0, 1))[0].sqrt()
-    torch.testing.assert_close(amplitude[4] / amplitude[16], torch.tensor(4.0, dtype=DOUBLE), rtol=0.1, atol=0)
-    assert abs(images.mean()) < 1e-6 and abs(images.std() - 1) < 1e-2
+    torch.testing.assert_close(amplitude[2] / amplitude[8], torch.tensor(4.0, dtype=DOUBLE), rtol=0.2, atol=0)
+    light = images - images.mean((2, 3), keepdim=True)
+    red, green = light[:, 0].flatten(), light[:, 1].flatten()
+    assert 0.6 < torch.corrcoef(torch.stack([red, green]))[0, 1] < 0.9
+    (batch,) = Calibration("noise", 2, (3, 64, 64), CONFIG | {"std": (0.25,) * 3}, 0)
+    assert batch.std() > 2 * images.std(), "not normalised as the teacher's images are"
 
 
 def test_a_tap_shows_layers_and_takes_what_is_given_back():
@@ -560,6 +565,7 @@ def test_the_command_writes_what_the_function_gives_with_where_it_is_from(cli, c
     for other in (again, function):
         assert all(torch.equal(written[key], other[key]) for key in written)
     options = json.loads((tmp_path / "init.json").read_text())["options"]
+    assert options["calibration_device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert options["element_selection"] == method and options["seed"] == 3
     assert (options["calibration"], options["calibration_images"]) == (str(image_folder), 20)
 
@@ -582,6 +588,7 @@ def test_a_dry_run_says_what_is_done_and_needs_no_images(cli, command, tmp_path,
         (["--calibration", "nowhere"], "--calibration nowhere: no such directory; name one of images, or noise"),
         (["--calibration_images", 0], "--calibration_images 0: give a number from 1 up"),
         (["--calibration_images", 999], "--calibration {images}: 61 images there, --calibration_images asks for 999"),
+        (["--exclude", "mlp"], "--exclude mlp: project fits layers to what those before them give"),
         (
             ["--student", "resnet18", "--student_kwargs", "--pretrained_model", "resnet18", "--teacher_kwargs"],
             "--element_selection project: resnet18 has no residual stream that can be rotated: no layer",
@@ -592,7 +599,7 @@ def test_a_dry_run_says_what_is_done_and_needs_no_images(cli, command, tmp_path,
         ),
         (
             ["--student_kwargs", *(f"{k}={v}" for k, v in (SMALL | {"in_chans": 1}).items())],
-            "in_chans: the teacher cannot see images of other channels than its own",
+            "--calibration {images}: images are RGB, the model takes 1 channels; use noise",
         ),
     ],
 )
@@ -608,10 +615,73 @@ def test_projection_asks_for_images(cli, command, tmp_path):
     assert cli(weight_selection.main, *words).startswith("--calibration is missing: --element_selection greedy needs")
     with pytest.raises(InputError, match="calibration is missing: a directory of images, batches of images, or noise"):
         select_weights(*models("vit"), element_selection="greedy")
+    with pytest.raises(InputError, match="--exclude mlp: greedy fits layers"):
+        select_weights(*models("vit"), element_selection="greedy", calibration="noise", exclude=["mlp"])
+    with pytest.raises(InputError, match="element_selection=projekt: choose one of uniform"):
+        select_weights(*models("vit"), element_selection="projekt", calibration="noise")
     with pytest.raises(InputError, match="calibration: has no effect with element_selection=uniform"):
         select_weights(*models("vit"), calibration="noise")
     with pytest.raises(InputError, match="student: is on the meta device, but projection runs it"):
         select_weights(models("vit")[0], meta("vit_tiny"), element_selection="greedy", calibration="noise")
+
+
+def test_without_a_count_all_images_of_a_small_directory_are_taken(cli, command, tmp_path):
+    words = [str(word) for word in command(tmp_path / "out.pth", "--element_selection", "greedy")]
+    at = words.index("--calibration_images")
+    assert cli(weight_selection.main, *words[:at], *words[at + 2 :]) is None
+    assert json.loads((tmp_path / "out.json").read_text())["options"]["calibration_images"] == 61
+    (tmp_path / "empty").mkdir()
+    said = cli(weight_selection.main, *words, "--calibration", tmp_path / "empty")
+    assert said.startswith(f"--calibration {tmp_path / 'empty'}: no images there")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(4, 1, 32, 32), "images have 1 channels, the model takes 3"),
+        (
+            torch.zeros(3, 32, 32),
+            r"batches must be floating point \(n, 3, height, width\), not torch.float32 \(3, 32, 32\)",
+        ),
+        (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), "not torch.uint8"),
+        ([(torch.zeros(4, 3, 32, 32), 0)], "not tuple"),
+        ([], "not NoneType"),
+        (iter([torch.zeros(4, 3, 32, 32)]), "a list_iterator cannot be gone through three times; give a list"),
+    ],
+)
+def test_images_of_a_callers_own_are_checked(images, message):
+    with pytest.raises(InputError, match=message):
+        select_weights(*models("vit"), element_selection="greedy", calibration=images)
+
+
+def test_a_classifier_that_is_not_there_reads_nothing_and_cannot_be_selected():
+    teacher, student = models("vit")
+    images = images_for(teacher).float()
+    backbone = {key: value for key, value in teacher.state_dict().items() if not key.startswith("head.")}
+    options = {"element_selection": "project", "calibration": images, "weights": backbone}
+    first = select_weights(teacher, student, **options)
+    teacher.head.weight.data += 1
+    again = select_weights(teacher, student, **options)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    with pytest.raises(InputError, match="head.weight is absent"):
+        select_weights(teacher, student, include_head=True, **options)
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+def test_features_before_a_new_classifier_keep_their_sizes(classes):
+    teacher, student = models("vit")
+    lively(teacher).reset_classifier(classes)
+    teacher.double().norm.weight.data *= 4
+    images = images_for(teacher)
+    student.load_state_dict(
+        select_weights(teacher, student, element_selection="project", calibration=images), strict=False
+    )
+    with torch.no_grad():
+        ours, theirs = (
+            model.eval().forward_head(model.forward_features(images), pre_logits=True).double().square().mean()
+            for model in (student.double(), teacher)
+        )
+    assert 0.8 < ours / theirs < 1.25
 
 
 def test_an_image_that_cannot_be_read_is_named(cli, command, tmp_path):
