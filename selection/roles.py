@@ -149,13 +149,7 @@ class Structure:
         for name, heads in counts.items():
             if any(other.startswith(f"{name}.") for other in counts):
                 continue  # the innermost one has the heads
-            inside = {s: [key.startswith(f"{name}.") for key, _, _ in uses] for s, uses in self.uses.items()}
-            local = {space for space, where in inside.items() if all(where)}
-            if any(
-                any(where) and not all(where) and self.neurons.spaces[s].size == heads for s, where in inside.items()
-            ):
-                self.inside |= dict.fromkeys(local, name)
-                continue  # a table that several modules share has one element per head
+            local = {s for s, uses in self.uses.items() if all(key.startswith(f"{name}.") for key, _, _ in uses)}
             self.inside |= dict.fromkeys(local, name)
             found = self._attention(name, heads, local)
             if found is not None:
@@ -183,6 +177,8 @@ class Structure:
         (ours, (queries, keys)), (theirs, (given, out)) = shared[0], valued[0]
         if any(fixed for space in (ours, theirs) for fixed in self.neurons.spaces[space].fixed[1:]):
             return None  # rotary embeddings, constants inside a head
+        if len(self.neurons.spaces[ours].factors) > 1 and not counted:
+            return None  # heads meet a table that is elsewhere, of all modules
         places = [(key, number) for key, _, number in (queries, keys, given)]
         return Attention(name, heads, *places, ours, theirs, out[0], tuple(counted))
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from helpers import meta
 from test_families import MODELS, lively, models, reads
+from timm.layers import StdConv2d
 
 import weight_selection
 from models.create import create_model
@@ -417,6 +418,53 @@ def test_heads_that_are_not_free_are_selected_uniformly_which_is_said(capsys):
     said = capsys.readouterr()
     assert (said.out + said.err).count("ClassAttn: queries, keys and values are not free inside a head") == 1
     assert "TalkingHeadAttn" not in said.out + said.err
+
+
+ODD = {  # what the models above do not have: (arguments of both, of the teacher, of the student)
+    "resnetv2_50": (
+        {"layers": (1, 1, 1, 1), "conv_layer": StdConv2d},
+        {"channels": (64,) * 4},
+        {"channels": (32,) * 4},
+    ),
+    "test_nfnet": ({}, {}, {}),  # products of parameters and numbers
+    "swinv2_cr_tiny_224": (
+        {"img_size": 64, "depths": (1, 1), "window_size": 4},
+        {"embed_dim": 32, "num_heads": (2, 4)},
+        {"embed_dim": 16, "num_heads": (1, 2)},
+    ),
+    "coat_lite_tiny": (
+        {"img_size": 32, "serial_depths": (1, 1, 1, 1)},
+        {"embed_dims": (32, 32, 64, 64)},
+        {"embed_dims": (16, 16, 32, 32)},
+    ),
+    "vit_srelpos_small_patch16_224": (
+        {"img_size": 32, "patch_size": 8, "depth": 2},
+        {"embed_dim": 64, "num_heads": 8},
+        {"embed_dim": 32, "num_heads": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_weights_that_are_computed_shared_modules_and_tables_of_all_blocks_stay_consistent(name):
+    both, large, small = ODD[name]
+    teacher, student = (lively(create_model(name, num_classes=7, **both, **sizes)) for sizes in (large, small))
+    images = images_for(teacher, 4, None if "img_size" in both else 32)
+    for parameter in student.parameters():
+        parameter.data.fill_(torch.nan)
+    first = select_weights(teacher, student, element_selection="greedy", calibration=images, include_head=True)
+    student.load_state_dict(first)
+    with torch.no_grad():
+        assert student(images).isfinite().all()
+        if large == small:
+            torch.testing.assert_close(student(images), teacher(images))
+    if "srelpos" in name:  # the table of all blocks has one element per head, and blocks keep the same heads
+        large, small = (model.shared_rel_pos.mlp.fc2.weight for model in (teacher, student))
+        assert [(row == large[:, 0]).nonzero().item() for row in small[:, 0]] == [0, 2, 4, 6]
+        structure = Structure(teacher, anatomy(teacher, "teacher").neurons)
+        assert not structure.attentions, "these heads are chosen apart from their table"
+    with pytest.raises(InputError, match="choose greedy"):
+        select_weights(teacher, student, element_selection="project", calibration=images)
 
 
 def closeness(teacher, student, images, **options):
