@@ -168,7 +168,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar=f"DIR|{NOISE}",
         help="images without labels for project and greedy: those of the task are best, any will do; or none, noise",
     )
-    add("--calibration_images", type=int, metavar="N", help=f"how many of them (default: {CALIBRATION_IMAGES})")
+    add(
+        "--calibration_images",
+        type=int,
+        metavar="N",
+        help=f"how many of them ({CALIBRATION_IMAGES}; of a smaller directory all)",
+    )
     add("--seed", type=int, help="of the random selections, of noise and of the choice of images (default: 0)")
     add(
         "--exclude",

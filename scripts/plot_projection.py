@@ -8,6 +8,7 @@ scripts/projection.sh, and the same without _EPOCHS, which have the recipe's 20.
 """
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 
@@ -61,6 +62,10 @@ def main(argv=None) -> None:
     lines = find(args.out)
     if not lines:
         raise InputError(f"OUT {args.out}: no finished runs {SETTING}/{{{','.join(LINES.values())}}}_EPOCHS/SEED")
+    for label, line in lines.items():
+        for epochs, values in line.items():
+            seeds = f"{min(values):.1f} to {max(values):.1f}, seeds: {len(values)}"
+            print(f"{label}, {epochs} epochs: {statistics.fmean(values):.1f} ({seeds})")
     style.save(draw(lines), args.output)
     print(f"figure: {args.output}")
 

@@ -12,6 +12,7 @@ from fabricate import cifar100, number_of
 from helpers import words, written
 from PIL import Image
 
+import calibration_images
 import cifar100_folders
 import plot_attention
 import print_configurations
@@ -239,4 +240,38 @@ def test_folders_are_written_whole_or_not_at_all(data, tmp_path, cli, monkeypatc
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
     assert cli(cifar100_folders.main, data, out) == f"OUT {out}: cannot be written (No space left on device)"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "empty"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# calibration_images.py
+
+
+def test_calibration_images_are_a_draw_of_the_training_images(data, tmp_path, cli, capsys):
+    out = tmp_path / "out"
+    assert cli(calibration_images.main, "CIFAR100", data, out, "--count", 20) is None
+    assert capsys.readouterr().out == f"{out}: 20 of 200 training images of CIFAR100\n"
+    found = [(int(p.stem), number_of(np.asarray(Image.open(p)).transpose(2, 0, 1))) for p in out.iterdir()]
+    assert len(found) == 20 and all(index == number for index, number in found)
+    assert cli(calibration_images.main, "CIFAR100", data, tmp_path / "other", "--count", 20, "--seed", 1) is None
+    assert {path.name for path in out.iterdir()} != {path.name for path in (tmp_path / "other").iterdir()}
+
+
+def test_calibration_images_are_written_whole_or_not_at_all(data, tmp_path, cli, monkeypatch):
+    out = tmp_path / "out"
+    assert (
+        cli(calibration_images.main, "CIFAR100", data, data)
+        == f"OUT {data}: exists; remove it or name another directory"
+    )
+    assert cli(calibration_images.main, "CIFAR100", data, out) == "--count 256: give a number from 1 to 200"
+    assert "no such directory" in cli(calibration_images.main, "CIFAR100", tmp_path / "none", out)
+    (tmp_path / "empty").mkdir()
+    assert "cannot read CIFAR100" in cli(calibration_images.main, "CIFAR100", tmp_path / "empty", out)
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    said = cli(calibration_images.main, "CIFAR100", data, out, "--count", 2)
+    assert said == f"OUT {out}: cannot be written (No space left on device)"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "empty"]

@@ -11,6 +11,7 @@ from helpers import meta
 from test_families import MODELS, lively, models, reads
 from timm.layers import StdConv2d
 
+import ablate_projection
 import weight_selection
 from models.create import create_model
 from program import InputError
@@ -616,6 +617,25 @@ def test_the_command_writes_what_the_function_gives_with_where_it_is_from(cli, c
     assert options["calibration_device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert options["element_selection"] == method and options["seed"] == 3
     assert (options["calibration"], options["calibration_images"]) == (str(image_folder), 20)
+
+
+@pytest.mark.parametrize("part", ablate_projection.PARTS)
+def test_without_a_part_other_weights_come_out_and_afterwards_the_same_as_ever(cli, command, part, tmp_path):
+    method = "greedy" if part == "coordinates" else "project"
+    written = {}
+    for name, program, first in (
+        ("whole", weight_selection.main, []),
+        ("without", ablate_projection.main, [part]),
+        ("again", weight_selection.main, []),
+    ):
+        words = command(tmp_path / f"{name}.pth", "--element_selection", method)
+        assert cli(program, *first, *words) is None
+        written[name] = torch.load(tmp_path / f"{name}.pth", weights_only=True)
+    whole, without, again = written.values()
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    changed = [key for key in whole if not torch.allclose(whole[key], without[key], atol=1e-6)]
+    assert {"blocks.1.mlp.fc1.weight", "blocks.1.attn.qkv.weight"} & set(changed)
+    assert ("cls_token" in changed) == (part in ("weights", "frame", "coordinates"))
 
 
 def test_a_dry_run_says_what_is_done_and_needs_no_images(cli, command, tmp_path, capsys):

@@ -14,6 +14,7 @@ import collect_results
 import paper
 import plot_curves
 import plot_epochs
+import plot_projection
 from options import get_args_parser
 
 TABLES = paper.contents()["tables"]
@@ -356,3 +357,21 @@ def test_figure_4_draws_what_there_is(make_run, cli, tmp_path, capsys):
         "epochs 1 (paper: 25)"
     ]
     assert matplotlib.image.imread(png).shape[1] == 2 * one_panel[1]
+
+
+def test_the_figure_of_projection_draws_trainings_by_their_length(make_run, cli, tmp_path, capsys):
+    out, png = tmp_path / "out", tmp_path / "figure.png"
+    assert "no finished runs" in cli(plot_projection.main, out, "--output", png)
+    for seed in (0, 1):
+        make_run("vit_half_112/flowers/project", seed, 70 + seed, epochs=20)
+    make_run("vit_half_112/flowers/project_5", 0, 50.0, epochs=5)
+    make_run("vit_half_112/flowers/project_16_images", 0, 1.0, epochs=20)  # another experiment
+    make_run("vit_half_112/flowers/random_80", 0, 40.0, epochs=80)
+    assert cli(plot_projection.main, out, "--output", png) is None
+    assert capsys.readouterr().out.splitlines() == [
+        "random init, 80 epochs: 40.0 (40.0 to 40.0, seeds: 1)",
+        "project, 5 epochs: 50.0 (50.0 to 50.0, seeds: 1)",
+        "project, 20 epochs: 70.5 (70.0 to 71.0, seeds: 2)",
+        f"figure: {png}",
+    ]
+    assert matplotlib.image.imread(png).ndim == 3
