@@ -39,6 +39,7 @@ family() { # TEACHER STUDENT MODEL TEACHER_KWARGS
   data_path=$DATA/cifar100_last train "$2" cifar100_last random
   selected selected "$@"
   selected inconsistent "$@" --element_selection random_inconsistent
+  selected greedy "$@" --element_selection greedy --calibration "$([ -n "${SMOKE:-}" ] && echo noise || echo "$DATA/cifar100_last/train")"
 }
 
 classes last 50 100
