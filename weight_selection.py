@@ -98,7 +98,7 @@ def _project(teacher, student, weights, *, calibration, **options):
     from models.create import create_model
     from models.membership import family_of
     from models.weights import create_pretrained, open_teacher
-    from selection.fitting import fit_weights, load_teacher
+    from selection.calibrated import fit_weights, load_teacher
 
     _check_exclude(options["method"], options.get("exclude"))
     if calibration is None:

@@ -116,12 +116,12 @@ class _Fitting:
     """
 
     def __init__(self, args, plan, teacher, whole, student, taken_apart):
-        from selection import calibration, fitting, roles, survey, writes  # what no other rule needs
+        from selection import calibrated, calibration, freedom, roles, survey, writes  # what no other rule needs
 
-        self.args, self.module, self.whole = args, fitting, whole
+        self.args, self.module, self.whole = args, calibrated, whole
         self.structure = roles.Structure(teacher, whole.neurons)
         if args.element_selection == "project":
-            fitting.check_streams(self.structure, args.pretrained_model)
+            freedom.check_streams(self.structure, args.pretrained_model)
         if args.calibration is not None:
             self.images = calibration.Calibration(
                 args.calibration, args.calibration_images, input_size(student), teacher.pretrained_cfg, args.seed

@@ -17,7 +17,7 @@ from models.create import create_model
 from program import InputError
 from selection import projection
 from selection.calibration import Calibration, Tap, noise
-from selection.fitting import check_streams
+from selection.freedom import check_streams
 from selection.plan import anatomy, make_plan
 from selection.roles import HEADS, ROTATED, UNIFORM, Structure
 from selection.survey import Side, Survey
