@@ -92,8 +92,8 @@ def rotation(normalised: Tensor, weight: Tensor, frame: Tensor) -> Tensor:
     U spans what least squares restores the most from of what is read, trace(G (C - C U (U'CU)^-1 U'C)) least: that of
     C^-1/2 V, V the leading eigenvectors of C^1/2 G C^1/2.                                                          (2)
 
-    Any E gives the same function. This one is nearest to keeping coordinates, |E U' - S| least: students train better
-    from it than from a random one.
+    Any E gives the same function; this one, nearest to keeping coordinates, |E U' - S| least, needs no random draw.
+    Students train as well from a random one (RESULTS.md).
 
     Args:
         normalised: C = E[n n'], (D, D).
