@@ -89,6 +89,25 @@ def new_file(path):
             os.unlink(temporary)
 
 
+@contextlib.contextmanager
+def new_directory(path, option):
+    """Give a temporary directory beside ``path`` to fill; it becomes ``path`` only if the block succeeds.
+
+    Raises:
+        InputError: ``path`` cannot be written (permissions, full disk); the message names ``option``.
+    """
+    path = Path(path)
+    check_writable(path.parent, option)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+            whole = Path(temporary) / path.name
+            whole.mkdir()
+            yield whole
+            whole.rename(path)
+    except OSError as error:
+        raise InputError(f"{option} {path}: cannot be written ({error.strerror or error})") from error
+
+
 def _to_disk(path):
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -12,13 +12,14 @@ each dimension. Applying it touches the weights.
 """
 
 import argparse
+import copy
 import os
 import sys
 
-from files import begin_sha256, check_directory, check_file
+from files import begin_sha256, check_file
 from models.families import COMPONENTS, FAMILIES
 from program import InputError, Kwargs, Parser, check_kwargs, run_program
-from selection import CALIBRATION_IMAGES, ELEMENT_SELECTION, FITTED, LAYER_SELECTION, NOISE, SEEDED
+from selection import CALIBRATION_IMAGES, ELEMENT_SELECTION, FITTED, LAYER_SELECTION, NOISE, SEEDED, check_calibration
 
 
 def select_weights(
@@ -43,7 +44,7 @@ def select_weights(
         element_selection: one of ``ELEMENT_SELECTION``, or of ``FITTED``: these run both models, so none is on the meta
             device, and work where the teacher is.
         seed: of the random selections, of noise, and of the draw of images.
-        calibration, calibration_images: of ``selection.fitting.fit_weights``, for ``FITTED``.
+        calibration, calibration_images: of ``selection.calibrated.fit_weights``, for ``FITTED``.
         **plan_options: of ``plan_selection``: layer_selection, exclude, include_head, include_head_norm, allow_unused.
 
     Returns:
@@ -56,66 +57,51 @@ def select_weights(
         raise InputError(
             f"element_selection={element_selection}: choose one of {', '.join(ELEMENT_SELECTION + FITTED)}"
         )
-    if element_selection in FITTED:
-        return _project(
-            teacher,
-            student,
-            weights,
-            method=element_selection,
-            seed=seed,
-            calibration=calibration,
-            calibration_images=calibration_images,
-            **plan_options,
-        )
+    fitted = element_selection in FITTED
+    if fitted:
+        _check_exclude(element_selection, plan_options.get("exclude"))
+        if calibration is None:
+            raise InputError(f"calibration is missing: a directory of images, batches of images, or {NOISE}")
     for option, value in (("calibration", calibration), ("calibration_images", calibration_images)):
-        if value is not None:
+        if value is not None and not fitted:
             raise InputError(f"{option}: has no effect with element_selection={element_selection}; leave it out")
     from models.create import create_model
     from models.membership import family_of
     from models.weights import create_pretrained, open_teacher
     from selection.plan import apply_plan, make_plan
 
+    device = "cpu" if fitted else "meta"
     in_file = isinstance(weights, (str, os.PathLike))
     if isinstance(teacher, str) and weights is None:
         teacher = create_pretrained(teacher, {}, "teacher", "give a loaded model, or weights")
     elif isinstance(teacher, str):
         jax = in_file and str(weights).endswith(".npz")  # which timm converts only into a real model
-        teacher = create_model(teacher, option="teacher", device="cpu" if jax else "meta")
+        teacher = create_model(teacher, option="teacher", device="cpu" if jax else device)
     if isinstance(student, str):
-        student = create_model(student, option="student", device="meta")
-    plan = make_plan(teacher, student, **plan_options)
+        student = create_model(student, option="student", device=device)
+    plan = None if fitted else make_plan(teacher, student, **plan_options)
     if weights is None:
         weights = teacher.state_dict()
     elif in_file:
         weights, _ = open_teacher(weights, teacher, family_of(teacher, "teacher"), "weights")
-    return apply_plan(plan, weights, element_selection=element_selection, seed=seed, option="weights")
-
-
-def _project(teacher, student, weights, *, calibration, **options):
-    """``select_weights`` by one of ``FITTED``."""
-    import copy
-
-    from models.create import create_model
-    from models.membership import family_of
-    from models.weights import create_pretrained, open_teacher
+    if not fitted:
+        return apply_plan(plan, weights, element_selection=element_selection, seed=seed, option="weights")
     from selection.calibrated import fit_weights, load_teacher
 
-    _check_exclude(options["method"], options.get("exclude"))
-    if calibration is None:
-        raise InputError(f"calibration is missing: a directory of images, batches of images, or {NOISE}")
-    if isinstance(teacher, str) and weights is None:
-        teacher = create_pretrained(teacher, {}, "teacher", "give a loaded model, or weights")
-    else:
-        teacher = create_model(teacher, option="teacher") if isinstance(teacher, str) else copy.deepcopy(teacher)
-    student = create_model(student, option="student") if isinstance(student, str) else copy.deepcopy(student)
     for name, model in (("teacher", teacher), ("student", student)):
         if next(model.parameters()).is_meta:
             raise InputError(f"{name}: is on the meta device, but projection runs it; give a real one")
-    if isinstance(weights, (str, os.PathLike)):
-        weights, _ = open_teacher(weights, teacher, family_of(teacher, "teacher"), "weights")
-    own = teacher.state_dict() if weights is None else weights
-    load_teacher(teacher, own, "weights", options.get("include_head", False))
-    return fit_weights(teacher, student, calibration=calibration, **options)
+    teacher, student = copy.deepcopy(teacher), copy.deepcopy(student)
+    load_teacher(teacher, weights, "weights", plan_options.get("include_head", False))
+    return fit_weights(
+        teacher,
+        student,
+        method=element_selection,
+        calibration=calibration,
+        calibration_images=calibration_images,
+        seed=seed,
+        **plan_options,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -249,12 +235,9 @@ def _check_calibration(args):
             f"--calibration is missing: --element_selection {args.element_selection} needs a directory of images (any, "
             f"without labels; those of the task are best), or {NOISE}"
         )
-    if fitted and args.calibration not in (None, NOISE):
-        check_directory(args.calibration, "--calibration", f"name one of images, or {NOISE}")
     if fitted:
         _check_exclude(args.element_selection, args.exclude)
-    if args.calibration_images is not None and args.calibration_images < 1:
-        raise InputError(f"--calibration_images {args.calibration_images}: give a number from 1 up")
+        check_calibration(args.calibration, args.calibration_images)
 
 
 def _read_student(args):

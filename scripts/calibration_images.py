@@ -9,14 +9,15 @@ folders give --calibration the folder of its training images instead.
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
-from files import check_directory, check_writable
+from datasets import UNREADABLE
+from files import check_directory, new_directory
 from program import InputError, Parser, run_program
+from selection import CALIBRATION_IMAGES
 from sources import SOURCES
 
 
@@ -27,7 +28,9 @@ def get_args_parser() -> Parser:
     parser.add_argument("data_set", metavar="DATA_SET", choices=names, help=", ".join(names))
     parser.add_argument("data", metavar="DATA", type=Path, help="what main.py takes as --data_path")
     parser.add_argument("out", metavar="OUT", type=Path, help="must not exist")
-    parser.add_argument("--count", type=int, default=256, metavar="N", help="number of images (default: %(default)s)")
+    parser.add_argument(
+        "--count", type=int, default=CALIBRATION_IMAGES, metavar="N", help="number of images (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     return parser
 
@@ -39,21 +42,14 @@ def main(argv=None) -> None:
         raise InputError(f"OUT {args.out}: exists; remove it or name another directory")
     try:
         dataset = SOURCES[args.data_set].build(args.data, True, lambda image: image, False)
-    except (RuntimeError, OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(f"DATA {args.data}: cannot read {args.data_set} ({error})") from error
     if not 1 <= args.count <= len(dataset):
         raise InputError(f"--count {args.count}: give a number from 1 to {len(dataset)}")
     draw = np.random.Generator(np.random.PCG64(args.seed)).permutation(len(dataset))[: args.count]
-    check_writable(args.out.parent, "OUT")
-    try:
-        with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as temporary:
-            whole = Path(temporary) / args.out.name
-            whole.mkdir()
-            for index in sorted(draw.tolist()):
-                dataset[index][0].save(whole / f"{index:05}.png")
-            whole.rename(args.out)
-    except OSError as error:
-        raise InputError(f"OUT {args.out}: cannot be written ({error.strerror or error})") from error
+    with new_directory(args.out, "OUT") as whole:
+        for index in sorted(draw.tolist()):
+            dataset[index][0].save(whole / f"{index:05}.png")
     print(f"{args.out}: {args.count} of {len(dataset):,} training images of {args.data_set}")
 
 

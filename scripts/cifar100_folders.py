@@ -11,14 +11,13 @@ order, and all test images.
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 from torchvision.datasets import CIFAR100
 
 from datasets import UNREADABLE
-from files import check_writable
+from files import new_directory
 from program import InputError, Parser, run_program
 
 
@@ -82,15 +81,9 @@ def main(argv=None) -> None:
     if args.train is not None and args.train > (fewest := min(map(len, training.values()))):
         raise InputError(f"--train {args.train}: a class has only {fewest} training images")
     training = {name: indices[: args.train] for name, indices in training.items()}
-    check_writable(args.out.parent, "OUT")
-    try:
-        with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as temporary:
-            whole = Path(temporary) / args.out.name
-            write(train, training, whole / "train")
-            write(test, testing, whole / "val")
-            whole.rename(args.out)
-    except OSError as error:
-        raise InputError(f"OUT {args.out}: cannot be written ({error.strerror or error})") from error
+    with new_directory(args.out, "OUT") as whole:
+        write(train, training, whole / "train")
+        write(test, testing, whole / "val")
     images, tests = (sum(map(len, chosen.values())) for chosen in (training, testing))
     print(f"{args.out}: {images:,} training and {tests:,} test images of {len(training)} classes")
 

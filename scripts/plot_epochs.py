@@ -8,7 +8,6 @@ the same without _EPOCHS, which have the recipe's 300. (b) Accuracy against epoc
 fine-tuning (finetuned_EPOCHS), beside the level that weight selection reaches without any.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -16,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 import paper
 import style
-from program import InputError, Parser, run_program
-from runs import read_run, seed_directories
+from program import InputError, run_program
+from runs import figure_parser, print_lines, read_run, seed_directories, trained_epochs
 
 RANDOM, SELECTED, TUNED = "random init", "weight selection", "pretraining and fine-tuning"
 DIRECTORY = "vit_tiny/cifar100"
@@ -36,12 +35,6 @@ def find(out: Path, name: str, options: dict, strange: list) -> list:
     return runs
 
 
-def find_epochs(out: Path, name: str) -> list:
-    """The EPOCHS for which there is a directory NAME_EPOCHS."""
-    found = (path.name.removeprefix(f"{name}_") for path in (out / DIRECTORY).glob(f"{name}_*"))
-    return sorted(int(epochs) for epochs in found if epochs.isdecimal())
-
-
 def accuracies(runs: list) -> list:
     return [run.accuracy("best") for run in runs]
 
@@ -51,7 +44,7 @@ def training(out: Path, strange: list) -> dict:
     lines = {}
     for label, name in ((RANDOM, "random"), (SELECTED, "selected")):
         runs = {}
-        for epochs in find_epochs(out, name):
+        for epochs in trained_epochs(out / DIRECTORY, name):
             runs[epochs] = find(out, f"{name}_{epochs}", FIXED | {"epochs": epochs}, strange)
         runs[RECIPE["epochs"]] = find(out, name, RECIPE, strange)
         lines[label] = {epochs: accuracies(runs[epochs]) for epochs in sorted(runs) if runs[epochs]}
@@ -61,7 +54,10 @@ def training(out: Path, strange: list) -> dict:
 def pretraining(out: Path, strange: list) -> dict:
     """Panel (b): the accuracies after fine-tuning by number of epochs of pretraining."""
     options = {"epochs": RECIPE["epochs"]}  # all that the paper says of fine-tuning
-    runs = {epochs: find(out, f"finetuned_{epochs}", options, strange) for epochs in find_epochs(out, "finetuned")}
+    runs = {
+        epochs: find(out, f"finetuned_{epochs}", options, strange)
+        for epochs in trained_epochs(out / DIRECTORY, "finetuned")
+    }
     return {epochs: accuracies(found) for epochs, found in runs.items() if found}
 
 
@@ -91,24 +87,13 @@ def draw(lines: dict, tuned: dict, strange: list):
     return figure
 
 
-def get_args_parser() -> Parser:
-    parser = Parser("plot_epochs.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("out", metavar="OUT", type=Path, help="directory of the runs, SETTING/DATA/NAME/SEED")
-    parser.add_argument("--output", required=True, metavar="PNG", type=Path, help="written anew when it exists")
-    return parser
-
-
 def main(argv=None) -> None:
-    args = get_args_parser().parse_args(argv)
+    args = figure_parser("plot_epochs.py", __doc__).parse_args(argv)
     strange = []
     lines, tuned = training(args.out, strange), pretraining(args.out, strange)
     if not lines and not tuned:
         raise InputError(f"OUT {args.out}: no finished runs {DIRECTORY}/{{random,selected,finetuned}}_EPOCHS/SEED")
-    for label, line in (lines | {TUNED: tuned}).items():
-        for epochs, values in line.items():
-            mean, seeds = statistics.fmean(values), len(values)
-            print(f"{label}, {epochs} epochs: {mean:.1f} ({min(values):.1f} to {max(values):.1f}, seeds: {seeds})")
+    print_lines(lines | {TUNED: tuned})
     for line in strange:
         print(f"not the paper's recipe: {line}")
     style.save(draw(lines, tuned, strange), args.output)

@@ -7,15 +7,13 @@ Each point is a training of its own: vit_half_112/flowers/{random,selected,greed
 scripts/projection.sh, and the same without _EPOCHS, which have the recipe's 20.
 """
 
-import argparse
-import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 import style
-from program import InputError, Parser, run_program
-from runs import read_run, seed_directories
+from program import InputError, run_program
+from runs import figure_parser, print_lines, read_run, seed_directories, trained_epochs
 
 SETTING = "vit_half_112/flowers"
 LINES = {"random init": "random", "weight selection": "selected", "greedy": "greedy", "project": "project"}
@@ -25,13 +23,10 @@ def find(out: Path) -> dict:
     """{label: {epochs: accuracies over the seeds}} of the finished runs."""
     lines = {}
     for label, name in LINES.items():
-        lengths = [path for path in (out / SETTING).glob(f"{name}_*") if path.name.removeprefix(f"{name}_").isdecimal()]
         found = {}
-        for directory in (
-            directory for path in [out / SETTING / name, *lengths] for directory in seed_directories(path)
-        ):
-            run = read_run(directory)
-            found.setdefault(run.options["epochs"], []).append(run.accuracy("best"))
+        for path in [name, *(f"{name}_{epochs}" for epochs in trained_epochs(out / SETTING, name))]:
+            for run in map(read_run, seed_directories(out / SETTING / path)):
+                found.setdefault(run.options["epochs"], []).append(run.accuracy("best"))
         if found:
             lines[label] = dict(sorted(found.items()))
     return lines
@@ -49,23 +44,12 @@ def draw(lines: dict):
     return figure
 
 
-def get_args_parser() -> Parser:
-    parser = Parser("plot_projection.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("out", metavar="OUT", type=Path, help="directory of the runs, SETTING/DATA/NAME/SEED")
-    parser.add_argument("--output", required=True, metavar="PNG", type=Path, help="written anew when it exists")
-    return parser
-
-
 def main(argv=None) -> None:
-    args = get_args_parser().parse_args(argv)
+    args = figure_parser("plot_projection.py", __doc__).parse_args(argv)
     lines = find(args.out)
     if not lines:
         raise InputError(f"OUT {args.out}: no finished runs {SETTING}/{{{','.join(LINES.values())}}}_EPOCHS/SEED")
-    for label, line in lines.items():
-        for epochs, values in line.items():
-            seeds = f"{min(values):.1f} to {max(values):.1f}, seeds: {len(values)}"
-            print(f"{label}, {epochs} epochs: {statistics.fmean(values):.1f} ({seeds})")
+    print_lines(lines)
     style.save(draw(lines), args.output)
     print(f"figure: {args.output}")
 

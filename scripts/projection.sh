@@ -6,15 +6,10 @@
 source "$(dirname "$0")/experiment.sh" "$@"
 
 images() { # DATA: options that calibrate with its training images
-  local directory=$DATA/flowers_256
-  case $1 in cifar100) directory=$DATA/cifar100_50/train ;; esac
-  if [ -n "${SMOKE:-}" ]; then
-    smoke_made "$OUT/images"
-    directory=$OUT/images
-    echo "--calibration $directory --calibration_images 8"
-  else
-    echo "--calibration $directory"
-  fi
+  local source=$DATA/flowers_256
+  case $1 in cifar100) source=$DATA/cifar100_50/train ;; esac
+  [ -z "${SMOKE:-}" ] || source=noise
+  echo "--calibration $source"
 }
 
 fitted() { # SETTING DATA NAME RULE INIT [options of weight_selection.py] [-- options of main.py]; with calibration

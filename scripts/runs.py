@@ -1,12 +1,13 @@
 """What runs of main.py left on disk, and statistics over their seeds."""
 
+import argparse
 import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from files import parse_json
-from program import InputError
+from program import InputError, Parser
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,29 @@ def seed_directories(directory: Path) -> list:
     """Directories of the finished runs in ``directory``, which are named by their seeds."""
     found = (path.parent for path in Path(directory).glob("*/results.json"))
     return sorted((path for path in found if path.name.isdecimal()), key=lambda path: int(path.name))
+
+
+def trained_epochs(directory: Path, name: str) -> list:
+    """The EPOCHS for which there is a NAME_EPOCHS in ``directory``."""
+    found = (path.name.removeprefix(f"{name}_") for path in Path(directory).glob(f"{name}_*"))
+    return sorted(int(epochs) for epochs in found if epochs.isdecimal())
+
+
+def print_lines(lines: dict) -> None:
+    """Print {label: {epochs: accuracies of seeds}}."""
+    for label, line in lines.items():
+        for epochs, values in line.items():
+            mean, seeds = statistics.fmean(values), len(values)
+            print(f"{label}, {epochs} epochs: {mean:.1f} ({min(values):.1f} to {max(values):.1f}, seeds: {seeds})")
+
+
+def figure_parser(program: str, description: str) -> Parser:
+    """Options of a script that draws a figure from a directory of runs."""
+    parser = Parser(program, description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory of the runs, SETTING/DATA/NAME/SEED")
+    parser.add_argument("--output", required=True, metavar="PNG", type=Path, help="written anew when it exists")
+    return parser
 
 
 def read_curve(directory: Path) -> dict:

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 export SMOKE=1 OUT=${OUT:-$(mktemp -d)}
-for script in scripts/table*.sh scripts/figure*.sh scripts/evidence.sh scripts/other_families.sh; do
+for script in scripts/table*.sh scripts/figure*.sh scripts/evidence.sh scripts/other_families.sh scripts/projection.sh; do
   echo "== $script"
   bash "$script"
 done

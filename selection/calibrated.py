@@ -77,8 +77,8 @@ def fit_weights(
     """
     student = student.to(next(teacher.parameters())).eval()
     taken_apart = anatomy(student, "student")
-    teacher, whole = _at_geometry(teacher.eval(), student, taken_apart, plan_options)
-    plan = plan_selection(whole, taken_apart, **plan_options)
+    teacher.eval()
+    whole, plan = _at_geometry(teacher, student, taken_apart, plan_options)
     if isinstance(calibration, str | Path):
         calibration = Calibration(calibration, calibration_images, input_size(student), teacher.pretrained_cfg, seed)
     else:
@@ -112,24 +112,28 @@ def fit_plan(plan: list, teacher: Side, student: Side, images, method: str) -> d
 
 
 def _at_geometry(teacher, student, taken_apart, plan_options):
-    """The teacher, for whom the student's images are right, and its anatomy."""
-    whole = anatomy(teacher, "teacher")
+    """Bring the teacher to the student's images: its anatomy, and a plan without resampling."""
     if input_size(teacher)[0] != input_size(student)[0]:
         raise InputError("in_chans: the teacher cannot see images of other channels than its own; select by a rule")
-    resampled = [e.key for e in plan_selection(whole, taken_apart, **plan_options) if e.resampling is not None]
+
+    def planned():
+        whole = anatomy(teacher, "teacher")
+        plan = plan_selection(whole, taken_apart, **plan_options)
+        return whole, plan, [entry.key for entry in plan if entry.resampling is not None]
+
+    whole, plan, resampled = planned()
     if resampled and hasattr(teacher, "set_input_size"):
         patch = getattr(getattr(student, "patch_embed", None), "patch_size", None)
         accepted = inspect.signature(teacher.set_input_size).parameters
         sizes = {"img_size": input_size(student)[1:]} | ({"patch_size": patch} if "patch_size" in accepted else {})
         teacher.set_input_size(**sizes)
-        whole = anatomy(teacher, "teacher")
-        resampled = [e.key for e in plan_selection(whole, taken_apart, **plan_options) if e.resampling is not None]
+        whole, plan, resampled = planned()
     if resampled:
         raise InputError(
             f"{resampled[0]}: the teacher's images or patches are of another size than the student's; give the teacher "
             "the student's (--teacher_kwargs img_size=N)"
         )
-    return teacher, whole
+    return whole, plan
 
 
 def _shown(images, who, teacher):

@@ -11,9 +11,8 @@ from timm.data import create_transform
 from torch.overrides import TorchFunctionMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from files import check_directory
 from program import InputError
-from selection import CALIBRATION_IMAGES, NOISE
+from selection import CALIBRATION_IMAGES, NOISE, check_calibration
 from sources import BadImage, ImageFiles
 
 BATCH_SIZE = 16
@@ -37,8 +36,7 @@ class Calibration:
     """
 
     def __init__(self, source, count: int | None, size: tuple, config: dict, seed: int):
-        if count is not None and count < 1:
-            raise InputError(f"--calibration_images {count}: give a number from 1 up")
+        check_calibration(source, count)
         if seed < 0:
             raise InputError(f"--seed {seed}: give a number from 0 up")
         self.size, self.config, self.seed, self.images = tuple(size), config, seed, None
@@ -46,7 +44,6 @@ class Calibration:
         if str(source) == NOISE:
             return
         root = Path(source)
-        check_directory(root, "--calibration", f"name one of images, or {NOISE}")
         if self.size[0] != 3:
             raise InputError(
                 f"--calibration {root}: images are RGB, the model takes {self.size[0]} channels; use {NOISE}"

@@ -116,9 +116,9 @@ class _Fitting:
     """
 
     def __init__(self, args, plan, teacher, whole, student, taken_apart):
-        from selection import calibrated, calibration, freedom, roles, survey, writes  # what no other rule needs
+        from selection import calibration, freedom, roles, survey, writes  # what no other rule needs
 
-        self.args, self.module, self.whole = args, calibrated, whole
+        self.args, self.whole = args, whole
         self.structure = roles.Structure(teacher, whole.neurons)
         if args.element_selection == "project":
             freedom.check_streams(self.structure, args.pretrained_model)
@@ -139,17 +139,18 @@ class _Fitting:
         }
 
     def describe(self, plan, taken_apart):
-        return self.module.describer(
-            plan, self.structure, self.whole, taken_apart, self.args.element_selection == "project"
-        )
+        from selection.calibrated import describer
+
+        return describer(plan, self.structure, self.whole, taken_apart, self.args.element_selection == "project")
 
     def fit(self, weights, student_options, plan_options, option):
+        from selection.calibrated import fit_weights, load_teacher
+
         args = self.args
         teacher = create_model(args.pretrained_model, option="--pretrained_model", **args.teacher_kwargs)
-        self.module.load_teacher(teacher, weights, option, args.include_head)
-        torch.manual_seed(args.seed)
+        load_teacher(teacher, weights, option, args.include_head)
         student = create_model(args.student, **student_options)
-        return self.module.fit_weights(
+        return fit_weights(
             teacher.to(self.device), student, method=args.element_selection, calibration=self.images, **plan_options
         )
 

@@ -11,6 +11,7 @@ from selection import projection
 from selection.calibration import Tap, vectors
 from selection.plan import Anatomy
 from selection.projection import Moments
+from selection.roles import bias_of, weight_of
 from selection.survey import Side, Survey
 from selection.writes import Writes
 
@@ -115,7 +116,7 @@ class Fit:
             if scale not in scales:
                 continue
             folded[dense] = self.weights[scale].flatten()
-            for key in (dense, _bias(dense)):
+            for key in (dense, bias_of(dense)):
                 if key in self.weights:
                     weight = self.weights[key]
                     self.weights[key] = weight * folded[dense].view(-1, *[1] * (weight.ndim - 1))
@@ -151,7 +152,7 @@ class Fit:
         Where none has, before a new classifier, features keep their sizes.
         """
         is_shift = entry.source.endswith("bias")
-        gain = entry.source.removesuffix("bias") + "weight" if is_shift else entry.source
+        gain = weight_of(entry.source)
         space = self.student.space_of(key)
         if gain in self.survey.early:
             return self._between(space, gain)[1 + is_shift]
@@ -180,7 +181,7 @@ class Fit:
 
     def _shift(self, gain):
         """The shift of the layer normalisation that has this gain."""
-        return self.weights.get(_bias(gain), torch.zeros_like(self.weights[gain])).double()
+        return self.weights.get(bias_of(gain), torch.zeros_like(self.weights[gain])).double()
 
     def _given(self, entry, y):
         """What a layer of the teacher's gave, on the student's neurons."""
@@ -211,10 +212,9 @@ class Fit:
     def _write_of(self, entry, space, nth):
         """Q of a part of a tensor: before a norm in a rotated stream, that of (8)."""
         if space in self.writes.rotated:
-            layer = entry.source.rpartition(".")[0] + ".weight"
             for gain, before in self.survey.early.items():
                 embedding = not self.student.structure.is_of_dense(entry.key)
-                if gain in self._norms(space) and (embedding or layer in before):
+                if gain in self._norms(space) and (embedding or weight_of(entry.source) in before):
                     return self._between(space, gain)[0]
         return self.writes.get(space, nth)
 
@@ -250,7 +250,3 @@ class Fit:
             constant = rows.reshape(*rows.shape[:2], -1).sum(2) @ read[:, -1]
             for name, (some, shift) in self._shifts[key].items():
                 self.state[name].copy_(shift + constant[some])
-
-
-def _bias(weight):
-    return weight.removesuffix("weight") + "bias"

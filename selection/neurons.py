@@ -235,16 +235,17 @@ class Matching:
             if first.factors != large.factors:  # the same sizes keep the same neurons, where a plain stack lost layers
                 return f"elsewhere in the student these neurons come from {_words(first)}, here from {_words(large)}"
             indices = [their.indices, our.indices]
-            if len(large.factors) != len(small.factors):
-                indices = _aligned(*indices)
+            indices = aligned(*indices)
             if indices is None:
                 return f"{_words(large)} in the teacher, {_words(small)} in the student"
             pairs.append(tuple(indices) + ((large, small),))
         return pairs
 
 
-def _aligned(large, small):
+def aligned(large: np.ndarray, small: np.ndarray) -> tuple | None:
     """Indices with as many dimensions each: neurons in no blocks are one block; None if that does not fit."""
+    if large.ndim == small.ndim:
+        return large, small
     depth = max(large.ndim, small.ndim)
     if 1 not in (large.ndim, small.ndim):
         return None

@@ -38,6 +38,16 @@ class Attention:
     counted: tuple
 
 
+def weight_of(key: str) -> str:
+    """Key of the weight in the module of a weight or a bias."""
+    return f"{key.rpartition('.')[0]}.weight"
+
+
+def bias_of(key: str) -> str:
+    """Key of the bias in the module of a weight or a bias."""
+    return f"{key.rpartition('.')[0]}.bias"
+
+
 class Structure:
     """Where the neurons of a model are used, and what that lets be done with them.
 
@@ -63,7 +73,7 @@ class Structure:
             for dim, parts in enumerate(dims):
                 for number, part in enumerate(parts or ()):
                     self.uses.setdefault(part.space, []).append((key, dim, number))
-        self.inside = {}  # spaces that are used in one attention module only: its name
+        self.inside = set()  # spaces that are used in one attention module only
         self.attentions = {}
         self._find_attentions()
 
@@ -73,8 +83,7 @@ class Structure:
 
     def norms(self, space: int) -> list:
         """Keys of the gains of the layer normalisations over these neurons."""
-        keys = [key for key, _, _ in self.uses[space] if key.endswith("weight")]
-        return [key for key in keys if isinstance(self._owner(key), nn.LayerNorm)]
+        return [key for key, _, _ in self.uses[space] if key.endswith("weight") and self.is_norm(key)]
 
     def is_norm(self, key: str) -> bool:
         """Whether a tensor is the gain or the shift of a layer normalisation."""
@@ -90,9 +99,8 @@ class Structure:
         Where queries and values have biases of their own, the keys' share is lost, which softmax ignores (after a
         normalisation or a rotation of keys only nearly).
         """
-        bias = key.removesuffix("weight") + "bias"
-        if bias in self.neurons.parts:
-            return {bias: slice(None)}
+        if bias_of(key) in self.neurons.parts:
+            return {bias_of(key): slice(None)}
         module, third = key.removesuffix("qkv.weight"), len(self.dense[key].weight) // 3
         apart = {f"{module}q_bias": slice(third), f"{module}v_bias": slice(2 * third, None)}
         return apart if key.endswith("qkv.weight") and apart.keys() <= self.neurons.parts.keys() else {}
@@ -150,7 +158,7 @@ class Structure:
             if any(other.startswith(f"{name}.") for other in counts):
                 continue  # the innermost one has the heads
             local = {s for s, uses in self.uses.items() if all(key.startswith(f"{name}.") for key, _, _ in uses)}
-            self.inside |= dict.fromkeys(local, name)
+            self.inside |= local
             found = self._attention(name, heads, local)
             if found is not None:
                 self.attentions[name] = found
@@ -183,4 +191,4 @@ class Structure:
         return Attention(name, heads, *places, ours, theirs, out[0], tuple(counted))
 
     def _is_bias(self, key):
-        return key.endswith("bias") and not isinstance(self._owner(key), nn.LayerNorm)
+        return key.endswith("bias") and not self.is_norm(key)

@@ -1,12 +1,14 @@
 """The write Q of every set of neurons: which combinations of the teacher's become the student's."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from program import InputError
 from selection import projection
+from selection.neurons import aligned
 from selection.roles import GREEDY, ROTATED, STRONGEST, Attention
-from selection.rules import uniform_indices
+from selection.rules import select_elements
 from selection.survey import Side, Survey
 
 
@@ -50,16 +52,14 @@ def choose_writes(entries: dict, pairs: dict, teacher: Side, student: Side, surv
         seen = any(key in survey.moments for key in teacher.structure.readers(their))
         if teacher.size(their) == count:
             writes.of[our] = torch.arange(count, device=teacher.device)
-        elif not seen:  # weights that the model computes from others, layers that did not run
-            writes.of[our] = _uniform(teacher, their, student, our)
-        elif role in (ROTATED, GREEDY):
+        elif seen and role in (ROTATED, GREEDY):
             writes.of[our] = projection.greedy(*_read(their, teacher, survey), count)
             if role == ROTATED:
                 writes.of[our] = projection.rotation(*_normalised(their, teacher, survey), writes.of[our])
                 writes.rotated.add(our)
-        elif role == STRONGEST:
+        elif seen and role == STRONGEST:
             writes.of[our] = _strongest(their, count, teacher, survey)
-        else:
+        else:  # also of weights that the model computes from others, and layers that did not run
             writes.of[our] = _uniform(teacher, their, student, our)
     return writes
 
@@ -144,13 +144,9 @@ def _strongest(space, count, teacher, survey):
 
 def _uniform(teacher, their, student, our):
     """As plain selection keeps neurons, in blocks where they come in blocks."""
-    large, small = teacher.anatomy.neurons.spaces[their], student.anatomy.neurons.spaces[our]
-    depth = max(len(large.factors), len(small.factors))
-    indices, sizes = torch.arange(large.size), small.factors
-    indices = indices.view(*[1] * (depth - len(large.factors)), *large.factors)
-    for dim, size in enumerate([1] * (depth - len(sizes)) + list(sizes)):
-        indices = indices.index_select(dim, uniform_indices(indices.shape[dim], size))
-    return indices.reshape(-1).to(teacher.device)
+    spaces = teacher.anatomy.neurons.spaces[their], student.anatomy.neurons.spaces[our]
+    large, small = aligned(*(np.arange(space.size).reshape(space.factors) for space in spaces))
+    return select_elements("uniform", torch.from_numpy(large), small.shape).reshape(-1).to(teacher.device)
 
 
 # ---------------------------------------------------------------------------------------------------------
