@@ -1,5 +1,6 @@
 """Calibration: a few images, without labels, and what a model's dense layers take and give while it sees them."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from timm.data import create_transform
 from torch.overrides import TorchFunctionMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from files import sha256
 from program import InputError
 from selection import CALIBRATION_IMAGES, NOISE, check_calibration
 from sources import BadImage, ImageFiles
@@ -66,6 +68,14 @@ class Calibration:
 
     def __len__(self):
         return -(-self.count // BATCH_SIZE)
+
+    @property
+    def sha256(self):
+        """SHA-256 of the lines of the images' SHA-256, in their order, as hexadecimal digits; None of noise."""
+        if self.images is None:
+            return None
+        lines = (f"{sha256(path)}\n" for path, _ in self.images.samples)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def __iter__(self):
         """Batches, float32 (n, channels, height, width), normalised."""

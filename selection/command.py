@@ -135,6 +135,7 @@ class _Fitting:
         return {
             "calibration": self.args.calibration,
             "calibration_images": self.images.count,
+            "calibration_sha256": self.images.sha256,
             "calibration_device": self.device,
         }
 

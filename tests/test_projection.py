@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -552,6 +553,19 @@ def test_calibration_images_are_the_same_every_time_and_others_for_another_seed(
     assert len(first.flatten(1).unique(dim=0)) == 40, "an image twice"
 
 
+def test_the_digest_is_that_of_what_is_in_the_drawn_files_wherever_they_are(image_folder, tmp_path):
+    def digest(source, count=None, seed=0):
+        return Calibration(source, count, (3, 16, 16), CONFIG, seed).sha256
+
+    copied = shutil.copytree(image_folder, tmp_path / "copied")
+    assert digest(copied) == digest(image_folder) != digest(image_folder, 40)
+    assert digest(image_folder, 40) == digest(copied, 40) != digest(image_folder, 40, seed=1)
+    first, second = sorted(copied.rglob("*.png"))[:2]
+    first.write_bytes(second.read_bytes())
+    assert digest(copied) != digest(image_folder)
+    assert digest("noise") is None
+
+
 def test_noise_is_one_over_f_in_channels_that_are_alike():
     images = torch.stack([noise((3, 64, 64), seed) for seed in range(64)]).double()
     assert images.min() >= 0 and images.max() <= 1 and abs(images.mean() - 0.5) < 0.05
@@ -617,6 +631,7 @@ def test_the_command_writes_what_the_function_gives_with_where_it_is_from(cli, c
     assert options["calibration_device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert options["element_selection"] == method and options["seed"] == 3
     assert (options["calibration"], options["calibration_images"]) == (str(image_folder), 20)
+    assert options["calibration_sha256"] == Calibration(image_folder, 20, (3, 16, 16), CONFIG, 3).sha256
 
 
 @pytest.mark.parametrize("part", ablate_projection.PARTS)
