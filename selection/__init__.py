@@ -3,7 +3,7 @@
 from files import check_directory
 from program import InputError
 
-LAYER_SELECTION = ("first_n", "mid_n", "last_n", "uniform")
+LAYER_SELECTION = ("first_n", "mid_n", "last_n", "uniform", "quadratic")  # the last: beyond the paper
 ELEMENT_SELECTION = ("uniform", "consecutive", "random", "random_inconsistent", "l1", "magnitude")
 SEEDED = ("random", "random_inconsistent")  # of them, those that --seed changes
 FITTED = ("project", "greedy")  # beyond the paper: weights made from the teacher's, fitted to images drawn by --seed

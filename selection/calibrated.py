@@ -18,6 +18,7 @@ from program import InputError
 from selection.calibration import Calibration, check_batches
 from selection.fitting import Fit, spaces_of
 from selection.freedom import check_free, check_streams
+from selection.gaps import Gaps, find_gaps
 from selection.plan import Anatomy, anatomy, checked_weight, plan_selection
 from selection.roles import Structure
 from selection.survey import Side, Survey
@@ -102,12 +103,14 @@ def fit_plan(plan: list, teacher: Side, student: Side, images, method: str) -> d
     if rotate:
         check_streams(teacher.structure, type(teacher.model).__name__)
     survey = Survey(teacher, _shown(images, "teacher", teacher))
-    check_free(teacher, student, survey, next(iter(images)).to(next(teacher.model.parameters())), rotate)
+    some = next(iter(images)).to(next(teacher.model.parameters()))
+    check_free(teacher, student, survey, some, rotate)
     entries = {entry.key: entry for entry in plan if entry.role == "selected"}
     pairs = spaces_of(plan, teacher.anatomy, student.anatomy)
     writes = choose_writes(entries, pairs, teacher, student, survey, rotate)
     fit = Fit(entries, teacher, student, survey, writes)
-    fit.fit_reads(_shown(images, "student", teacher))
+    gaps = find_gaps(entries, teacher.anatomy.layers, student.anatomy.layers, fit.rows)
+    fit.fit_reads(_shown(images, "student", teacher), Gaps(gaps, teacher, some))
     return {key: fit.state[key].to("cpu", copy=True) for key in entries}
 
 
@@ -145,6 +148,9 @@ def _shown(images, who, teacher):
 
 def describer(plan: list, structure: Structure, teacher: Anatomy, student: Anatomy, rotate: bool):
     """A function that says of an entry of a plan, in words, what is done with it."""
+    reads = {entry.key for entry in plan if entry.source in structure.dense and 1 in entry.parts}
+    entries = {entry.key: entry for entry in plan if entry.role == "selected"}
+    gaps = find_gaps(entries, teacher.layers, student.layers, reads)
     pairs = spaces_of(plan, teacher, student)
     roles = {our: structure.role(their, rotate) for our, their in pairs.items()}
     sizes = {our: (teacher.neurons.spaces[t].size, student.neurons.spaces[our].size) for our, t in pairs.items()}
@@ -153,11 +159,13 @@ def describer(plan: list, structure: Structure, teacher: Anatomy, student: Anato
         if entry.role != "selected":
             return entry.describe("")
         words = [] if entry.resampling is None else [entry.resampling.words]
-        reads = entry.source in structure.dense and 1 in entry.parts
         for dim in entry.parts:
-            if not (reads and dim == 1):
+            if not (entry.key in reads and dim == 1):
                 spaces = [part.space for part in student.neurons.parts[entry.key][dim]]
                 words += [roles[space] for space in spaces if len(set(sizes[space])) > 1]
-        return ", ".join(list(dict.fromkeys(words)) + ["least-squares read"] * reads) or "copy"
+        words += ["least-squares read"] * (entry.key in reads)
+        if entry.key in gaps:
+            words.append(f"writes for the layers up to {gaps[entry.key].last} too, if it ends in a sum")
+        return ", ".join(dict.fromkeys(words)) or "copy"
 
     return describe

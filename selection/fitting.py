@@ -9,6 +9,7 @@ from torch import Tensor
 
 from selection import projection
 from selection.calibration import Tap, vectors
+from selection.gaps import Gaps
 from selection.plan import Anatomy
 from selection.projection import Moments
 from selection.roles import bias_of, weight_of
@@ -56,13 +57,15 @@ class Fit:
             self._shifts[key] = {name: (rows, self.state[name].double().clone()) for name, rows in biases.items()}
             self._read(key, prior)
 
-    def fit_reads(self, images) -> None:
-        """Fit the reads to a pass over the images.
+    def fit_reads(self, images, gaps: Gaps) -> None:
+        """Fit the reads to a pass over the images, and what layers write for those that are left out.
 
         Args:
             images: batches on the device of the models.
+            gaps: in the teacher's layers.
         """
         across, own = ({key: Moments() for key in self.rows} for _ in range(2))
+        missing = {key: Moments() for key in gaps.bridged}
         sources = {entry.source for entry in self.entries.values()}
         for batch in images:
             taken = {}
@@ -72,28 +75,36 @@ class Fit:
                     taken.setdefault(key, []).append((x.clone(), y.clone()))  # activations may be changed in place
                 return y
 
-            def force(key, z, y, taken=taken):
+            with Tap(self.teacher.model, record), gaps.watch() as outputs:
+                self.teacher.model(batch)
+
+            def force(key, z, y, taken=taken, outputs=outputs):
                 entry = self.entries.get(key)
                 if entry is None or not taken.get(entry.source):
                     return y
-                x, given = taken[entry.source].pop(0)
-                given = self._given(entry, given)
+                x, theirs = taken[entry.source].pop(0)
+                given = self._given(entry, theirs)
                 if given.shape != y.shape:  # along another axis than its own, such as tokens, a layer has neurons
                     return y
                 if key in self.rows:
                     x, z = vectors(x, len(entry.source_shape)), vectors(z, len(entry.shape))
                     across[key].add(x, z)
                     own[key].add(z, z)
+                if key in missing:
+                    lost = self._given(entry, gaps.missing(key, outputs, theirs))
+                    missing[key].add(vectors(lost, len(entry.shape)), z)
+                    given = given + lost
                 return given
 
-            with Tap(self.teacher.model, record):
-                self.teacher.model(batch)
             with Tap(self.student.model, force):
                 self.student.model(batch)
         for key, prior in self.priors.items():
             if own[key].count:
                 moments = across[key].mean[:-1], own[key].mean
                 self._read(key, projection.read_through(*moments, prior, constant=bool(self._shifts[key])))
+        for key, moments in missing.items():
+            if moments.count:
+                self._write_for(key, moments.mean[:-1], own[key].mean)
 
     def comparable(self, key: str) -> bool:
         """Whether a dense layer of the student gives what the teacher's gives, if nothing is lost."""
@@ -241,6 +252,15 @@ class Fit:
                 prior[theirs[:, None], ours] = self.weights[gain].double()[:, None] * write.T * kept.sqrt()
                 prior[theirs, -1] = self._shift(gain)
         return prior
+
+    def _write_for(self, key, across, own):
+        """Equation (10): the write (V, v) for layers that are left out, from E[Q m z~'] and E[z~ z~']."""
+        biases = self._shifts[key]
+        write = projection.read_through(across, own, torch.zeros_like(across), constant=bool(biases))
+        weight = self.state[key]
+        weight += write[:, : weight.shape[1]].reshape(weight.shape)
+        for name, (some, _) in biases.items():
+            self.state[name] += write[some, -1]
 
     def _read(self, key, read):
         """Equation (1), of a read (B, c), or (B) alone."""

@@ -17,11 +17,17 @@ def uniform_indices(t: int, s: int) -> torch.Tensor:
 
 
 def layer_indices(method: str, t: int, s: int) -> list:
-    """The teacher layer, of ``t``, that each of the student's ``s`` layers starts from (section 3.1, Appendix B)."""
+    """The teacher layer, of ``t``, that each of the student's ``s`` layers starts from (section 3.1, Appendix B).
+
+    ``quadratic``, beyond the paper, is for ``project`` and ``greedy``, which make up for layers that are left out: the
+    later, the less is lost by it, so layer i starts from the teacher's t (i/s)^2, at least i.
+    """
     if method not in LAYER_SELECTION:
         raise InputError(f"--layer_selection {method}: choose one of {', '.join(LAYER_SELECTION)}")
     if method == "uniform":
         return uniform_indices(t, s).tolist()
+    if method == "quadratic":
+        return [max(i, t * i * i // (s * s)) for i in range(s)]
     start = {"first_n": 0, "mid_n": (t - s) // 2, "last_n": t - s}[method]
     return list(range(start, start + s))
 

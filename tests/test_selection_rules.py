@@ -65,6 +65,9 @@ def test_consecutive_takes_the_first():
         (24, 12, {"uniform": [*range(0, 24, 2)]}),
         (9, 6, {"uniform": [0, 2, 3, 5, 6, 8]}),
         (3, 2, {"uniform": [0, 2]}),
+        (12, 6, {"quadratic": [0, 1, 2, 3, 5, 8]}),
+        (24, 12, {"quadratic": [0, 1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20]}),
+        (9, 6, {"quadratic": [0, 1, 2, 3, 4, 6]}),
     ],
 )
 def test_layers(t, s, expected):
