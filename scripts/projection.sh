@@ -63,7 +63,8 @@ done
 
 # Half the depth.
 train vit_a_112 flowers random
-for layers in first_n uniform quadratic; do
+selected vit_a_112 flowers first_n
+for layers in uniform quadratic; do
   selected vit_a_112 flowers $layers --layer_selection $layers
   fitted vit_a_112 flowers greedy_$layers greedy flowers_greedy_$layers --layer_selection $layers
 done

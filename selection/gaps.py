@@ -5,7 +5,8 @@ keeps i and goes on with j has lost m. Its layer i gets a second term beside tha
 
     W_student = Q W_teacher B + V        V = argmin E|Q m - V z~|^2                                                 (10)
 
-with z what its last dense layer takes (and the ridge of (7), towards none).
+with z what its last dense layer takes (and the ridge of (7), towards none). Only between layers that are kept: what is
+left out at the end is better left out, a stream in which it is nearly made up for has worse features (RESULTS.md).
 """
 
 import copy
@@ -28,7 +29,7 @@ LAYOUTS = (lambda x: x, lambda x: x.movedim(1, -1), lambda x: x.movedim(-1, 1))
 
 @dataclass(frozen=True)
 class Gap:
-    """Layers of a teacher's that a student leaves out, between one that it keeps and its next, or the stage's end.
+    """Layers of a teacher's that a student leaves out, between one that it keeps and the next.
 
     Attributes:
         source: key of the teacher's dense weight that is to write for them, the last of the layer before.
@@ -57,7 +58,7 @@ def find_gaps(entries: dict, teacher: Layers, student: Layers, dense) -> dict:
     gaps = {}
     for key, container, number in writers.values():
         after = [other for other in kept[container] if other > number]
-        missing = [n for n in teacher.containers[container] if number < n < min(after, default=float("inf"))]
+        missing = [n for n in teacher.containers[container] if number < n < min(after, default=0)]
         if missing:
             gaps[key] = Gap(entries[key].source, f"{container}{number}", f"{container}{max(missing)}")
     return gaps
