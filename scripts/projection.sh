@@ -68,4 +68,18 @@ for layers in uniform quadratic; do
   selected vit_a_112 flowers $layers --layer_selection $layers
   fitted vit_a_112 flowers greedy_$layers greedy flowers_greedy_$layers --layer_selection $layers
 done
-finish projection_half projection_length projection_images projection_parts projection_depth
+
+# Linear probing of both halves: what are the features worth before any training?
+recipe=linear_probe_flowers
+train vit_half_112 flowers linear_probe_random
+init=selected selected vit_half_112 flowers linear_probe_selected
+for rule in project greedy; do
+  fitted vit_half_112 flowers linear_probe_$rule $rule flowers_$rule
+done
+train vit_a_112 flowers linear_probe_random
+init=first_n selected vit_a_112 flowers linear_probe_first_n --layer_selection first_n
+for layers in uniform quadratic; do
+  init=$layers selected vit_a_112 flowers linear_probe_$layers --layer_selection $layers
+  fitted vit_a_112 flowers linear_probe_greedy_$layers greedy flowers_greedy_$layers --layer_selection $layers
+done
+finish projection_half projection_length projection_images projection_parts projection_depth projection_probe projection_probe_depth
