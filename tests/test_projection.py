@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import ablate_projection
 import weight_selection
 from models.create import create_model
 from program import InputError
-from selection import projection
+from selection import calibrated, projection
 from selection.calibration import Calibration, Tap, noise
 from selection.freedom import check_streams
 from selection.plan import anatomy, make_plan
@@ -492,8 +493,14 @@ PAIRS = {
     "fewer layers": (
         "vit_tiny",
         PRE_NORM | {"pre_norm": False, "embed_dim": 48, "num_heads": 4},
-        {"depth": 6},
+        {"depth": 5},
         {"depth": 3},
+    ),
+    "half the width, fewer layers": (
+        "vit_tiny",
+        PRE_NORM | {"pre_norm": False, "init_values": 0.5},
+        {"depth": 5, "embed_dim": 64, "num_heads": 4},
+        {"depth": 3, "embed_dim": 32, "num_heads": 2},
     ),
     "other images": (
         "vit_tiny",
@@ -521,9 +528,16 @@ def test_projected_weights_are_nearer_to_the_teacher_than_selected_ones(kind):
     rules = {method: {"element_selection": method, "calibration": images} for method in ("project", "greedy")}
     if kind == "fewer layers":
         rules = {"greedy": rules["greedy"]}
-    plain = closeness(seen, student, images)
+    layers = {"layer_selection": "uniform"}  # 0, 2, 4 of five
+    plain = closeness(seen, student, images, **layers)
     for method, options in rules.items():
-        assert closeness(seen, student, images, **options) > plain + 0.03, method
+        options |= layers
+        near = closeness(seen, student, images, **options)
+        assert near > plain + 0.03, method
+        if "layers" in kind:
+            with mock.patch.object(calibrated, "find_gaps", lambda *_: {}):
+                alone = closeness(seen, student, images, **options)
+            assert near > alone + 0.03, "layers do not write for those left out"
         given = select_weights(teacher, student, **options, include_head=True)
         again = select_weights(seen, student, **options, include_head=True)
         assert all(torch.equal(given[key], again[key]) for key in given), "the teacher was not brought to the images"
