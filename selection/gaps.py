@@ -86,7 +86,8 @@ class Gaps:
             if {gap.before, gap.last} <= modules.keys():
                 handles.append(modules[gap.before].register_forward_pre_hook(_takes(taken, gap), with_kwargs=True))
                 handles.append(modules[gap.last].register_forward_hook(_gives(given, gap)))
-        teacher.model(batch)
+        if handles:
+            teacher.model(batch)
         for handle in handles:
             handle.remove()
         self.bridged, self._ends = {}, {}
