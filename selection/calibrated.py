@@ -1,8 +1,8 @@
 """First weights by projection, from two models and images: what they are made from is planned as ever, how is fitted.
 
 Two passes over the images: in the first the teacher shows the moments of what its layers take (survey.py), from which
-the write of every set of neurons is chosen (writes.py); in the second the student's layers learn to read (fitting.py), and
-to write for layers that the student leaves out (gaps.py).
+the write of every set of neurons is chosen (writes.py); in the second the student's layers learn to read (fitting.py),
+and to write for layers that are left out (gaps.py).
 """
 
 import inspect
