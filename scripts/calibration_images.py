@@ -11,13 +11,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 from datasets import UNREADABLE
 from files import check_directory, new_directory
 from program import InputError, Parser, run_program
 from selection import CALIBRATION_IMAGES
+from selection.calibration import draw
 from sources import SOURCES
 
 
@@ -46,9 +45,8 @@ def main(argv=None) -> None:
         raise InputError(f"DATA {args.data}: cannot read {args.data_set} ({error})") from error
     if not 1 <= args.count <= len(dataset):
         raise InputError(f"--count {args.count}: give a number from 1 to {len(dataset)}")
-    draw = np.random.Generator(np.random.PCG64(args.seed)).permutation(len(dataset))[: args.count]
     with new_directory(args.out, "OUT") as whole:
-        for index in sorted(draw.tolist()):
+        for index in draw(len(dataset), args.count, args.seed):
             dataset[index][0].save(whole / f"{index:05}.png")
     print(f"{args.out}: {args.count} of {len(dataset):,} training images of {args.data_set}")
 

@@ -77,7 +77,7 @@ for rule in project greedy; do
   fitted vit_half_112 flowers linear_probe_$rule $rule flowers_$rule
 done
 train vit_a_112 flowers linear_probe_random
-init=first_n selected vit_a_112 flowers linear_probe_first_n --layer_selection first_n
+init=first_n selected vit_a_112 flowers linear_probe_first_n
 for layers in uniform quadratic; do
   init=$layers selected vit_a_112 flowers linear_probe_$layers --layer_selection $layers
   fitted vit_a_112 flowers linear_probe_greedy_$layers greedy flowers_greedy_$layers --layer_selection $layers

@@ -61,10 +61,9 @@ class Calibration:
                 f"--calibration {root}: {len(paths)} images there, --calibration_images asks for {count}; give fewer"
             )
         self.count = min(self.count, len(paths))
-        draw = np.random.Generator(np.random.PCG64(seed)).permutation(len(paths))[: self.count]
         words = ("mean", "std", "interpolation", "crop_pct")
         transform = create_transform(self.size, **{word: config[word] for word in words})
-        self.images = ImageFiles([(paths[index], None) for index in sorted(draw)], transform)
+        self.images = ImageFiles([(paths[index], None) for index in draw(len(paths), self.count, seed)], transform)
 
     def __len__(self):
         return -(-self.count // BATCH_SIZE)
@@ -92,6 +91,11 @@ class Calibration:
     def _noise(self, index):
         mean, std = (torch.tensor(self.config[word])[: self.size[0], None, None] for word in ("mean", "std"))
         return (noise(self.size, np.random.SeedSequence((self.seed, index))) - mean) / std
+
+
+def draw(total: int, count: int, seed: int) -> list:
+    """``count`` of ``total`` indices without replacement, ascending."""
+    return sorted(np.random.Generator(np.random.PCG64(seed)).permutation(total)[:count].tolist())
 
 
 def noise(size: tuple, entropy) -> torch.Tensor:

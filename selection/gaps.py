@@ -76,7 +76,7 @@ class Gaps:
         batch: of images.
 
     Attributes:
-        bridged: {key of a student's dense weight: ``Gap``}, of those that can.
+        bridged: {key of a student's dense weight: (``Gap``, layout, gain)}, of those that can, as of ``_end``.
     """
 
     def __init__(self, gaps: dict, teacher: Side, batch: Tensor):
@@ -90,18 +90,18 @@ class Gaps:
             teacher.model(batch)
         for handle in handles:
             handle.remove()
-        self.bridged, self._ends = {}, {}
+        self.bridged = {}
         for key, gap in gaps.items():
             end = self._end(teacher, gap, taken[gap], given[gap]) if gap in given else None
             if end is None:
                 tqdm.write(f"{gap.before}: ends in no plain sum; nothing makes up for what is left out to {gap.last}")
             else:
-                self.bridged[key], self._ends[key] = gap, end
+                self.bridged[key] = gap, *end
 
     @contextmanager
     def watch(self):
         """Give a dictionary that has what the teacher's layers gave, by name, once it has run."""
-        names = {name for gap in self.bridged.values() for name in (gap.before, gap.last)}
+        names = {name for gap, _, _ in self.bridged.values() for name in (gap.before, gap.last)}
         outputs = {}
         handles = [self._modules[name].register_forward_hook(_gives(outputs, name)) for name in names]
         try:
@@ -112,7 +112,7 @@ class Gaps:
 
     def missing(self, key: str, outputs: dict, y: Tensor) -> Tensor:
         """m, as the teacher's dense layer, which gives y, would have to give it."""
-        gap, (layout, gain) = self.bridged[key], self._ends[key]
+        gap, layout, gain = self.bridged[key]
         added = layout(outputs[gap.last] - outputs[gap.before]).reshape(y.shape)
         return torch.where(gain == 0, 0, added / gain)
 
