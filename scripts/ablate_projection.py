@@ -6,9 +6,9 @@ python scripts/ablate_projection.py reads --output_dir init/no_reads --element_s
 Everything after the part goes to weight_selection.py. The parts, by the equations of selection/projection.py:
 
   reads        (7) the least squares: layers read as they would without images
-  weights      (2) the readers' weights in the choice of the rotated space: the leading eigenvectors of E[n n']
   frame        (2) the rotation's nearness to coordinates: a random one in the same space
   coordinates  (3) the choice of the stream's coordinates (greedy): evenly spaced ones
+  weights      (3) the readers' weights in that choice: coordinates that explain the rest, whoever reads it
   units        (4) the choice of hidden units: evenly spaced ones
   heads    (5) (6) the low-rank heads: evenly spaced dimensions of queries, keys and values
 """
@@ -26,20 +26,25 @@ from selection import projection
 from selection.roles import Structure
 from selection.rules import uniform_indices
 
-ROTATION, STRONGEST = projection.rotation, projection.strongest
+ROTATION, GREEDY, STRONGEST = projection.rotation, projection.greedy, projection.strongest
 
 
-def leading(normalised, weight, frame):
-    """The rotation onto the leading eigenvectors."""
-    return ROTATION(normalised, torch.eye(len(normalised)).to(normalised), frame)
-
-
-def turned(normalised, weight, frame):
+def turned(normalised, frame):
     """The rotation, in another frame of the student's stream orthogonal to ones."""
     random = torch.randn(2, len(frame), len(frame), generator=torch.Generator().manual_seed(0), dtype=normalised.dtype)
     random[:, :, 0] = 1
     first, second = torch.linalg.qr(random).Q[:, :, 1:].to(normalised.device)
-    return first @ second.T @ ROTATION(normalised, weight, frame)
+    return first @ second.T @ ROTATION(normalised, frame)
+
+
+def spaced_coordinates(covariance, weight, count):
+    """Evenly spaced coordinates."""
+    return uniform_indices(len(weight), count).to(weight.device)
+
+
+def explaining_coordinates(covariance, weight, count):
+    """The coordinates that explain most of all others."""
+    return GREEDY(covariance, torch.eye(len(weight)).to(weight), count)
 
 
 def spaced_units(variance, outgoing, groups, count):
@@ -51,13 +56,9 @@ def spaced_units(variance, outgoing, groups, count):
 
 PARTS = {
     "reads": (projection, "read_through", lambda across, own, prior, constant: prior),
-    "weights": (projection, "rotation", leading),
     "frame": (projection, "rotation", turned),
-    "coordinates": (
-        projection,
-        "greedy",
-        lambda covariance, weight, count: uniform_indices(len(weight), count).to(weight.device),
-    ),
+    "coordinates": (projection, "greedy", spaced_coordinates),
+    "weights": (projection, "greedy", explaining_coordinates),
     "units": (projection, "strongest", spaced_units),
     "heads": (Structure, "_attention", lambda self, name, heads, local: None),
 }

@@ -82,33 +82,25 @@ def share(moments: Tensor) -> Tensor:
     return moments / moments.trace().clamp(min=torch.finfo(moments.dtype).tiny)
 
 
-def rotation(normalised: Tensor, weight: Tensor, frame: Tensor) -> Tensor:
+def rotation(normalised: Tensor, frame: Tensor) -> Tensor:
     """Q = E U' of a residual stream that only normalisations read.
 
-    LayerNorm takes the mean away: U are k = d - 1 directions orthogonal to the vector of ones, E, d x k, has
-    orthonormal columns orthogonal to ones, so the student's stream s = E U' x has mean zero and its own LayerNorm only
-    scales it.
+    LayerNorm takes the mean away: U are the k = d - 1 leading eigenvectors of C that are orthogonal to the vector of
+    ones, E, d x k, has orthonormal columns orthogonal to ones, so the student's stream s = E U' x has mean zero and its
+    own LayerNorm only scales it.                                                                                   (2)
 
-    U spans what least squares restores the most from of what is read, trace(G (C - C U (U'CU)^-1 U'C)) least: that of
-    C^-1/2 V, V the leading eigenvectors of C^1/2 G C^1/2.                                                          (2)
-
-    Any E gives the same function; this one, nearest to keeping coordinates, |E U' - S| least, needs no random draw.
-    Students train as well from a random one (RESULTS.md).
+    Any E gives the same function; this one, nearest to keeping coordinates, |E U' - S| least, depends on the space
+    that U spans and not on its basis. Students train as well from a random one (RESULTS.md).
 
     Args:
         normalised: C = E[n n'], (D, D).
-        weight: G = sum of W'W over the readers of n, (D, D).
         frame: the d coordinates S of the stream that E comes near to, integers.
 
     Returns:
         (d, D).
     """
-    energies, directions = torch.linalg.eigh(normalised)
-    seen = max(len(frame) - 1, int((energies > FLAT * energies[-1]).sum()))
-    directions, root = directions[:, -seen:], energies[-seen:].clamp(min=FLAT * energies[-1].item()).sqrt()
-    _, best = torch.linalg.eigh((directions * root).T @ weight @ (directions * root))
-    span = directions / root @ best[:, 1 - len(frame) :]
-    basis = torch.linalg.qr(span - span.mean(0)).Q
+    _, directions = torch.linalg.eigh(normalised - normalised.trace() / len(normalised))  # of ones the least
+    basis = directions[:, 1 - len(frame) :]
     centring = torch.eye(len(frame), dtype=basis.dtype, device=basis.device) - 1 / len(frame)
     centred = torch.linalg.qr(centring[:, 1:]).Q
     left, _, right = torch.linalg.svd(centred.T @ basis[frame])

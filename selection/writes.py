@@ -55,7 +55,7 @@ def choose_writes(entries: dict, pairs: dict, teacher: Side, student: Side, surv
         elif seen and role in (ROTATED, GREEDY):
             writes.of[our] = projection.greedy(*_read(their, teacher, survey), count)
             if role == ROTATED:
-                writes.of[our] = projection.rotation(*_normalised(their, teacher, survey), writes.of[our])
+                writes.of[our] = projection.rotation(_normalised(their, teacher, survey), writes.of[our])
                 writes.rotated.add(our)
         elif seen and role == STRONGEST:
             writes.of[our] = _strongest(their, count, teacher, survey)
@@ -112,16 +112,8 @@ def _read(space, teacher, survey):
 
 
 def _normalised(space, teacher, survey):
-    """C and G of a rotation: the mean of E[n n'] over norms, and what the layers behind them read of n."""
-    moments = {key: survey.normalised[key].mean[:-1, :-1] for key in teacher.structure.norms(space)}
-    weights, weight = teacher.model.state_dict(), 0.0
-    for key in teacher.structure.readers(space):
-        norm = survey.norm_of.get(key)
-        if norm in moments:
-            seen = _seen(key, teacher, survey) * weights[norm].double()[:, None]
-            whole = (seen @ seen.T * moments[norm]).sum()
-            weight = weight + seen @ seen.T / whole if whole > 0 else weight
-    return sum(map(projection.share, moments.values())), weight
+    """C of a rotation: the mean of E[n n'] over norms."""
+    return sum(projection.share(survey.normalised[key].mean[:-1, :-1]) for key in teacher.structure.norms(space))
 
 
 def _seen(key, teacher, survey):
