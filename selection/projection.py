@@ -89,8 +89,8 @@ def rotation(normalised: Tensor, frame: Tensor) -> Tensor:
     ones, E, d x k, has orthonormal columns orthogonal to ones, so the student's stream s = E U' x has mean zero and its
     own LayerNorm only scales it.                                                                                   (2)
 
-    Any E gives the same function; this one, nearest to keeping coordinates, |E U' - S| least, depends on the space
-    that U spans and not on its basis. Students train as well from a random one (RESULTS.md).
+    Any E gives the same function. This one, nearest to keeping coordinates, |E U' - S| least, trains a little better
+    than a random one (RESULTS.md), and depends on the space that U spans and not on its basis.
 
     Args:
         normalised: C = E[n n'], (D, D).
