@@ -31,10 +31,8 @@ ROTATION, GREEDY, STRONGEST = projection.rotation, projection.greedy, projection
 
 def turned(normalised, frame):
     """The rotation, in another frame of the student's stream orthogonal to ones."""
-    random = torch.randn(2, len(frame), len(frame), generator=torch.Generator().manual_seed(0), dtype=normalised.dtype)
-    random[:, :, 0] = 1
-    first, second = torch.linalg.qr(random).Q[:, :, 1:].to(normalised.device)
-    return first @ second.T @ ROTATION(normalised, frame)
+    turn = projection.random_rotation(len(frame), torch.Generator().manual_seed(0))
+    return turn.to(normalised.device) @ ROTATION(normalised, frame)
 
 
 def spaced_coordinates(covariance, weight, count):

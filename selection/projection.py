@@ -107,6 +107,13 @@ def rotation(normalised: Tensor, frame: Tensor) -> Tensor:
     return centred @ left @ right @ basis.T
 
 
+def random_rotation(size: int, generator: torch.Generator) -> Tensor:
+    """A random rotation of a stream without its mean, (size, size): from what is orthogonal to ones onto the same."""
+    first, second = (torch.randn(size, size, dtype=torch.float64, generator=generator) for _ in range(2))
+    first[:, 0] = second[:, 0] = 1
+    return torch.linalg.qr(first).Q[:, 1:] @ torch.linalg.qr(second).Q[:, 1:].T
+
+
 def greedy(covariance: Tensor, weight: Tensor, count: int) -> Tensor:
     """Coordinates from which least squares restores the most of what is read of all of them.
 

@@ -67,23 +67,17 @@ def choose_writes(entries: dict, pairs: dict, teacher: Side, student: Side, surv
 def mixed_writes(spaces, streams: list, attentions: list, model: Side) -> Writes:
     """Writes of all of a model's neurons onto as many: streams rotated and heads mixed at random, all else as it is."""
     generator = torch.Generator().manual_seed(0)
-
-    def turn(size):
-        return torch.randn(size, size, dtype=torch.float64, generator=generator)
-
     writes = Writes()
     writes.of = {space: torch.arange(model.size(space), device=model.device) for space in spaces}
     for space in streams:
-        first, second = turn(model.size(space)), turn(model.size(space))
-        first[:, 0] = second[:, 0] = 1
-        rotation = torch.linalg.qr(first).Q[:, 1:] @ torch.linalg.qr(second).Q[:, 1:].T
-        writes.of[space] = rotation.to(model.device)
+        writes.of[space] = projection.random_rotation(model.size(space), generator).to(model.device)
         writes.rotated.add(space)
     for attention in attentions:
         for space in (attention.shared, attention.valued):
             width = model.size(space) // attention.heads
             stretch = torch.linspace(0.7, 1.4, width, dtype=torch.float64)[:, None]
-            turns = [torch.linalg.qr(turn(width)).Q for _ in range(attention.heads)]
+            drawn = torch.randn(attention.heads, width, width, dtype=torch.float64, generator=generator)
+            turns = torch.linalg.qr(drawn).Q
             one, other = (torch.block_diag(*(t * by for t in turns)).to(model.device) for by in (stretch, 1 / stretch))
             if space == attention.shared:
                 del writes.of[space]
