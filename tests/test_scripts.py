@@ -378,6 +378,7 @@ def smoke_out(tmp_path_factory):
     ("script", "words"),
     [
         ("table04", ["cifar100", "feature_distilled_selected"]),
+        ("table05", ["stl10", "clip"]),
         ("table09", ["convnext_femto", "linear_probe_selected"]),
     ],
 )
