@@ -241,6 +241,7 @@ there() { # PATTERN: are there such files, or is it a dry run?
 
 smoke_sizes() { # teacher|student MODEL: model arguments of a tiny one
   case $1:$2 in
+    *:convnext) echo "depths=(1,1,1,1) dims=(16,32,48,64)" ;;
     teacher:convnext*) echo "depths=(2,2,2,2) dims=(16,32,48,64)" ;;
     student:convnext*) echo "depths=(1,1,1,1) dims=(8,16,24,32)" ;;
     *:resnet18d_half) echo "stem_width=4 channels=(8,16,24,32)" ;;

@@ -87,10 +87,10 @@ def test_projection_runs_the_cells_of_its_tables(dry):
     assert runs == cells
 
 
-def test_other_families_run_the_cells_of_their_table_and_two_teachers(dry):
+def test_other_families_run_the_cells_of_their_table_and_the_teachers(dry):
     cells = {cell.run for cell in paper.read_table("other_families").cells}
     runs = ["/".join(run_of(parse_args(words))[:3]) for words in dry["other_families"]["main.py"]]
-    teachers = {"resnet18d/cifar100_first/random", "mixer/cifar100_first/random"}
+    teachers = {f"{teacher}/cifar100_first/random" for teacher in ("resnet18d", "mixer", "convnext")}
     assert set(runs) == cells | teachers
     assert {run: runs.count(run) for run in runs} == dict.fromkeys(cells, 3) | dict.fromkeys(teachers, 3)  # done once
     (words,) = commands("other_families", "mixer_half", "selected", OUT="out", SEEDS="0")["weight_selection.py"]
