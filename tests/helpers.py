@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 
 from models.create import create_model
+from selection.trace import input_size
 
 
 def read_log(directory):
@@ -40,6 +41,17 @@ def meta(name, **kwargs):
 def random_weights(model):
     generator = torch.Generator().manual_seed(0)
     return {key: 0.02 * torch.randn(value.shape, generator=generator) for key, value in model.state_dict().items()}
+
+
+def random(*shape, seed=0):
+    """Doubles from a normal distribution."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def images_for(model, count=12, side=None):
+    """Random images of a model's size, or of ``side``, in doubles."""
+    channels, height, width = input_size(model)
+    return random(count, channels, side or height, side or width, seed=1)
 
 
 def words(kwargs):

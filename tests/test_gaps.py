@@ -4,8 +4,8 @@ import contextlib
 
 import pytest
 import torch
+from helpers import images_for
 from test_families import SWIN_SIZES, TINY, VIT_SIZES, lively
-from test_projection import images_for
 
 import weight_selection
 from models.create import create_model
