@@ -31,6 +31,7 @@ def select_weights(
     seed: int = 0,
     calibration=None,
     calibration_images: int | None = None,
+    calibration_size: int | None = None,
     **plan_options,
 ) -> dict:
     """Select a student's first weights from a teacher, or project the teacher's onto it.
@@ -44,7 +45,7 @@ def select_weights(
         element_selection: one of ``ELEMENT_SELECTION``, or of ``FITTED``: these run both models, so none is on the meta
             device, and work where the teacher is.
         seed: of the random selections, of noise, and of the draw of images.
-        calibration, calibration_images: of ``selection.calibrated.fit_weights``, for ``FITTED``.
+        calibration, calibration_images, calibration_size: of ``selection.calibrated.fit_weights``, for ``FITTED``.
         **plan_options: of ``plan_selection``: layer_selection, exclude, include_head, include_head_norm, allow_unused.
 
     Returns:
@@ -62,7 +63,12 @@ def select_weights(
         _check_exclude(element_selection, plan_options.get("exclude"))
         if calibration is None:
             raise InputError(f"calibration is missing: a directory of images, batches of images, or {NOISE}")
-    for option, value in (("calibration", calibration), ("calibration_images", calibration_images)):
+    of_images = {
+        "calibration": calibration,
+        "calibration_images": calibration_images,
+        "calibration_size": calibration_size,
+    }
+    for option, value in of_images.items():
         if value is not None and not fitted:
             raise InputError(f"{option}: has no effect with element_selection={element_selection}; leave it out")
     from models.create import create_model
@@ -97,8 +103,7 @@ def select_weights(
         teacher,
         student,
         method=element_selection,
-        calibration=calibration,
-        calibration_images=calibration_images,
+        **of_images,
         seed=seed,
         **plan_options,
     )
@@ -159,6 +164,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help=f"how many of them ({CALIBRATION_IMAGES}; of a smaller directory all)",
+    )
+    add(
+        "--calibration_size",
+        type=int,
+        metavar="N",
+        help="side in pixels of images for a model that takes any, such as a ResNet (that of timm or --student_config)",
     )
     add("--seed", type=int, help="of the random selections, of noise and of the choice of images (default: 0)")
     add(
@@ -223,7 +234,11 @@ def _check_exclude(method, exclude):
 
 def _check_calibration(args):
     fitted = args.element_selection in FITTED
-    given = {"--calibration": args.calibration, "--calibration_images": args.calibration_images}
+    given = {
+        "--calibration": args.calibration,
+        "--calibration_images": args.calibration_images,
+        "--calibration_size": args.calibration_size,
+    }
     for option, value in given.items():
         if value is not None and not fitted:
             raise InputError(
@@ -237,7 +252,7 @@ def _check_calibration(args):
         )
     if fitted:
         _check_exclude(args.element_selection, args.exclude)
-        check_calibration(args.calibration, args.calibration_images)
+        check_calibration(args.calibration, args.calibration_images, args.calibration_size)
 
 
 def _read_student(args):
@@ -254,8 +269,7 @@ def _read_student(args):
         raise InputError(f"--student_config {path}: has no model; name one, such as model: vit_tiny")
     given = parser.parse_args(words)
     args.student, args.student_kwargs = given.model, given.model_kwargs
-    if "--input_size" in words:
-        args.student_input_size = given.input_size
+    args.student_input_size = given.input_size
 
 
 def main(argv=None) -> None:

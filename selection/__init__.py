@@ -11,9 +11,11 @@ CALIBRATION_IMAGES = 256
 NOISE = "noise"  # in place of a directory of images
 
 
-def check_calibration(source, count: int | None) -> None:
-    """Raise InputError unless images can come from there: ``noise``, a directory or None; ``count`` is of images."""
+def check_calibration(source, count: int | None, side: int | None) -> None:
+    """Raise InputError unless images can come from there: ``noise``, a directory or None; ``side`` is in pixels."""
     if source is not None and str(source) != NOISE:
         check_directory(source, "--calibration", f"name one of images, or {NOISE}")
     if count is not None and count < 1:
         raise InputError(f"--calibration_images {count}: give a number from 1 up")
+    if side is not None and side < 1:
+        raise InputError(f"--calibration_size {side}: give a number of pixels from 1 up")

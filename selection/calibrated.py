@@ -55,6 +55,7 @@ def fit_weights(
     method: str,
     calibration,
     calibration_images: int | None = None,
+    calibration_size: int | None = None,
     seed: int = 0,
     **plan_options,
 ) -> dict:
@@ -66,7 +67,7 @@ def fit_weights(
         method: ``project`` or ``greedy``.
         calibration: ``noise``, a directory of images, or images as the teacher takes them, normalised: a tensor (n,
             channels, height, width), or an iterable of such batches that is gone through three times.
-        calibration_images: of noise or a directory, as for ``Calibration``.
+        calibration_images, calibration_size: ``count`` and ``side`` of noise or a directory, as for ``Calibration``.
         seed: of the noise, or of the draw from the directory.
         **plan_options: of ``plan_selection``, but ``exclude``: layers are fitted to what those before them give.
 
@@ -82,9 +83,11 @@ def fit_weights(
     teacher.eval()
     whole, plan = _at_geometry(teacher, student, taken_apart, plan_options)
     if isinstance(calibration, str | Path):
-        calibration = Calibration(calibration, calibration_images, input_size(student), teacher.pretrained_cfg, seed)
+        calibration = Calibration(
+            calibration, calibration_images, calibration_size, input_size(student), teacher.pretrained_cfg, seed
+        )
     else:
-        calibration = check_batches(calibration, input_size(student)[0], calibration_images)
+        calibration = check_batches(calibration, input_size(student)[0], calibration_images, calibration_size)
     return fit_plan(plan, Side.of(teacher, whole), Side.of(student, taken_apart), calibration, method)
 
 
@@ -103,8 +106,10 @@ def fit_plan(plan: list, teacher: Side, student: Side, images, method: str) -> d
     rotate = method == "project"
     if rotate:
         check_streams(teacher.structure, type(teacher.model).__name__)
-    survey = Survey(teacher, _shown(images, "teacher", teacher))
     some = next(iter(images)).to(next(teacher.model.parameters()))
+    _check_size(student, some, "student")
+    _check_size(teacher, some, "teacher")
+    survey = Survey(teacher, _shown(images, "teacher", teacher))
     check_free(teacher, student, survey, some, rotate)
     entries = {entry.key: entry for entry in plan if entry.role == "selected"}
     pairs = spaces_of(plan, teacher.anatomy, student.anatomy)
@@ -138,6 +143,18 @@ def _at_geometry(teacher, student, taken_apart, plan_options):
             "the student's (--teacher_kwargs img_size=N)"
         )
     return whole, plan
+
+
+def _check_size(side, images, who):
+    """Raise InputError unless a model takes images as large as these."""
+    try:
+        side.model(images[:1])
+    except (RuntimeError, AssertionError, ValueError) as error:
+        height, width = images.shape[2:]
+        raise InputError(
+            f"calibration: the {who} cannot take images of {height} x {width} pixels ({error}); give images of its "
+            "size, or leave --calibration_size out"
+        ) from error
 
 
 def _shown(images, who, teacher):

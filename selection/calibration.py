@@ -29,7 +29,8 @@ class Calibration:
         source: ``noise``, or a directory, searched with all below it.
         count: number of images; of a directory that has more, a random draw. None: ``CALIBRATION_IMAGES``, or all that
             a directory has if these are fewer.
-        size: (channels, height, width) of the model's input.
+        side: of the square images in pixels. None: as the student takes them.
+        size: (channels, height, width) that the student is built for.
         config: the teacher's pretrained_cfg: its mean, std and interpolation.
         seed: of the draw and of the noise.
 
@@ -37,11 +38,12 @@ class Calibration:
         InputError: no such directory, no images in it, or not as many as ``count``.
     """
 
-    def __init__(self, source, count: int | None, size: tuple, config: dict, seed: int):
-        check_calibration(source, count)
+    def __init__(self, source, count: int | None, side: int | None, size: tuple, config: dict, seed: int):
+        check_calibration(source, count, side)
         if seed < 0:
             raise InputError(f"--seed {seed}: give a number from 0 up")
-        self.size, self.config, self.seed, self.images = tuple(size), config, seed, None
+        self.size = (size[0], side, side) if side else tuple(size)
+        self.config, self.seed, self.images = config, seed, None
         self.count = count or CALIBRATION_IMAGES
         if str(source) == NOISE:
             return
@@ -120,19 +122,20 @@ def noise(size: tuple, entropy) -> torch.Tensor:
     return torch.from_numpy((0.5 + 0.25 * image).clip(0, 1)).float()
 
 
-def check_batches(images, channels: int, count: int | None):
+def check_batches(images, channels: int, count: int | None, side: int | None):
     """Images of a caller's own, in batches.
 
     Args:
         images: a tensor (n, channels, height, width), or an iterable of such.
         channels: of the model.
-        count: must be None: all are taken.
+        count, side: must be None: all are taken, as they are.
 
     Raises:
         InputError: they are something else, or can be gone through only once.
     """
-    if count is not None:
-        raise InputError(f"calibration_images={count}: has no effect with images given as tensors; leave it out")
+    for option, value in (("calibration_images", count), ("calibration_size", side)):
+        if value is not None:
+            raise InputError(f"{option}={value}: has no effect with images given as tensors; leave it out")
     if isinstance(images, torch.Tensor):
         images = images.split(BATCH_SIZE)
     if not hasattr(images, "__iter__") or iter(images) is images:

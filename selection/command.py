@@ -124,7 +124,12 @@ class _Fitting:
             freedom.check_streams(self.structure, args.pretrained_model)
         if args.calibration is not None:
             self.images = calibration.Calibration(
-                args.calibration, args.calibration_images, input_size(student), teacher.pretrained_cfg, args.seed
+                args.calibration,
+                args.calibration_images,
+                args.calibration_size or args.student_input_size,  # ResNets know no size of their own
+                input_size(student),
+                teacher.pretrained_cfg,
+                args.seed,
             )
         sides = survey.Side(teacher, whole, self.structure), survey.Side.of(student, taken_apart)
         writes.check_heads({entry.key: entry for entry in plan}, *sides)
@@ -135,6 +140,7 @@ class _Fitting:
         return {
             "calibration": self.args.calibration,
             "calibration_images": self.images.count,
+            "calibration_size": list(self.images.size[1:]),
             "calibration_sha256": self.images.sha256,
             "calibration_device": self.device,
         }

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import images_for, meta
+from helpers import assert_same, differ, images_for, meta, words
 from test_families import lively, models
 
 import ablate_projection
@@ -20,16 +20,18 @@ CONFIG = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "cr
 
 def test_calibration_images_are_the_same_every_time_and_others_for_another_seed(image_folder):
     for source in ("noise", image_folder):
-        batches = Calibration(source, 40, (3, 16, 16), CONFIG, 0)
+        batches = Calibration(source, 40, None, (3, 16, 16), CONFIG, 0)
         first, again = torch.cat(list(batches)), torch.cat(list(batches))
         assert first.shape == (40, 3, 16, 16) and torch.equal(first, again) and len(list(batches)) == len(batches)
-        assert not torch.equal(first, torch.cat(list(Calibration(source, 40, (3, 16, 16), CONFIG, 1))))
+        assert not torch.equal(first, torch.cat(list(Calibration(source, 40, None, (3, 16, 16), CONFIG, 1))))
+        (larger,) = Calibration(source, 3, 24, (3, 16, 16), CONFIG, 0)
+        assert larger.shape == (3, 3, 24, 24)
     assert len(first.flatten(1).unique(dim=0)) == 40, "an image twice"
 
 
 def test_the_digest_is_that_of_what_is_in_the_drawn_files_wherever_they_are(image_folder, tmp_path):
     def digest(source, count=None, seed=0):
-        return Calibration(source, count, (3, 16, 16), CONFIG, seed).sha256
+        return Calibration(source, count, None, (3, 16, 16), CONFIG, seed).sha256
 
     copied = shutil.copytree(image_folder, tmp_path / "copied")
     assert digest(copied) == digest(image_folder) != digest(image_folder, 40)
@@ -48,7 +50,7 @@ def test_noise_is_one_over_f_in_channels_that_are_alike():
     light = images - images.mean((2, 3), keepdim=True)
     red, green = light[:, 0].flatten(), light[:, 1].flatten()
     assert 0.6 < torch.corrcoef(torch.stack([red, green]))[0, 1] < 0.9
-    (batch,) = Calibration("noise", 2, (3, 64, 64), CONFIG | {"std": (0.25,) * 3}, 0)
+    (batch,) = Calibration("noise", 2, None, (3, 64, 64), CONFIG | {"std": (0.25,) * 3}, 0)
     assert batch.std() > 2 * images.std(), "not normalised as the teacher's images are"
 
 
@@ -105,7 +107,39 @@ def test_the_command_writes_what_the_function_gives_with_where_it_is_from(cli, c
     assert options["calibration_device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert options["element_selection"] == method and options["seed"] == 3
     assert (options["calibration"], options["calibration_images"]) == (str(image_folder), 20)
-    assert options["calibration_sha256"] == Calibration(image_folder, 20, (3, 16, 16), CONFIG, 3).sha256
+    assert options["calibration_size"] == [16, 16]
+    assert options["calibration_sha256"] == Calibration(image_folder, 20, None, (3, 16, 16), CONFIG, 3).sha256
+
+
+RESNET = {"stem_width": (8, 4), "channels": ((16, 24, 32, 48), (8, 12, 16, 24))}
+
+
+def test_a_model_of_any_size_sees_images_as_its_configuration_says(cli, tmp_path):
+    """A ResNet has no size of its own; calibrated with others than those of its training, it would see other things."""
+    large, small = ({key: values[which] for key, values in RESNET.items()} for which in range(2))
+    config = "".join(f"  {key}: {value}\n" for key, value in small.items())
+    (tmp_path / "student.yaml").write_text(f"model: resnet18d\ninput_size: 32\nmodel_kwargs:\n{config}")
+    torch.manual_seed(0)
+    teacher = create_model("resnet18d", **large)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
+    command = ["--pretrained_model", "resnet18d", "--pretrained_path", tmp_path / "teacher.pth", "--teacher_kwargs"]
+    command += [*words(large), "--element_selection", "greedy", "--calibration", "noise", "--calibration_images", 4]
+    student = {"config": ["--student_config", tmp_path / "student.yaml"]}
+    student["named"] = ["--student", "resnet18d", "--student_kwargs", *words(small), "--calibration_size", 32]
+    student["larger"] = [*student["config"], "--calibration_size", 64]
+    given = {}
+    for name, options in student.items():
+        assert cli(weight_selection.main, *command, *options, "--output_dir", tmp_path / f"{name}.pth") is None
+        given[name] = torch.load(tmp_path / f"{name}.pth", weights_only=True)
+    side = json.loads((tmp_path / "config.json").read_text())["options"]["calibration_size"]
+    images = torch.cat(list(Calibration("noise", 4, None, (3, 32, 32), teacher.pretrained_cfg, 0)))
+    function = select_weights(
+        teacher, create_model("resnet18d", **small), element_selection="greedy", calibration=images
+    )
+    assert side == [32, 32]
+    assert_same(given["config"], given["named"])
+    assert_same(given["config"], function)
+    assert differ(given["config"], given["larger"])
 
 
 @pytest.mark.parametrize("part", ablate_projection.PARTS)
@@ -145,6 +179,8 @@ def test_a_dry_run_says_what_is_done_and_needs_no_images(cli, command, tmp_path,
         (["--calibration", "nowhere"], "--calibration nowhere: no such directory; name one of images, or noise"),
         (["--calibration_images", 0], "--calibration_images 0: give a number from 1 up"),
         (["--calibration_images", 999], "--calibration {images}: 61 images there, --calibration_images asks for 999"),
+        (["--calibration_size", 0], "--calibration_size 0: give a number of pixels from 1 up"),
+        (["--calibration_size", 24], "calibration: the student cannot take images of 24 x 24 pixels"),
         (["--exclude", "mlp"], "--exclude mlp: project fits layers to what those before them give"),
         (
             ["--student", "resnet18", "--student_kwargs", "--pretrained_model", "resnet18", "--teacher_kwargs"],
@@ -178,6 +214,8 @@ def test_projection_asks_for_images(cli, command, tmp_path):
         select_weights(*models("vit"), element_selection="projekt", calibration="noise")
     with pytest.raises(InputError, match="calibration: has no effect with element_selection=uniform"):
         select_weights(*models("vit"), calibration="noise")
+    with pytest.raises(InputError, match="calibration_size=32: has no effect with images given as tensors"):
+        select_weights(*models("vit"), element_selection="greedy", calibration=torch.zeros(1), calibration_size=32)
     with pytest.raises(InputError, match="student: is on the meta device, but projection runs it"):
         select_weights(models("vit")[0], meta("vit_tiny"), element_selection="greedy", calibration="noise")
 
@@ -203,6 +241,7 @@ def test_without_a_count_all_images_of_a_small_directory_are_taken(cli, command,
         (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), "not torch.uint8"),
         ([(torch.zeros(4, 3, 32, 32), 0)], "not tuple"),
         ([], "not NoneType"),
+        (torch.zeros(4, 3, 20, 20), "the student cannot take images of 20 x 20 pixels"),
         (iter([torch.zeros(4, 3, 32, 32)]), "a list_iterator cannot be gone through three times; give a list"),
     ],
 )

@@ -1163,6 +1163,14 @@ def test_a_student_can_be_that_of_a_configuration_of_main(cli, files, selected, 
     assert (student["name"], student["kwargs"]["embed_dim"], student["input_size"]) == (VIT.student, 24, 32)
 
 
+def test_a_configuration_without_a_size_has_that_of_main(cli, tmp_path, capsys):
+    (tmp_path / "student.yaml").write_text("model: test_vit\n")  # which timm builds for 160 pixels
+    given = ["--dry_run", "--pretrained_model", "test_vit", "--student_config", tmp_path / "student.yaml"]
+    assert cli(weight_selection.main, *given) is None
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("pos_embed"))
+    assert line.split()[1] == "1x197x64"
+
+
 @pytest.mark.parametrize(
     ("text", "more", "named"),
     [
