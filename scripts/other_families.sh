@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# ConvNeXt, and two families that the paper does not have, ResNet and MLP-Mixer, at 32 pixels on a CPU core, an hour each: the
-# teachers learn the first 50 classes of CIFAR-100, and students of half their width the last 50, from random weights and
-# from a selection.
+# ConvNeXt, and two families that the paper does not have, ResNet and MLP-Mixer, at 32 pixels, each on a CPU core in one to two
+# hours: the teachers learn the first 50 classes of CIFAR-100, and students of half their width the last 50, from random
+# weights and from a selection.
 # Environment and arguments: scripts/experiment.sh; SEEDS="0 1 2" if not given. DATA holds cifar-100-python/, which is
 # downloaded if it is missing, and takes class folders of both halves.
 SEEDS=${SEEDS:-0 1 2}
