@@ -34,6 +34,6 @@ recipe=linear_probe_cifar100 init=selected selected $setting cifar100 linear_pro
 # Table 16: which six of twelve layers.
 train vit_a_112 cifar100 random
 for layers in first_n mid_n last_n uniform; do
-  selected vit_a_112 cifar100 tiny_$layers --layer_selection $layers
+  selected vit_a_112 cifar100 $layers --layer_selection $layers
 done
 finish evidence_elements evidence_distillation evidence_probe evidence_probe_lr evidence_layers

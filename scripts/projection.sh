@@ -5,9 +5,16 @@
 #   python scripts/calibration_images.py flowers data/ data/flowers_256 --count 256
 source "$(dirname "$0")/experiment.sh" "$@"
 
+folder() { # DATA: where its images are
+  case $1 in
+    cifar100) echo "$DATA/cifar100_50" ;;
+    *) echo "$DATA" ;;
+  esac
+}
+
 images() { # DATA: options that calibrate with its training images
   local source=$DATA/flowers_256
-  case $1 in cifar100) source=$DATA/cifar100_50/train ;; esac
+  case $1 in cifar100) source=$(folder cifar100)/train ;; esac
   [ -z "${SMOKE:-}" ] || source=noise
   echo "--calibration $source"
 }
@@ -20,8 +27,7 @@ fitted() { # SETTING DATA NAME RULE INIT [options of weight_selection.py] [-- op
 
 # Half the width.
 for data in flowers cifar100; do
-  data_path=$DATA
-  case $data in cifar100) data_path=$DATA/cifar100_50 ;; esac
+  data_path=$(folder $data)
   train vit_half_112 $data random
   selected vit_half_112 $data selected
   selected vit_half_112 $data consecutive --element_selection consecutive
@@ -62,12 +68,16 @@ for part in reads coordinates weights; do
 done
 
 # Half the depth.
-train vit_a_112 flowers random
-selected vit_a_112 flowers first_n
-for layers in uniform quadratic; do
-  selected vit_a_112 flowers $layers --layer_selection $layers
-  fitted vit_a_112 flowers greedy_$layers greedy flowers_greedy_$layers --layer_selection $layers
+for data in flowers cifar100; do
+  data_path=$(folder $data)
+  train vit_a_112 $data random
+  selected vit_a_112 $data first_n
+  for layers in uniform quadratic; do
+    selected vit_a_112 $data $layers --layer_selection $layers
+    fitted vit_a_112 $data greedy_$layers greedy ${data}_greedy_$layers --layer_selection $layers
+  done
 done
+data_path=$DATA
 
 # Linear probing of both halves: what are the features worth before any training?
 recipe=linear_probe_flowers
