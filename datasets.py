@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 from timm.data import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -14,6 +15,7 @@ from timm.data import (
     create_transform,
 )
 
+from models.weights import training_options
 from program import InputError
 from sources import SOURCES
 from utils import main_first, say
@@ -110,6 +112,21 @@ def normalization(imagenet: bool) -> tuple:
     if imagenet:
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+
+
+def trained_normalization(model: nn.Module, path, option: str) -> tuple:
+    """Mean and standard deviation that a model's weights were trained with.
+
+    They are in its timm configuration; a checkpoint of main.py says itself what it was trained under.
+
+    Args:
+        model: of timm.
+        path: file of the weights that ``option`` named, or None if they are timm's.
+    """
+    options = {} if path is None else training_options(path, option)
+    if isinstance(options.get("imagenet_default_mean_and_std"), bool):
+        return normalization(options["imagenet_default_mean_and_std"])
+    return model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 
 
 def build_transform(args, train: bool):

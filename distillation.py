@@ -5,9 +5,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Mlp
 
-from datasets import normalization
+from datasets import normalization, trained_normalization
 from models.create import check_input_size, create_model
-from models.weights import create_pretrained, load_into_teacher, training_options
+from models.weights import create_pretrained, load_into_teacher
 from program import InputError
 
 
@@ -117,12 +117,4 @@ def build_teacher(args, classes: int) -> Teacher:
             )
     check_input_size(model, args.input_size, f"--teacher {args.teacher}")
     student = normalization(args.imagenet_default_mean_and_std)
-    return Teacher(model, *teacher_normalization(args, model), *student, features)
-
-
-def teacher_normalization(args, model: nn.Module) -> tuple:
-    """Mean and standard deviation that the teacher was trained with."""
-    options = {} if args.teacher_path is None else training_options(args.teacher_path, "--teacher_path")
-    if isinstance(options.get("imagenet_default_mean_and_std"), bool):
-        return normalization(options["imagenet_default_mean_and_std"])
-    return model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    return Teacher(model, *trained_normalization(model, args.teacher_path, "--teacher_path"), *student, features)

@@ -77,27 +77,31 @@ def select_weights(
     from selection.plan import apply_plan, make_plan
 
     device = "cpu" if fitted else "meta"
-    in_file = isinstance(weights, (str, os.PathLike))
+    file = weights if isinstance(weights, (str, os.PathLike)) else None
     if isinstance(teacher, str) and weights is None:
         teacher = create_pretrained(teacher, {}, "teacher", "give a loaded model, or weights")
     elif isinstance(teacher, str):
-        jax = in_file and str(weights).endswith(".npz")  # which timm converts only into a real model
+        jax = str(file).endswith(".npz")  # which timm converts only into a real model
         teacher = create_model(teacher, option="teacher", device="cpu" if jax else device)
     if isinstance(student, str):
         student = create_model(student, option="student", device=device)
     plan = None if fitted else make_plan(teacher, student, **plan_options)
     if weights is None:
         weights = teacher.state_dict()
-    elif in_file:
+    elif file is not None:
         weights, _ = open_teacher(weights, teacher, family_of(teacher, "teacher"), "weights")
     if not fitted:
         return apply_plan(plan, weights, element_selection=element_selection, seed=seed, option="weights")
+    from datasets import trained_normalization
     from selection.calibrated import fit_weights, load_teacher
 
     for name, model in (("teacher", teacher), ("student", student)):
         if next(model.parameters()).is_meta:
             raise InputError(f"{name}: is on the meta device, but projection runs it; give a real one")
     teacher, student = copy.deepcopy(teacher), copy.deepcopy(student)
+    if file is not None:
+        mean, std = trained_normalization(teacher, file, "weights")
+        teacher.pretrained_cfg = teacher.pretrained_cfg | {"mean": mean, "std": std}
     load_teacher(teacher, weights, "weights", plan_options.get("include_head", False))
     return fit_weights(
         teacher,

@@ -55,7 +55,7 @@ def create_model(
     Args:
         name: one of ``PAPER_MODELS`` or any name timm accepts, old or new, with or without a tag.
         option: the command-line option the name came from, for errors.
-        input_size: side of the square input in pixels; reaches models whose weights depend on it.
+        input_size: side of the square input in pixels; ``img_size`` of models whose weights depend on it.
         device: where to create it; ``"meta"`` gives shapes without memory.
         **kwargs: timm's own (num_classes, drop_path_rate, embed_dim, depth, ...).
 
@@ -78,7 +78,7 @@ def create_model(
         given = " ".join(f"{key}={value}" for key, value in kwargs.items())
         raise InputError(f"{option} {name}: timm cannot build it with {given or 'no arguments'}: {error}") from error
     channels, *size = model.pretrained_cfg["input_size"]  # timm keeps the published weights' even if told otherwise
-    built = kwargs.get("in_chans", channels), *to_2tuple(kwargs.get("img_size") or size)
+    built = kwargs.get("in_chans", channels), *to_2tuple(kwargs.get("img_size") or input_size or size)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": built}
     return model
 
@@ -123,8 +123,13 @@ class _Unfilled(TorchFunctionMode):
 
 def check_input_size(model: nn.Module, input_size: int, name: str) -> None:
     """Raise InputError unless a model, then in evaluation mode, takes square images of that side in pixels."""
+    check_images(model, torch.zeros(1, 3, input_size, input_size), f"--input_size {input_size}: {name} cannot take it")
+
+
+def check_images(model: nn.Module, images: torch.Tensor, complaint: str) -> None:
+    """Raise InputError, complaint and reason, unless a model, then in evaluation mode, takes images of that size."""
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, input_size, input_size))
+            model.eval()(images)
     except (RuntimeError, AssertionError, ValueError) as error:  # too small for the last stage, no multiple of a patch
-        raise InputError(f"--input_size {input_size}: {name} cannot take it: {error}") from error
+        raise InputError(f"{complaint}: {error}") from error

@@ -69,7 +69,7 @@ def _is_named_tensor(item):
 
 def training_options(path, option: str) -> dict:
     """The options of the run that a file is a checkpoint of, if main.py wrote it; else nothing."""
-    content = {} if Path(path).suffix == ".npz" else _read(Path(path), option)
+    content = {} if Path(path).suffix in (".npz", ".safetensors") else _read(Path(path), option)
     options = content.get("args") if isinstance(content, dict) else None
     return options if isinstance(options, dict) else {}
 

@@ -45,8 +45,6 @@ family() { # TEACHER STUDENT MODEL TEACHER_KWARGS
 
 classes last 50 100
 family resnet18d resnet18d_half resnet18d "stem_width=32 channels=(64,128,256,512)"
-# Of these only Mixer's images are normalised otherwise by timm than main.py does it.
-normalised="pretrained_cfg_overlay={'mean':(0.485,0.456,0.406),'std':(0.229,0.224,0.225)}"
-family mixer mixer_half mixer_s16_224 "patch_size=4 num_blocks=4 img_size=32 embed_dim=256 $normalised"
+family mixer mixer_half mixer_s16_224 "patch_size=4 num_blocks=4 img_size=32 embed_dim=256"
 family convnext convnext_half convnext_tiny "patch_size=2 depths=(2,2,4,2) dims=(64,128,256,512)"
 finish other_families

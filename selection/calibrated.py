@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+from models.create import check_images
 from models.membership import classifier_pattern
 from program import InputError
 from selection.calibration import Calibration, check_batches
@@ -107,8 +108,14 @@ def fit_plan(plan: list, teacher: Side, student: Side, images, method: str) -> d
     if rotate:
         check_streams(teacher.structure, type(teacher.model).__name__)
     some = next(iter(images)).to(next(teacher.model.parameters()))
-    _check_size(student, some, "student")
-    _check_size(teacher, some, "teacher")
+    height, width = some.shape[2:]
+    for who, side in (("student", student), ("teacher", teacher)):
+        check_images(
+            side.model,
+            some[:1],
+            f"calibration: the {who} cannot take {height} x {width} pixels; give images of its size, or leave "
+            "--calibration_size out",
+        )
     survey = Survey(teacher, _shown(images, "teacher", teacher))
     check_free(teacher, student, survey, some, rotate)
     entries = {entry.key: entry for entry in plan if entry.role == "selected"}
@@ -143,18 +150,6 @@ def _at_geometry(teacher, student, taken_apart, plan_options):
             "the student's (--teacher_kwargs img_size=N)"
         )
     return whole, plan
-
-
-def _check_size(side, images, who):
-    """Raise InputError unless a model takes images as large as these."""
-    try:
-        side.model(images[:1])
-    except (RuntimeError, AssertionError, ValueError) as error:
-        height, width = images.shape[2:]
-        raise InputError(
-            f"calibration: the {who} cannot take images of {height} x {width} pixels ({error}); give images of its "
-            "size, or leave --calibration_size out"
-        ) from error
 
 
 def _shown(images, who, teacher):

@@ -116,19 +116,21 @@ class _Fitting:
     """
 
     def __init__(self, args, plan, teacher, whole, student, taken_apart):
-        from selection import calibration, freedom, roles, survey, writes  # what no other rule needs
+        from datasets import trained_normalization  # what no other rule needs
+        from selection import calibration, freedom, roles, survey, writes
 
         self.args, self.whole = args, whole
         self.structure = roles.Structure(teacher, whole.neurons)
         if args.element_selection == "project":
             freedom.check_streams(self.structure, args.pretrained_model)
         if args.calibration is not None:
+            mean, std = trained_normalization(teacher, args.pretrained_path, "--pretrained_path")
             self.images = calibration.Calibration(
                 args.calibration,
                 args.calibration_images,
-                args.calibration_size or args.student_input_size,  # ResNets know no size of their own
+                args.calibration_size,
                 input_size(student),
-                teacher.pretrained_cfg,
+                teacher.pretrained_cfg | {"mean": mean, "std": std},
                 args.seed,
             )
         sides = survey.Side(teacher, whole, self.structure), survey.Side.of(student, taken_apart)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_families import lively, models
 
 import ablate_projection
 import weight_selection
+from datasets import normalization
 from models.create import create_model
 from program import InputError
 from selection.calibration import Calibration, Tap, noise
@@ -133,13 +135,31 @@ def test_a_model_of_any_size_sees_images_as_its_configuration_says(cli, tmp_path
         given[name] = torch.load(tmp_path / f"{name}.pth", weights_only=True)
     side = json.loads((tmp_path / "config.json").read_text())["options"]["calibration_size"]
     images = torch.cat(list(Calibration("noise", 4, None, (3, 32, 32), teacher.pretrained_cfg, 0)))
-    function = select_weights(
-        teacher, create_model("resnet18d", **small), element_selection="greedy", calibration=images
-    )
+    greedy = partial(select_weights, teacher, element_selection="greedy")
+    function = greedy(create_model("resnet18d", **small), calibration=images)
+    built = create_model("resnet18d", input_size=32, **small)
     assert side == [32, 32]
     assert_same(given["config"], given["named"])
     assert_same(given["config"], function)
+    assert_same(given["config"], greedy(built, calibration="noise", calibration_images=4))
     assert differ(given["config"], given["larger"])
+
+
+@pytest.mark.parametrize("imagenet", [True, False])
+def test_images_are_normalised_as_a_checkpoint_of_main_says_that_it_was_trained(cli, command, imagenet, tmp_path):
+    """timm's ViT-S has 0.5; main.py trains with ImageNet's mean or that, and its checkpoint says which."""
+    weights = torch.load(command("")[3], weights_only=True)
+    checkpoint = tmp_path / "checkpoint.pth"
+    torch.save({"model": weights, "args": {"imagenet_default_mean_and_std": imagenet}}, checkpoint)
+    options = ["--element_selection", "project", "--pretrained_path", checkpoint, "--calibration", "noise"]
+    assert cli(weight_selection.main, *command(tmp_path / "init.pth", *options)) is None
+    written = torch.load(tmp_path / "init.pth", weights_only=True)
+    mean, std = normalization(imagenet)
+    images = torch.cat(list(Calibration("noise", 20, None, (3, 16, 16), {"mean": mean, "std": std}, 0)))
+    teacher, student = create_model("vit_small", **LARGE), create_model("vit_tiny", **SMALL)
+    project = partial(select_weights, teacher, student, element_selection="project")
+    assert_same(written, project(weights=checkpoint, calibration="noise", calibration_images=20))
+    assert_same(written, project(weights=weights, calibration=images))
 
 
 @pytest.mark.parametrize("part", ablate_projection.PARTS)
@@ -180,7 +200,7 @@ def test_a_dry_run_says_what_is_done_and_needs_no_images(cli, command, tmp_path,
         (["--calibration_images", 0], "--calibration_images 0: give a number from 1 up"),
         (["--calibration_images", 999], "--calibration {images}: 61 images there, --calibration_images asks for 999"),
         (["--calibration_size", 0], "--calibration_size 0: give a number of pixels from 1 up"),
-        (["--calibration_size", 24], "calibration: the student cannot take images of 24 x 24 pixels"),
+        (["--calibration_size", 24], "calibration: the student cannot take 24 x 24 pixels"),
         (["--exclude", "mlp"], "--exclude mlp: project fits layers to what those before them give"),
         (
             ["--student", "resnet18", "--student_kwargs", "--pretrained_model", "resnet18", "--teacher_kwargs"],
@@ -241,7 +261,7 @@ def test_without_a_count_all_images_of_a_small_directory_are_taken(cli, command,
         (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), "not torch.uint8"),
         ([(torch.zeros(4, 3, 32, 32), 0)], "not tuple"),
         ([], "not NoneType"),
-        (torch.zeros(4, 3, 20, 20), "the student cannot take images of 20 x 20 pixels"),
+        (torch.zeros(4, 3, 20, 20), "the student cannot take 20 x 20 pixels"),
         (iter([torch.zeros(4, 3, 32, 32)]), "a list_iterator cannot be gone through three times; give a list"),
     ],
 )
