@@ -114,10 +114,10 @@ def normalization(imagenet: bool) -> tuple:
     return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 
 
-def trained_normalization(model: nn.Module, path, option: str) -> tuple:
-    """Mean and standard deviation that a model's weights were trained with.
+def trained_config(model: nn.Module, path, option: str) -> dict:
+    """A model's timm configuration, with the ``mean`` and ``std`` of images that its weights were trained with.
 
-    They are in its timm configuration; a checkpoint of main.py says itself what it was trained under.
+    A checkpoint of main.py says itself what these were.
 
     Args:
         model: of timm.
@@ -125,8 +125,9 @@ def trained_normalization(model: nn.Module, path, option: str) -> tuple:
     """
     options = {} if path is None else training_options(path, option)
     if isinstance(options.get("imagenet_default_mean_and_std"), bool):
-        return normalization(options["imagenet_default_mean_and_std"])
-    return model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+        mean, std = normalization(options["imagenet_default_mean_and_std"])
+        return model.pretrained_cfg | {"mean": mean, "std": std}
+    return model.pretrained_cfg
 
 
 def build_transform(args, train: bool):

@@ -5,7 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Mlp
 
-from datasets import normalization, trained_normalization
+from datasets import normalization, trained_config
 from models.create import check_input_size, create_model
 from models.weights import create_pretrained, load_into_teacher
 from program import InputError
@@ -117,4 +117,5 @@ def build_teacher(args, classes: int) -> Teacher:
             )
     check_input_size(model, args.input_size, f"--teacher {args.teacher}")
     student = normalization(args.imagenet_default_mean_and_std)
-    return Teacher(model, *trained_normalization(model, args.teacher_path, "--teacher_path"), *student, features)
+    config = trained_config(model, args.teacher_path, "--teacher_path")
+    return Teacher(model, config["mean"], config["std"], *student, features)

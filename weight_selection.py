@@ -92,16 +92,14 @@ def select_weights(
         weights, _ = open_teacher(weights, teacher, family_of(teacher, "teacher"), "weights")
     if not fitted:
         return apply_plan(plan, weights, element_selection=element_selection, seed=seed, option="weights")
-    from datasets import trained_normalization
+    from datasets import trained_config
     from selection.calibrated import fit_weights, load_teacher
 
     for name, model in (("teacher", teacher), ("student", student)):
         if next(model.parameters()).is_meta:
             raise InputError(f"{name}: is on the meta device, but projection runs it; give a real one")
     teacher, student = copy.deepcopy(teacher), copy.deepcopy(student)
-    if file is not None:
-        mean, std = trained_normalization(teacher, file, "weights")
-        teacher.pretrained_cfg = teacher.pretrained_cfg | {"mean": mean, "std": std}
+    teacher.pretrained_cfg = trained_config(teacher, file, "weights")
     load_teacher(teacher, weights, "weights", plan_options.get("include_head", False))
     return fit_weights(
         teacher,

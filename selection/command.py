@@ -116,7 +116,7 @@ class _Fitting:
     """
 
     def __init__(self, args, plan, teacher, whole, student, taken_apart):
-        from datasets import trained_normalization  # what no other rule needs
+        from datasets import trained_config  # what no other rule needs
         from selection import calibration, freedom, roles, survey, writes
 
         self.args, self.whole = args, whole
@@ -124,13 +124,12 @@ class _Fitting:
         if args.element_selection == "project":
             freedom.check_streams(self.structure, args.pretrained_model)
         if args.calibration is not None:
-            mean, std = trained_normalization(teacher, args.pretrained_path, "--pretrained_path")
             self.images = calibration.Calibration(
                 args.calibration,
                 args.calibration_images,
                 args.calibration_size,
                 input_size(student),
-                teacher.pretrained_cfg | {"mean": mean, "std": std},
+                trained_config(teacher, args.pretrained_path, "--pretrained_path"),
                 args.seed,
             )
         sides = survey.Side(teacher, whole, self.structure), survey.Side.of(student, taken_apart)
