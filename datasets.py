@@ -1,28 +1,203 @@
-"""Data sets as the options describe them, and what happens to their images."""
+"""The data sets: a table, and how each is opened. Imports no torch, so that options can be checked before it."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn as nn
-from timm.data import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-    auto_augment,
-    create_transform,
-)
+from PIL import Image
 
-from models.weights import training_options
-from program import InputError
-from sources import SOURCES
-from utils import main_first, say
+from weight_selection.errors import InputError, printable
+
+# What files of images are read as. Pillow would also run Ghostscript on PostScript that is called an image.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 
-def to_pixels(image) -> torch.Tensor:
+class BadImage(Exception):
+    """An image that cannot be read; the message says which and why."""
+
+
+class ImageFiles:
+    """Images in files of any mode, converted to RGB as timm does (their EXIF orientation is not applied either).
+
+    Args:
+        samples: (path, label) of each.
+        transform: of an RGB image.
+        classes: names of the labels from 0 on, if they are known.
+
+    Raises:
+        BadImage: by an item that cannot be decoded.
+    """
+
+    def __init__(self, samples, transform, classes=None):
+        self.samples, self.transform, self.classes = list(samples), transform, classes
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        try:
+            with Image.open(path, formats=FORMATS) as file:
+                image = file.convert("RGB")
+        except Exception as error:  # a damaged image makes Pillow raise nearly anything; only it runs here
+            raise BadImage(printable(f"{path} cannot be read ({str(error) or type(error).__name__})")) from error
+        return self.transform(image), label
+
+
+class Digits:
+    """scikit-learn's handwritten digits: 1797 images of 8x8, grey, as RGB; the first 1000 train, the last 797 test.
+
+    The order of the set is kept: it was collected in rounds, so the test writers are other people.
+    """
+
+    classes = list(range(10))
+    train_images = 1000
+
+    def __init__(self, train, transform):
+        import sklearn.datasets
+
+        images, targets = sklearn.datasets.load_digits(return_X_y=True)
+        part = slice(None, self.train_images) if train else slice(self.train_images, None)
+        self.images = (images[part].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+        self.targets = targets[part].tolist()
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.targets[index]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that ``--data_set`` can name.
+
+    Attributes:
+        build: ``build(root, train, transform, download)`` gives a map-style dataset of (RGB image, label).
+        layout: what must lie below ``--data_path``; None for a data set that needs no files.
+        classes: how many; None for class folders, which say it themselves. Labels count from 0.
+        images: training and test images of a complete copy, other numbers are warned about; None where not checked.
+        folders: class folders, so that ``--eval_data_path`` may name the test images.
+    """
+
+    build: Callable
+    layout: str | None
+    classes: int | None = None
+    images: tuple[int, int] | None = None
+    folders: bool = False
+
+
+def _torchvision(name):
+    """A class of torchvision's."""
+    import torchvision.datasets
+
+    return getattr(torchvision.datasets, name)
+
+
+def _cifar(name):
+    return lambda root, train, transform, download: _torchvision(name)(
+        root, train=train, transform=transform, download=download
+    )
+
+
+def _splits(name, *train_splits):
+    """Joins the named splits of a torchvision class to train on; its split "test" tests."""
+
+    def build(root, train, transform, download):
+        from torch.utils.data import ConcatDataset
+
+        cls = _torchvision(name)
+        splits = train_splits if train else ("test",)
+        return ConcatDataset([cls(root, split=split, transform=transform, download=download) for split in splits])
+
+    return build
+
+
+def _listed(name, files, *train_splits):
+    """As ``_splits``, of a class that takes the names of its images from a list and looks for none of them.
+
+    ``files`` is its attribute of them.
+    """
+
+    def build(root, train, transform, download):
+        cls = _torchvision(name)
+        parts = [cls(root, split=split, download=download) for split in (train_splits if train else ("test",))]
+        samples = [sample for part in parts for sample in zip(getattr(part, files), part._labels, strict=True)]
+        _check_files([file for file, _ in samples])
+        return ImageFiles(samples, transform)
+
+    return build
+
+
+def _check_files(files):
+    folders = {file.parent for file in files}  # reading each once is much faster than asking for every file
+    present = {file for folder in folders if folder.is_dir() for file in folder.iterdir()}
+    missing = [file for file in files if file not in present]
+    if missing:
+        raise FileNotFoundError(f"{len(missing):,} of {len(files):,} images are missing, such as {missing[0]}")
+
+
+def _eurosat(root, train, transform, download):
+    """EuroSAT has no official split. Here an image tests if its number (10 of Forest_10.jpg) is a multiple of 5."""
+    samples = _torchvision("EuroSAT")(root, download=download).samples
+    tests = [int(Path(file).stem.rpartition("_")[2]) % 5 == 0 for file, _ in samples]
+    return ImageFiles([sample for sample, test in zip(samples, tests, strict=True) if test != train], transform)
+
+
+def _folder(root, train, transform, download):
+    folder = _torchvision("ImageFolder")(root)
+    return ImageFiles(folder.samples, transform, folder.classes)
+
+
+FOLDERS = "train/CLASS/IMAGE and val/CLASS/IMAGE"
+SOURCES = {
+    "CIFAR10": Source(_cifar("CIFAR10"), "cifar-10-batches-py/", 10, (50_000, 10_000)),
+    "CIFAR100": Source(_cifar("CIFAR100"), "cifar-100-python/", 100, (50_000, 10_000)),
+    "pets": Source(
+        _listed("OxfordIIITPet", "_images", "trainval"),
+        "oxford-iiit-pet/ with images/ and annotations/",
+        37,
+        (3_680, 3_669),
+    ),
+    "flowers": Source(
+        _listed("Flowers102", "_image_files", "train", "val"),
+        "flowers-102/ with jpg/, imagelabels.mat and setid.mat",
+        102,
+        (2_040, 6_149),
+    ),
+    "stl10": Source(
+        _splits("STL10", "train"),
+        "stl10_binary/ with train_X.bin, train_y.bin, test_X.bin, test_y.bin and unlabeled_X.bin",
+        10,
+        (5_000, 8_000),
+    ),
+    "food101": Source(
+        _listed("Food101", "_image_files", "train"),
+        "food-101/ with images/ and meta/",
+        101,
+        (75_750, 25_250),
+    ),
+    "dtd": Source(  # torchvision's default: the first of ten partitions
+        _listed("DTD", "_image_files", "train", "val"),
+        "dtd/dtd/ with images/ and labels/",
+        47,
+        (3_760, 1_880),
+    ),
+    "svhn": Source(_splits("SVHN", "train"), "train_32x32.mat and test_32x32.mat", 10, (73_257, 26_032)),
+    "eurosat": Source(_eurosat, "eurosat/2750/ with CLASS/CLASS_NUMBER.jpg", 10, (21_600, 5_400)),
+    "IMNET": Source(_folder, FOLDERS, folders=True),
+    "image_folder": Source(_folder, FOLDERS, folders=True),
+    "digits": Source(lambda root, train, transform, download: Digits(train, transform), None, 10),
+}
+
+
+def to_pixels(image) -> "torch.Tensor":  # noqa: F821
     """uint8 (height, width, 3) of a PIL image in RGB."""
+    import torch
+
     return torch.from_numpy(np.array(image))
 
 
@@ -52,11 +227,14 @@ def build_dataset(args, train: bool) -> tuple:
                 f"--data_path {args.data_path}: class folder {odd} is in only one of {roots[0]} and {roots[1]}"
             )
         return dataset, len(dataset.classes)
+    from distributed.process_group import main_first
+    from utils import print_main
+
     dataset = main_first(lambda: _open_or_download(args, source, train))
     if len(dataset) != (complete := source.images[not train]):  # a part of the set may be meant, so it is no error
         part = "training" if train else "test"
         found = f"{len(dataset):,} {part} images of {args.data_set}, not {complete:,}"
-        say(f"warning: --data_path {args.data_path}: {found}")
+        print_main(f"warning: --data_path {args.data_path}: {found}")
     return dataset, source.classes
 
 
@@ -101,80 +279,3 @@ def _open_or_download(args, source, train):
             f"--data_path {args.data_path}: holds no complete {source.layout} of {args.data_set}, and downloading "
             f"and reading it failed ({error})"
         ) from error
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Transforms
-
-
-def normalization(imagenet: bool) -> tuple:
-    """Mean and standard deviation, by channel, that images are normalised with: ImageNet's, or 0.5 and 0.5."""
-    if imagenet:
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-
-
-def trained_config(model: nn.Module, path, option: str) -> dict:
-    """A model's timm configuration, with the ``mean`` and ``std`` of images that its weights were trained with.
-
-    A checkpoint of main.py says itself what these were.
-
-    Args:
-        model: of timm.
-        path: file of the weights that ``option`` named, or None if they are timm's.
-    """
-    options = {} if path is None else training_options(path, option)
-    if isinstance(options.get("imagenet_default_mean_and_std"), bool):
-        mean, std = normalization(options["imagenet_default_mean_and_std"])
-        return model.pretrained_cfg | {"mean": mean, "std": std}
-    return model.pretrained_cfg
-
-
-def build_transform(args, train: bool):
-    """timm's transform from a PIL image to a normalised (3, input_size, input_size) tensor.
-
-    Training: random resized crop, flip, RandAugment, random erasing (Table 13). Test: resize to 256/224 of the input
-    size and crop the centre; from 384 pixels on, squash the whole image, as ConvNeXt does.
-    """
-    mean, std = normalization(args.imagenet_default_mean_and_std)
-    common = {"input_size": args.input_size, "mean": mean, "std": std}
-    if train:
-        try:
-            transform = create_transform(
-                **common,
-                is_training=True,
-                scale=tuple(args.scale),
-                hflip=args.hflip,
-                color_jitter=args.color_jitter,
-                auto_augment=None if args.aa == "none" else args.aa,
-                interpolation=args.train_interpolation,
-                re_prob=args.reprob,
-                re_mode=args.remode,
-                re_count=args.recount,
-            )
-        except (AssertionError, ValueError, KeyError) as error:  # timm's ways of refusing a policy
-            raise InputError(f"--aa {args.aa}: no policy of timm's; such as rand-m9-mstd0.5-inc1, or none") from error
-        return _with_posterize_to_black(transform)
-    squash = args.crop_pct is None and args.input_size >= 384
-    return create_transform(
-        **common,
-        is_training=False,
-        interpolation="bicubic",
-        crop_pct=1.0 if squash else args.crop_pct or 224 / 256,
-        crop_mode="squash" if squash else "center",
-    )
-
-
-def _with_posterize_to_black(transform):
-    """Let RandAugment posterize to 0 bits, which the paper's policy draws and Pillow refuses from some version on."""
-    for step in transform.transforms:
-        operations = getattr(step, "ops", None) or [op for group in getattr(step, "policy", ()) for op in group]
-        for operation in operations:
-            if operation.aug_fn is auto_augment.posterize:
-                operation.aug_fn = _posterize
-    return transform
-
-
-def _posterize(image, bits, **_):
-    """timm's operation; no bits leave a black image, as they always did."""
-    return image.point(lambda value: 0) if bits == 0 else auto_augment.posterize(image, bits)

@@ -12,18 +12,19 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from consensus import Consensus
-from distillation import Loss
-from loaders import BadImages
-from program import RunError, Stopped, printable
-from utils import Progress, say, seed_everything
+from distributed.program import RunError, Stopped
+from distributed.stop_coordinator import StopCoordinator
+from input_pipeline.loader import BadImages
+from models.distillation import Loss
+from utils import Progress, print_main, seed_everything
+from weight_selection.errors import printable
 
 READ_INTERVAL = 50  # steps from one look at the figures of training to the next: each look waits for the device
 MIN_LOSS_SCALE = 1.0  # below it, float16 overflows on gradients as they are, not on scaled ones
 
 
 @dataclass
-class Trainer:
+class TrainState:
     """All that a step of training needs.
 
     Attributes:
@@ -65,7 +66,7 @@ class Trainer:
     seed: int
     rank: int
     world_size: int
-    consensus: Consensus
+    consensus: StopCoordinator
 
     def set_schedule(self, step: int) -> None:
         """Give every parameter group its learning rate and weight decay of a step."""
@@ -119,7 +120,7 @@ class Trainer:
             reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
         reasons = [reason for reason in self.consensus.gather_objects(reason) if reason is not None]
         if reasons:
-            say(f"warning: --compile true: goes on without, as it failed ({printable(reasons[0])[:300]})")
+            print_main(f"warning: --compile true: goes on without, as it failed ({printable(reasons[0])[:300]})")
             for module in modules:
                 module._compiled_call_impl = None  # what Module.compile set; there is no public way back
 
@@ -153,7 +154,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-class Figures:
+class EpochMetrics:
     """Figures of an epoch in training, up to the last step that was read.
 
     Steps leave theirs on the device. ``read`` adds them up on the host, one by one in the order of steps and processes,
@@ -166,7 +167,7 @@ class Figures:
         sums: of an epoch that was interrupted, as ``sums`` had them.
     """
 
-    def __init__(self, trainer: Trainer, epoch: int, bad: BadImages, sums: dict | None = None):
+    def __init__(self, trainer: TrainState, epoch: int, bad: BadImages, sums: dict | None = None):
         self.trainer, self.epoch, self.bad = trainer, epoch, bad
         self.sums = dict(sums or {"step": 0, "loss": 0.0, "distance": 0.0, "grad_norm": 0.0, "skipped": 0})
         self.pending = []
@@ -237,7 +238,7 @@ class Figures:
         return row
 
 
-def train_one_epoch(trainer: Trainer, loader, figures: Figures, after_step: Callable) -> None:
+def train_one_epoch(trainer: TrainState, loader, figures: EpochMetrics, after_step: Callable) -> None:
     """Train through an epoch, or the rest of it.
 
     Args:
@@ -279,7 +280,7 @@ def train_one_epoch(trainer: Trainer, loader, figures: Figures, after_step: Call
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, trainer: Trainer, shared: bool = True) -> dict:
+def evaluate(model: nn.Module, loader, trainer: TrainState, shared: bool = True) -> dict:
     """Cross-entropy and accuracy over a test set.
 
     Args:

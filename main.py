@@ -7,8 +7,10 @@ torchrun --nproc_per_node=8 main.py ...
 
 import os
 
-from options import check_weights, parse_args, share_batch
-from program import InputError, find_launch, run_program
+from distributed.launch import find_launch
+from distributed.program import run_program
+from training.options import check_weights, parse_args, share_batch
+from weight_selection.errors import InputError
 
 
 def main(argv=None) -> None:
@@ -18,7 +20,7 @@ def main(argv=None) -> None:
     if args.world_size not in (None, launch.world_size):
         raise InputError(f"--world_size {args.world_size}: the launcher started {launch.world_size} processes")
     share_batch(args, launch.world_size)
-    from training import run  # torch takes seconds to import, which --help and mistakes in options need not wait for
+    from training.run import run
 
     run(args, launch)
 

@@ -6,7 +6,7 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_weight_decay
 
 import utils
-from program import InputError
+from weight_selection.errors import InputError
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # have a kernel on GPUs for all parameters at once
 

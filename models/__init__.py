@@ -1,4 +1,3 @@
 """Models, and what of them options can name. Imports no torch; the modules in here do."""
 
 SCHEMES = ("timm", "xavier", "kaiming", "mimetic")  # random initialisations
-SUFFIXES = (".pth", ".pt", ".safetensors")  # of files of weights that are written

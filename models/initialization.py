@@ -4,7 +4,7 @@ import torch.nn as nn
 
 from models import SCHEMES
 from models.mimetic import mimetic
-from program import InputError
+from weight_selection.errors import InputError
 
 
 def initialize(model: nn.Module, scheme: str) -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from timm.layers import build_sincos2d_pos_embed
 
-from program import InputError
+from weight_selection.errors import InputError
 
 # Weight of the noise and of the identity in the products that pretrained ViTs are observed to have.
 QUERY_KEY = 0.7, 0.7

@@ -17,21 +17,22 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from weight_selection.cli import main as select_main
+from weight_selection.projection import equations
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 import torch
 
-import weight_selection
-from program import InputError, run_program
-from selection import projection
-from selection.roles import Structure
-from selection.rules import uniform_indices
+from weight_selection.errors import InputError, run_program
+from weight_selection.projection.symmetries import Structure
+from weight_selection.rules import uniform_indices
 
-ROTATION, GREEDY, STRONGEST = projection.rotation, projection.greedy, projection.strongest
+ROTATION, GREEDY, STRONGEST = equations.rotation, equations.greedy, equations.strongest
 
 
 def turned(normalised, frame):
     """The rotation, in another frame of the student's stream orthogonal to ones."""
-    turn = projection.random_rotation(len(frame), torch.Generator().manual_seed(0))
+    turn = equations.random_rotation(len(frame), torch.Generator().manual_seed(0))
     return turn.to(normalised.device) @ ROTATION(normalised, frame)
 
 
@@ -53,11 +54,11 @@ def spaced_units(variance, outgoing, groups, count):
 
 
 PARTS = {
-    "reads": (projection, "read_through", lambda across, own, prior, constant: prior),
-    "frame": (projection, "rotation", turned),
-    "coordinates": (projection, "greedy", spaced_coordinates),
-    "weights": (projection, "greedy", explaining_coordinates),
-    "units": (projection, "strongest", spaced_units),
+    "reads": (equations, "read_through", lambda across, own, prior, constant: prior),
+    "frame": (equations, "rotation", turned),
+    "coordinates": (equations, "greedy", spaced_coordinates),
+    "weights": (equations, "greedy", explaining_coordinates),
+    "units": (equations, "strongest", spaced_units),
     "heads": (Structure, "_attention", lambda self, name, heads, local: None),
 }
 
@@ -70,7 +71,7 @@ def main(argv=None) -> None:
     if part not in PARTS:
         raise InputError(f"{part}: no part of projection; choose one of {', '.join(PARTS)}")
     with mock.patch.object(*PARTS[part]):
-        weight_selection.main(rest)
+        select_main(rest)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
-from datasets import UNREADABLE
-from files import check_directory, new_directory
-from program import InputError, Parser, run_program
-from selection import CALIBRATION_IMAGES
-from selection.calibration import draw
-from sources import SOURCES
+from datasets import SOURCES, UNREADABLE
+from weight_selection import CALIBRATION_IMAGES
+from weight_selection.arguments import Parser
+from weight_selection.errors import InputError, run_program
+from weight_selection.files import check_directory, new_directory
+from weight_selection.projection.images import draw
 
 
 def get_args_parser() -> Parser:

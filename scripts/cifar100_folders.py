@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 from torchvision.datasets import CIFAR100
 
 from datasets import UNREADABLE
-from files import new_directory
-from program import InputError, Parser, run_program
+from weight_selection.arguments import Parser
+from weight_selection.errors import InputError, run_program
+from weight_selection.files import new_directory
 
 
 def open_cifar100(root: Path, train: bool) -> CIFAR100:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 import paper
-from files import new_file
-from program import InputError, Parser, run_program
 from runs import read_run, seed_directories, spread
+from weight_selection.arguments import Parser
+from weight_selection.errors import InputError, run_program
+from weight_selection.files import new_file
 
 FIGURES = ("mean", "std", "median")
 LEGEND = "Test accuracy in %: mean, or median where it says so, ± sample standard deviation over seeds (their number)."

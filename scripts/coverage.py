@@ -21,11 +21,12 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
-from files import check_writable, new_file
-from models.create import create_model
-from models.membership import family_of
-from program import InputError, Parser, run_program
-from selection.plan import anatomy, plan_selection
+from weight_selection.arguments import Parser
+from weight_selection.errors import InputError, run_program
+from weight_selection.files import check_writable, new_file
+from weight_selection.plan import anatomy, plan_selection
+from weight_selection.sources.membership import family_of
+from weight_selection.sources.timm_models import create_model
 
 # Kinds of refusals, by what their messages say; the first that matches.
 REASONS = {

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from program import InputError
 from runs import Run
+from weight_selection.errors import InputError
 
 SEEDS_OF_A_MEDIAN = 3
 

@@ -29,12 +29,19 @@ import torch.nn as nn
 
 import style
 from models import SCHEMES
-from models.create import create_model
 from models.initialization import initialize
-from models.membership import family_by_class
-from models.weights import create_pretrained, find_weights, load_initial, provenance_path, read_teacher
-from program import InputError, Kwargs, Parser, check_kwargs, run_program
 from utils import seed_everything
+from weight_selection.arguments import Kwargs, Parser, check_kwargs
+from weight_selection.errors import InputError, run_program
+from weight_selection.sources.membership import family_by_class
+from weight_selection.sources.timm_models import create_model
+from weight_selection.sources.weight_files import (
+    create_pretrained,
+    find_weights,
+    load_initial,
+    provenance_path,
+    read_teacher,
+)
 
 PRODUCTS = {"W_q W_k^T": r"$W_q\,W_k^\top$", "W_v W_proj": r"$W_v\,W_{\mathrm{proj}}$"}  # as printed, as drawn
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 import style
-from program import InputError, Parser, run_program
 from runs import read_curve, read_run, seed_directories, spread
+from weight_selection.arguments import Parser
+from weight_selection.errors import InputError, run_program
 
 
 def read_groups(words: list) -> list:

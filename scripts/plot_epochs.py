@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 import paper
 import style
-from program import InputError, run_program
 from runs import figure_parser, print_lines, read_run, seed_directories, trained_epochs
+from weight_selection.errors import InputError, run_program
 
 RANDOM, SELECTED, TUNED = "random init", "weight selection", "pretraining and fine-tuning"
 DIRECTORY = "vit_tiny/cifar100"

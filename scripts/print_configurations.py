@@ -13,8 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 import torch.nn as nn
 
-from models.create import create_model
-from program import Parser, run_program
+from weight_selection.arguments import Parser
+from weight_selection.errors import run_program
+from weight_selection.sources.timm_models import create_model
 
 MODELS = {
     "ViT-T (student)": "vit_tiny",

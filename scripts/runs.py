@@ -6,8 +6,9 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import parse_json
-from program import InputError, Parser
+from weight_selection.arguments import Parser
+from weight_selection.errors import InputError
+from weight_selection.files import parse_json
 
 
 @dataclass(frozen=True)

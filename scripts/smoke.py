@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
-from files import new_file
-from models.create import create_model
-from models.weights import write_weights
-from program import InputError, Kwargs, Parser, run_program
 from utils import seed_everything
+from weight_selection.arguments import Kwargs, Parser
+from weight_selection.errors import InputError, run_program
+from weight_selection.files import new_file
+from weight_selection.sources.timm_models import create_model
+from weight_selection.sources.weight_files import write_weights
 
 COLOURS = {"blue": (40, 60, 200), "green": (60, 190, 70), "red": (200, 50, 50)}
 PIXELS, TRAIN_IMAGES, TEST_IMAGES = 32, 16, 6

@@ -9,8 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from files import new_file
-from program import InputError
+from weight_selection.errors import InputError
+from weight_selection.files import new_file
 
 # Okabe and Ito's colours, which colour-blind people tell apart; the markers differ too, for a grey printer.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -11,8 +11,8 @@ from hypothesis import settings
 from PIL import Image
 
 import main
-import training
-from program import InputError
+import training.run
+from weight_selection.errors import InputError
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("repeatable")
@@ -71,7 +71,7 @@ def interrupted(train, monkeypatch):
     """Run main.py with further options until it would begin ``epoch``."""
 
     def run(epoch, *options):
-        train_one_epoch = training.train_one_epoch
+        train_one_epoch = training.run.train_one_epoch
 
         def until(trainer, loader, figures, after_step):
             if figures.epoch == epoch:

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 import main
-from program import run_program
+from distributed.program import run_program
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "GROUP_", "TORCHELASTIC_")
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["training"])
+SERVER.set_forkserver_preload(["training.run"])
 
 
 def environment(**more):

@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Images per second and core of the input pipeline, against timm's transforms and PyTorch's default loader, in one run.
+
+    python benchmarks/data.py
+
+All work of an image is on one core: reading or decoding, transform, collation, normalisation, up to a batch of float32
+at 224 pixels. Both go through the recipe's training and test transforms, in turns; of each the median. Images are
+noise over smooth colours: as small as CIFAR's, in memory, and as JPEG files of 500 x 375 pixels, decoded each time or
+once (--cache_images). "worker" is what a loader worker does, which is all that a CPU has to do beside a GPU. "read" is
+reading or decoding alone. --device cuda measures --augment_device there instead, from images resident on it.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from datasets import (  # noqa: E402
+    ImageFiles,  # noqa: E402
+    build_dataset,
+    to_pixels,
+)
+from input_pipeline.cache import CachedDataset  # noqa: E402
+from input_pipeline.loader import TrainBatchSampler, eval_loader, train_loader  # noqa: E402
+from input_pipeline.pipeline import OnDevice, build_pipeline  # noqa: E402
+from input_pipeline.transforms import build_transform  # noqa: E402
+from training.options import parse_args  # noqa: E402
+
+BATCH = 64
+GOAL, DEVICE_GOAL = 2.0, 20_000  # times the baseline's; images/s of one GPU
+
+
+class Small:
+    """Images of 32 x 32 pixels in memory, as CIFAR's."""
+
+    def __init__(self, images, transform):
+        rng = np.random.default_rng(0)
+        self.images = [np.asarray(smooth(rng, 32, 32)) for _ in range(images)]
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.images[index])), index % 100
+
+
+def smooth(rng, width, height):
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    noisy = np.asarray(coarse) + rng.normal(0, 12, (height, width, 3))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def write_jpegs(root: Path, images: int):
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for number in range(images):
+            path = root / part / str(number % 4) / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            smooth(rng, 500, 375).save(path, quality=90)
+
+
+def options(root, *more):
+    words = ["--data_set", "image_folder", "--data_path", str(root), "--num_workers", "0", "--batch_size", str(BATCH)]
+    args = parse_args([*words, "--eval_batch_size", str(BATCH), *more])
+    args.device = "cpu"
+    return args
+
+
+def plain(dataset, train):
+    """timm's transform image by image, and PyTorch's default collation."""
+    return DataLoader(dataset, batch_size=BATCH, shuffle=train, drop_last=True)
+
+
+def ours(args, dataset, train, device):
+    pipeline = build_pipeline(args, train)
+    if isinstance(pipeline, OnDevice):
+        pipeline.resident = dataset.data.to(device)
+    if train:
+        batches = TrainBatchSampler(len(dataset), BATCH, len(dataset) // BATCH, 1, 0, 1, seed=0)
+        return train_loader(dataset, pipeline, batches, args)
+    return eval_loader(dataset, pipeline, args, 0, 1)
+
+
+def images_per_second(loader, device, finish=True) -> float:
+    """Of one pass, up to what a model takes, on the device; without ``finish`` up to what a worker gives."""
+    start, images = time.perf_counter(), 0
+    for batch in loader:
+        if not finish:
+            images += len(batch.labels)
+            continue
+        plain = isinstance(batch, list)
+        images += len(batch[0].to(device) if plain else loader.dataset.pipeline.inputs(batch, device))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return images / (time.perf_counter() - start)
+
+
+def reads_per_second(dataset) -> float:
+    """Of images, reading or decoding alone."""
+    start = time.perf_counter()
+    for index in range(len(dataset)):
+        dataset[index]
+    return len(dataset) / (time.perf_counter() - start)
+
+
+def medians(measures: dict, turns: int) -> dict:
+    """{name: median of what a function gives}, called in turns; the first turn warms up."""
+    found = {name: [] for name in measures}
+    for turn in range(turns + 1):
+        for name, measure in measures.items():
+            figure = measure()
+            if turn > 0:
+                found[name].append(figure)
+    return {name: statistics.median(figures) for name, figures in found.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1024, help="of each kind and turn")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments = parser.parse_args()
+    device, on_device = torch.device(arguments.device), arguments.device != "cpu"
+    if not on_device:
+        torch.set_num_threads(1)
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    print(f"{'':22}{'':6}  images/s, timm    ours ratio  worker ratio    read", flush=True)
+    with tempfile.TemporaryDirectory() as root:
+        write_jpegs(Path(root), arguments.images)
+        for kind in ("32 x 32, in memory", "500 x 375, JPEG", "500 x 375, cached"):
+            for train in (True, False):
+                args = options(root, "--augment_device", str(on_device))
+                transform = build_transform(args, train)
+                if kind.startswith("32"):
+                    baseline, dataset = Small(arguments.images, transform), Small(arguments.images, to_pixels)
+                else:
+                    dataset = build_dataset(args, train)[0]
+                    baseline = ImageFiles(dataset.samples, transform)
+                if on_device or kind.endswith("cached"):
+                    dataset = CachedDataset(dataset, "images")
+                loaders = plain(baseline, train), ours(args, dataset, train, device)
+                if train:
+                    loaders[1].batch_sampler.set_position(0, 0)
+                passes = {
+                    "timm": partial(images_per_second, loaders[0], device),
+                    "ours": partial(images_per_second, loaders[1], device),
+                    "worker": partial(images_per_second, loaders[1], device, finish=False),
+                    "read": partial(reads_per_second, dataset),
+                }
+                timm, own, worker, read = medians(passes, arguments.turns).values()
+                part = "train" if train else "test"
+                ratios = f"{own:6.0f} {own / timm:5.2f}  {worker:6.0f} {worker / timm:5.2f}"
+                print(f"{kind:22}{part:6}  {timm:14.0f}  {ratios}  {read:6.0f}", flush=True)
+    goal = f"{DEVICE_GOAL} images/s in training" if on_device else f"{GOAL} times timm's"
+    print(f"goal: {goal}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Images per second of training now, against an earlier revision of this repository, in the same run.
+
+    python benchmarks/overhead.py --before 17a8c24
+
+The default revision is the last one without agreement between processes, checked gradients, checkpoints within an epoch
+and images that may be replaced. Both train ViT-T on small images on the CPU, in turns; of each start the median epoch
+counts, and of the starts the median. Now is measured twice: as it is, and with a checkpoint every 25 steps.
+"""
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench_faults import make_images
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONS = "--data_set image_folder --data_path ../data --device cpu --num_workers 1 --epochs 4 --warmup_epochs 1"
+BATCH = 8
+OPTIONS += f" --model vit_tiny --input_size 64 --batch_size {BATCH} --disable_eval true --model_ema true"
+VARIANTS = {"before": (), "now": (), "now, --save_ckpt_steps 25": ("--save_ckpt_steps", "25")}
+
+
+def images_per_second(code: Path, directory: Path, processes: int, options) -> float:
+    """Of a run of main.py: the median over its epochs but the first, each from its first line of progress on."""
+    directory.mkdir()
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    run = subprocess.Popen(
+        [*launcher, str(code / "main.py"), *OPTIONS.split(), "--output_dir", "run", *options],
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    moments = {}
+    for line in run.stdout:
+        if progress := re.match(r"epoch (\d+) \[ *(\d+)/", line):
+            moments.setdefault(int(progress[1]), []).append((time.monotonic(), int(progress[2])))
+    if run.wait():
+        sys.exit(f"exit status {run.returncode}")
+    spans = [(*epoch[0], *epoch[-1]) for number, epoch in moments.items() if number > 0]
+    speeds = [(last - first) * BATCH * processes / (end - start) for start, first, end, last in spans]
+    return statistics.median(speeds)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", default="17a8c24", metavar="REVISION", help="to compare with")
+    parser.add_argument("--starts", type=int, default=5, help="of each variant")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as root:
+        root = Path(root)
+        make_images(root / "data")
+        (root / "before").mkdir()
+        archive = subprocess.run(["git", "-C", str(ROOT), "archive", args.before], check=True, capture_output=True)
+        subprocess.run(["tar", "-x", "-C", str(root / "before")], input=archive.stdout, check=True)
+        print(f"{'processes':9}  {'':26}  images/s  to before", flush=True)
+        for processes in args.processes:
+            speeds = {variant: [] for variant in VARIANTS}
+            for start in range(args.starts):
+                for number, (variant, options) in enumerate(VARIANTS.items()):
+                    code = root / "before" if variant == "before" else ROOT
+                    directory = root / f"{processes}-{start}-{number}"
+                    speeds[variant].append(images_per_second(code, directory, processes, options))
+            medians = {variant: statistics.median(found) for variant, found in speeds.items()}
+            for variant, speed in medians.items():
+                print(f"{processes:9}  {variant:26}  {speed:8.1f}  {speed / medians['before']:9.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

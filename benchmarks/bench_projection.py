@@ -1,0 +1,50 @@
+#!/usr/bin/env python3
+"""Seconds and memory of weight_selection.py --element_selection project and greedy, against uniform, in the same run.
+
+    python benchmarks/projection.py
+
+The teacher is ViT-S/16 at 224 pixels with random values, the student ViT-T, the images are noise: 64 and 256 of them
+show what a pass over images costs, and whether memory grows with their number. Of each, the median of some starts.
+"""
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+from bench_selection import MAKE, ROOT, measure
+
+TEACHER = "vit_small_patch16_224"
+VARIANTS = {
+    "uniform": [],
+    **{
+        f"{method}, {count} images": ["--calibration", "noise", "--calibration_images", count]
+        for method in ("greedy", "project")
+        for count in (64, 256)
+    },
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--starts", type=int, default=3, help="of each variant")
+    args = parser.parse_args()
+    print(f"{'':24}  seconds  to uniform  peak MB  to uniform", flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "teacher.pth")
+        measure(["-c", MAKE, TEACHER, "{}", path])
+        found = {name: [] for name in VARIANTS}
+        for _ in range(args.starts):
+            for name, options in VARIANTS.items():
+                words = [ROOT / "weight_selection.py", "--pretrained_model", TEACHER, "--pretrained_path", path]
+                words += ["--student", "vit_tiny", "--output_dir", Path(directory, "init.pth"), "--overwrite"]
+                rule = name.partition(",")[0]
+                found[name].append(measure([*words, "--element_selection", rule, *options]))
+    medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
+    for name, (seconds, memory) in medians.items():
+        ratios = [figure / base for figure, base in zip((seconds, memory), medians["uniform"], strict=True)]
+        print(f"{name:24}  {seconds:7.2f}  {ratios[0]:10.2f}  {memory:7.0f}  {ratios[1]:10.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+#!/usr/bin/env python3
+"""Images per second of main.py's training loop at 224 pixels, against its ceiling and a plain loop, in one run.
+
+    python benchmarks/train.py                                    # on a CPU
+    python benchmarks/train.py --device cuda --compile true --batch 1024 --steps 40
+
+Rows, of the recipe of CIFAR-100 (RandAugment, erasing, mixup and cutmix) on random images of 32 x 32 pixels:
+
+    plain     float32: timm's transform, PyTorch's default loader, forward, backward, step
+    real      mixed precision: what main.py runs, with its input pipeline
+    ceiling   the same loop, fed with one batch that lies on the device
+
+in turns, of each the median. The last columns put the model's operations (forward, and twice as many backward) beside
+what a product of large matrices reaches on the same device in the same precision. --profile prints where time goes.
+"""
+
+import argparse
+import contextlib
+import io
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from timm.layers import set_fused_attn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from data import Small, medians  # noqa: E402
+
+from datasets import to_pixels  # noqa: E402
+from distributed.launch import Launch  # noqa: E402
+from distributed.stop_coordinator import StopCoordinator  # noqa: E402
+from engine import EpochMetrics, train_one_epoch  # noqa: E402
+from input_pipeline.cache import CachedDataset  # noqa: E402
+from input_pipeline.loader import BadImages, TrainBatchSampler, train_loader  # noqa: E402
+from input_pipeline.pipeline import OnDevice, build_pipeline  # noqa: E402
+from input_pipeline.transforms import build_transform  # noqa: E402
+from training.options import parse_args, share_batch  # noqa: E402
+from training.run import build_model, build_trainer, check_hardware  # noqa: E402
+
+MODELS = ("vit_tiny", "convnext_femto")
+CLASSES = 100
+GOALS = "goals: real at least 0.9 of the ceiling; on a CPU at least 3 times plain; vit_tiny on an H200 10,000 images/s"
+
+
+class Constant:
+    """A loader that gives one batch, already on the device."""
+
+    def __init__(self, images, labels):
+        self.batch = SimpleNamespace(labels=labels, problems=[])
+        self.dataset = SimpleNamespace(pipeline=SimpleNamespace(inputs=lambda batch, device: images))
+        self.batch_sampler = SimpleNamespace(batch_size=len(labels))
+
+    def __iter__(self):
+        while True:
+            yield self.batch
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def warm_up(args) -> int:
+    """Steps whose batches loader workers have ready, or half done, when the first step ends."""
+    return 1 + 2 * args.num_workers
+
+
+def plain_loop(args, device, steps):
+    """Returns a function that trains for an epoch, and gives images per second after what its loader had prepared."""
+    warm = warm_up(args)
+    model = build_model(args, CLASSES).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    dataset = Small(steps * args.batch_size, build_transform(args, True))
+    loader = DataLoader(dataset, args.batch_size, shuffle=True, drop_last=True, num_workers=args.num_workers)
+
+    def epoch():
+        for step, (images, targets) in enumerate(loader):
+            loss = torch.nn.functional.cross_entropy(model(images.to(device)), targets.to(device))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == warm - 1:
+                synchronize(device)
+                start = time.perf_counter()
+        synchronize(device)
+        return (steps - warm) * args.batch_size / (time.perf_counter() - start)
+
+    return epoch
+
+
+def our_loop(args, device, dtype, steps, real):
+    """The same, of main.py's loop; ``real``: with its input pipeline."""
+    warm = warm_up(args)
+    model = build_model(args, CLASSES)
+    consensus = StopCoordinator(args.timeout)
+    trainer = build_trainer(args, model, device, dtype, Launch(), consensus, steps, CLASSES)
+    images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=device)
+    labels = torch.randint(CLASSES, (args.batch_size,), device=device)
+    if args.compile:
+        trainer.compile(images, labels, images)
+    if real:
+        dataset = Small(steps * args.batch_size, to_pixels)
+        pipeline = build_pipeline(args, True)
+        if isinstance(pipeline, OnDevice):
+            dataset = CachedDataset(dataset, "images")
+            pipeline.resident = dataset.data.to(device)
+        batches = TrainBatchSampler(len(dataset), args.batch_size, steps, 1, 0, 1, args.seed)
+        loader = train_loader(dataset, pipeline, batches, args)
+    else:
+        loader = Constant(images, labels)
+
+    def epoch():
+        moments = []
+
+        def after_step():
+            if figures.step in (warm, steps):
+                synchronize(device)
+                moments.append(time.perf_counter())
+
+        figures = EpochMetrics(trainer, 0, BadImages(0, consensus))
+        with contextlib.redirect_stdout(io.StringIO()):
+            train_one_epoch(trainer, loader, figures, after_step)
+        return (steps - warm) * args.batch_size / (moments[1] - moments[0])
+
+    return epoch
+
+
+def multiply_adds(model, size) -> int:
+    """Of an image, forward."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size))
+    return counter.get_total_flops() // 2
+
+
+def peak(device, dtype, size=2048) -> float:
+    """10^12 multiplications and additions per second, of products of large matrices."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    speeds = []
+    for _ in range(12):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        speeds.append(size**3 / (time.perf_counter() - start) / 1e12)
+    return statistics.median(speeds)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10, help="of a turn; the first few do not count: see warm_up")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1, help="of the loaders")
+    parser.add_argument("--compile", default="false")
+    parser.add_argument("--channels_last", default="false")
+    parser.add_argument("--profile", action="store_true", help="print the operations that take longest")
+    ours = parser.parse_args()
+    if ours.steps <= 1 + 2 * ours.workers:
+        parser.error(f"--steps {ours.steps}: give more than one and twice --workers")
+    set_fused_attn(ours.device == "cuda")
+    print(f"{'':14}  {'':7}  images/s  to ceiling  to plain  10^12 mult-adds/s  of a large product", flush=True)
+    for name in ours.models:
+        words = f"--data_set digits --model {name} --input_size 224 --num_workers {ours.workers} --device {ours.device}"
+        words += f" --batch_size {ours.batch} --use_amp true --compile {ours.compile}"
+        words += f" --channels_last {ours.channels_last} --augment_device {ours.device == 'cuda'}"
+        args = parse_args(words.split())
+        device, dtype = check_hardware(args, 0)
+        share_batch(args, 1)
+        loops = {
+            "plain": plain_loop(args, device, ours.steps),
+            "real": our_loop(args, device, dtype, ours.steps, real=True),
+            "ceiling": our_loop(args, device, dtype, ours.steps, real=False),
+        }
+        speeds = medians(loops, ours.turns)
+        for row, speed in speeds.items():
+            work = 3 * multiply_adds(build_model(args, CLASSES), args.input_size) * speed / 1e12
+            limit = peak(device, torch.float32 if row == "plain" else dtype)
+            ratios = f"{speed / speeds['ceiling']:10.2f}  {speed / speeds['plain']:8.2f}"
+            print(f"{name:14}  {row:7}  {speed:8.1f}  {ratios}  {work:17.3f}  {work / limit:18.2f}", flush=True)
+        if ours.profile:
+            with torch.profiler.profile() as profiler:
+                loops["real"]()
+            key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+            print(profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=50))
+    print(GOALS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,377 @@
+"""What runs left, beside the paper's figures: the collected tables and the figures drawn of them."""
+
+import copy
+import csv
+import json
+import re
+import statistics
+
+import matplotlib.image
+import pytest
+
+import collect_results
+import paper
+import plot_curves
+import plot_epochs
+import plot_projection
+from helpers import read_results
+from training.options import get_args_parser
+
+TABLES = paper.contents()["tables"]
+
+
+@pytest.fixture(scope="session")
+def real_results(train, tmp_path_factory):
+    """results.json and log.txt as main.py writes them."""
+    directory = tmp_path_factory.mktemp("real")
+    train("--output_dir", directory)
+    return read_results(directory), (directory / "log.txt").read_text()
+
+
+@pytest.fixture
+def make_run(real_results, tmp_path):
+    """``make_run(path, seed, best, last)`` leaves a run of the paper's recipe in OUT, but for options given."""
+
+    def make(path, seed, best, last=None, **options):
+        results, log = copy.deepcopy(real_results[0]), real_results[1]
+        setting, data, _ = path.split("/")
+        recipe = paper.recipe(setting, data) if setting in paper.contents()["recipes"] else {}
+        names = {"cifar100": "CIFAR100", "imagenet": "IMNET", "imagenet_long": "IMNET"}
+        results["args"] |= {"data_set": names.get(data, data), "seed": seed} | recipe | options
+        results |= {key: results["args"][key] for key in ("data_set", "seed", "epochs")}
+        results["best"]["acc1"], results["last"]["acc1"] = best, best - 1 if last is None else last
+        directory = tmp_path / "out" / path / str(seed)
+        directory.mkdir(parents=True)
+        (directory / "results.json").write_text(json.dumps(results))
+        (directory / "log.txt").write_text(log)
+        return directory
+
+    (tmp_path / "out").mkdir()
+    return make
+
+
+@pytest.fixture
+def collect(cli, tmp_path, capsys):
+    """``collect(table)`` gives what collect_results.py prints."""
+
+    def run(table, *words):
+        assert cli(collect_results.main, table, tmp_path / "out", *words) is None
+        return capsys.readouterr().out
+
+    return run
+
+
+def grid(text):
+    """{(row, measure): [cells]} of a printed table."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
+    cells, label = {}, ""  # a row is named in the first of its lines
+    for row, measure, *values in lines[2:]:
+        label = row or label
+        cells[label, measure] = values
+    return cells
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def test_mean_deviation_seeds_and_difference(make_run, collect):
+    for seed, best, last in ((0, 72.0, 71.0), (1, 72.6, 71.4), (10, 73.5, 73.4)):
+        make_run("vit_tiny/cifar100/random", seed, best, last)
+    make_run("convnext_femto/cifar100/random", 0, 81.36, 81.2)
+    cells = grid(collect("table03"))
+    row = "timm default (truncated normal)"
+    assert cells[row, "best epoch"] == ["72.7 ± 0.8 (3)", "81.4 (1)"]
+    assert cells[row, "last epoch"] == ["71.9 ± 1.3 (3)", "81.2 (1)"]
+    assert cells[row, "paper"] == ["72.3", "81.4"]
+    assert cells[row, "best - paper"] == ["+0.4", "+0.0"]
+    assert cells["Xavier", "best epoch"] == cells["Xavier", "best - paper"] == ["-", "-"]
+
+
+def test_median_where_the_paper_has_one(make_run, collect):
+    run = "vit_tiny/cifar100/random_consistent"
+    for seed, best in ((0, 80.0), (1, 81.9)):
+        make_run(run, seed, best)
+    text = collect("table03")
+    assert re.search(r"table03\.sh vit_tiny cifar100 random_consistent  # 2 of 3 seeds so far", text)
+    make_run(run, 2, 82.0)
+    text = collect("table03")
+    cells = grid(text)
+    row = "weight selection (random with consistency)"
+    std = statistics.stdev([80.0, 81.9, 82.0])
+    assert cells[row, "best epoch"][0] == f"81.9 ± {std:.1f} (median of 3)"
+    assert cells[row, "best - paper"][0] == "+0.2"
+    assert "vit_tiny cifar100 random_consistent" not in text
+
+
+def test_commands_for_what_is_missing(make_run, collect, tmp_path):
+    make_run("vit_tiny/cifar100/selected", 0, 81.0)
+    unfinished = make_run("vit_tiny/cifar100/selected_vit_base", 0, 77.0)
+    (unfinished / "results.json").unlink()
+    (make_run("vit_tiny/cifar100/selected_vit_large", 0, 77.0)).rename(unfinished.parent / "notes")
+    text = collect("8")
+    commands = text.split("```")[1].strip().splitlines()
+    start = f"OUT={tmp_path / 'out'} bash scripts/table08.sh vit_tiny cifar100"
+    assert commands == [f"{start} selected_vit_base", f"{start} selected_vit_large"]
+    make_run("vit_tiny/cifar100/selected_vit_base", 1, 77.0)
+    make_run("vit_tiny/cifar100/selected_vit_large", 3, 77.0)
+    assert "```" not in collect("table08")
+
+
+def test_a_row_may_have_another_run_in_each_column(make_run, collect):
+    make_run("vit_tiny/imagenet/logit_distilled", 0, 74.0)
+    make_run("vit_tiny/cifar100/feature_distilled", 0, 78.0)
+    assert grid(collect("table04"))["distillation", "best epoch"] == ["74.0 (1)", "78.0 (1)"]
+
+
+def test_runs_of_another_recipe_are_marked_and_not_compared(make_run, collect):
+    make_run("vit_tiny/cifar100/random", 0, 72.0)
+    make_run("vit_tiny/cifar100/random", 1, 30.0, epochs=3, data_set="image_folder")
+    make_run("vit_tiny/cifar100/selected", 0, 80.0, total_batch_size=64)
+    text = collect("table07")
+    cells = grid(text)
+    assert cells["random init", "best epoch"][0] == "51.0 ± 29.7 (2) [1]"
+    assert cells["weight selection", "best epoch"][0] == "80.0 (1) [2]"
+    assert cells["random init", "best - paper"][0] == cells["weight selection", "best - paper"][0] == "-"
+    marks = "data_set image_folder (paper: cifar100), epochs 3 (paper: 300)"
+    assert f"- [1] vit_tiny/cifar100/random, seed 1: {marks}" in text
+    assert "- [2] vit_tiny/cifar100/selected, seed 0: total_batch_size 64 (paper: 512)" in text
+
+
+def test_linear_probing_and_longer_training_have_recipes_of_their_own(make_run, collect):
+    probe = paper.read_table("table09").recipe
+    make_run("vit_tiny/cifar100/linear_probe_random", 0, 13.0, **probe)
+    make_run("vit_tiny/cifar100/linear_probe_selected", 0, 28.0, **probe | {"lr": 0.1})
+    make_run("vit_tiny/imagenet_long/random", 0, 76.0)
+    make_run("convnext_femto/imagenet_long/random", 0, 77.0, mixup=0.8)
+    cells = grid(collect("table09"))
+    assert cells["random init", "best - paper"][0] == "-0.5"
+    assert cells["weight selection", "best epoch"][0] == "28.0 (1) [1]"
+    cells = grid(collect("table11"))
+    assert cells["random init (600 epochs)", "best - paper"] == ["-0.3", "-"]
+    assert cells["random init (600 epochs)", "best epoch"] == ["76.0 (1)", "77.0 (1) [1]"]
+
+
+def test_our_own_tables_say_what_was_measured(make_run, collect):
+    make_run("vit_half_112/flowers/random", 0, 30.0, epochs=20, data_set="flowers")
+    make_run("vit_half_112/flowers/selected", 0, 40.0, epochs=20, data_set="flowers")
+    make_run("vit_half_112/flowers/selected", 1, 42.0, epochs=5, data_set="flowers")
+    text = collect("evidence_distillation")
+    assert grid(text) == {
+        (row, measure): [value]
+        for row, values in {
+            "baseline": ("30.0 (1)", "29.0 (1)"),
+            "distillation": ("-", "-"),
+            "weight selection": ("41.0 ± 1.4 (2)", "40.0 ± 1.4 (2)"),
+            "distillation and weight selection": ("-", "-"),
+        }.items()
+        for measure, value in zip(("best epoch", "last epoch"), values, strict=True)
+    }
+    assert re.search(
+        r"- 20 epochs of flowers by adamw at lr \S+, batch \d+ \(48 images\): \S+random, \S+selected\n", text
+    )
+    assert re.search(r"- 5 epochs of flowers by adamw at lr \S+, batch \d+ \(48 images\): \S+selected\n", text)
+    assert "bash scripts/evidence.sh vit_half_112 flowers feature_distilled\n" in text
+    assert "paper" not in text
+
+
+def test_csv_has_a_line_per_cell(make_run, collect, cli, tmp_path):
+    for seed, best, last in ((0, 80.0, 79.0), (1, 81.0, 79.5), (2, 81.8, 81.8)):
+        make_run("vit_tiny/cifar100/random_consistent", seed, best, last)
+    make_run("vit_tiny/cifar100/xavier", 0, 70.0, epochs=3)
+    path = tmp_path / "table.csv"
+    collect("table03", "--csv", path)
+    rows = {row["run"]: row for row in csv.DictReader(path.read_text().splitlines())}
+    assert len(rows) == 14
+    command = f"OUT={tmp_path / 'out'} bash scripts/table03.sh vit_tiny cifar100"
+    assert rows["vit_tiny/cifar100/random_consistent"] == {
+        "table": "table03",
+        "row": "weight selection (random with consistency)",
+        "column": "ViT-T",
+        "run": "vit_tiny/cifar100/random_consistent",
+        "seeds": "0 1 2",
+        "best_mean": "80.933",
+        "best_std": "0.902",
+        "best_median": "81.0",
+        "last_mean": "80.1",
+        "last_std": "1.493",
+        "last_median": "79.5",
+        "statistic": "median",
+        "paper": "81.7",
+        "difference": "-0.7",
+        "deviations": "",
+        "command": f"{command} random_consistent",
+    }
+    marked = rows["vit_tiny/cifar100/xavier"]
+    assert (marked["best_mean"], marked["best_std"], marked["difference"]) == ("70.0", "", "")
+    assert marked["deviations"] == "vit_tiny/cifar100/xavier, seed 0: epochs 3 (paper: 300)"
+    empty = rows["convnext_femto/cifar100/xavier"]
+    assert (empty["seeds"], empty["best_mean"], empty["paper"]) == ("", "", "82.8")
+
+    before = path.read_bytes()
+    message = cli(collect_results.main, "table07", tmp_path / "out", "--csv", path)
+    assert message == f"--csv {path}: exists; add --overwrite to replace it"
+    assert path.read_bytes() == before
+    collect("table07", "--csv", path, "--overwrite")
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize("name", ["table03", "table3", "03", "3"])
+def test_spellings_of_a_table(name):
+    assert paper.read_table(name).name == "table03"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("table13", "."), "TABLE table13: there is none; choose from table02, "),
+        (("table03", "nowhere"), "OUT nowhere: no such directory; "),
+        (("table03", ".", "--overwrite"), "--overwrite: has no effect without --csv; leave it out"),
+        (("table03", ".", "--csv", "nowhere/x.csv"), "cannot write nowhere/x.csv: No such file or directory"),
+        (("table03",), "the following arguments are required: OUT; see --help"),
+    ],
+)
+def test_refusals(cli, words, message):
+    assert cli(collect_results.main, *words).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda text: text[:100], "Expecting"),
+        (lambda text: "", "Expecting value"),
+        (lambda text: "[1]", "list indices"),
+        (lambda text: text.replace('"last"', '"least"'), "'last' is missing"),
+        (lambda text: re.sub(r'"acc1": [\d.]+', '"acc1": NaN', text), "best acc1 is nan"),
+        (lambda text: re.sub(r'"acc1": [\d.]+', '"acc1": "77"', text), "not supported"),
+        (lambda text: re.sub(r'"data_set": "\w+"', '"data_set": null', text), "data_set is None"),
+        (lambda text: "\udcff", "utf-8"),
+        (lambda text: "[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_damaged_result_is_named(make_run, cli, tmp_path, damage, reason):
+    path = make_run("vit_tiny/cifar100/selected", 0, 81.0) / "results.json"
+    path.write_bytes(damage(path.read_text()).encode(errors="surrogateescape"))
+    message = cli(collect_results.main, "table08", tmp_path / "out")
+    assert message.startswith(f"{path}: not a whole results.json of main.py (")
+    assert reason in message
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The paper's figures
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_well_formed(name):
+    table = TABLES[name]
+    assert set(table) <= {"title", "script", "columns", "rows", "notes", "recipe"}
+    assert re.fullmatch(rf"scripts/({name}|evidence|projection)\.sh", table["script"])
+    for row in table["rows"]:
+        assert set(row) <= {"row", "run", "paper", "statistic"}
+        assert ("paper" in row) == name.startswith("table"), "the paper's tables have its values, ours have none"
+        assert len(row.get("paper", table["columns"])) == len(table["columns"])
+        assert row.get("statistic", "median") == "median"
+    cells = paper.read_table(name).cells
+    assert len({(cell.row, cell.column) for cell in cells}) == len({cell.run for cell in cells}) == len(cells)
+    for cell in cells:
+        setting, data, _ = cell.run.split("/")
+        assert re.fullmatch(r"[a-z0-9_/]+", cell.run)
+        if cell.paper is not None:
+            assert 0 < cell.paper < 100
+            assert cell.paper == round(cell.paper, 1)
+            assert paper.recipe(setting, data)
+
+
+def test_a_run_has_one_value_in_all_tables_but_for_known_discrepancies():
+    values = {}
+    for name in TABLES:
+        for cell in paper.read_table(name).cells:
+            values.setdefault(cell.run, {})[name] = cell.paper
+    differing = {run: by_table for run, by_table in values.items() if len(set(by_table.values())) > 1}
+    for run, known in paper.contents()["discrepancies"].items():
+        assert {name: value for name, value in differing.pop(run).items() if value is not None} == known
+    assert not differing
+
+
+def test_recipes_are_options_of_main_and_its_defaults():
+    parser = get_args_parser()
+    basic = paper.contents()["basic_recipe"]
+    assert parser.get_default("opt_betas") is None, "the optimiser's own, which are the paper's"
+    for name, value in basic.items():
+        if name != "total_batch_size":
+            assert parser.get_default(name) == value, name
+    names = {name for data in paper.contents()["recipes"].values() for options in data.values() for name in options}
+    assert names <= {action.dest for action in parser._actions}
+    assert paper.recipe("vit_a", "cifar100") == paper.recipe("vit_tiny", "cifar100")
+    assert paper.recipe("vit_tiny", "imagenet")["lr"] == paper.recipe("convnext_femto", "cifar100")["lr"] == 4e-3
+    assert paper.recipe("vit_tiny", "svhn")["lr"] == 2e-3
+    long, usual = (paper.recipe("convnext_femto", data) for data in ("imagenet_long", "imagenet"))
+    assert long == usual | {"epochs": 600, "mixup": 0.3, "cutmix": 0.3}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def test_figure_3_takes_directories_of_seeds(make_run, cli, tmp_path, capsys):
+    for seed, best in ((0, 73.0), (1, 74.0)):
+        make_run("vit_tiny/imagenet/random", seed, best, best)
+    selected = make_run("vit_tiny/imagenet/selected", 0, 75.0, 74.5)
+    groups = ["random init", selected.parent.with_name("random"), "weight selection", selected]
+    assert cli(plot_curves.main, "--output", tmp_path / "curves.png", *groups) is None
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["random", "init", "2", "73.5", "±", "0.7", "73.5", "±", "0.7"]
+    assert lines[2].split() == ["weight", "selection", "1", "75.0", "74.5"]
+    assert matplotlib.image.imread(tmp_path / "curves.png").std() > 0.05
+
+    assert cli(plot_curves.main, "--output", tmp_path / "x.png", selected) == f"{selected}: name its group first"
+    assert cli(plot_curves.main, "--output", tmp_path / "x.png", "a") == "a: no such directory, or a group without runs"
+    assert "must end in one of" in cli(plot_curves.main, "--output", tmp_path / "x.mp3", *groups)
+    (selected / "log.txt").write_text("{")
+    assert f"{selected}/log.txt: not a log.txt" in cli(plot_curves.main, "--output", tmp_path / "x.png", *groups)
+
+
+def test_figure_4_draws_what_there_is(make_run, cli, tmp_path, capsys):
+    out, png = tmp_path / "out", tmp_path / "figure.png"
+    assert "no finished runs" in cli(plot_epochs.main, out, "--output", png)
+    for seed in (0, 1):
+        for epochs, best in ((50, 60.0), (200, 70.0)):
+            make_run(f"vit_tiny/cifar100/random_{epochs}", seed, best + seed, epochs=epochs, warmup_epochs=epochs // 6)
+        make_run("vit_tiny/cifar100/selected", seed, 80 + seed)
+    assert cli(plot_epochs.main, out, "--output", png) is None
+    assert capsys.readouterr().out.splitlines() == [
+        "random init, 50 epochs: 60.5 (60.0 to 61.0, seeds: 2)",
+        "random init, 200 epochs: 70.5 (70.0 to 71.0, seeds: 2)",
+        "weight selection, 300 epochs: 80.5 (80.0 to 81.0, seeds: 2)",
+        f"figure: {png}",
+    ]
+    one_panel = matplotlib.image.imread(png).shape
+
+    make_run("vit_tiny/cifar100/finetuned_20", 0, 78.0)
+    make_run("vit_tiny/cifar100/selected_25", 0, 55.0, epochs=1, data_set="image_folder")
+    assert cli(plot_epochs.main, out, "--output", png) is None
+    lines = capsys.readouterr().out.splitlines()
+    assert "pretraining and fine-tuning, 20 epochs: 78.0 (78.0 to 78.0, seeds: 1)" in lines
+    assert [line for line in lines if line.startswith("not the paper's recipe")] == [
+        "not the paper's recipe: vit_tiny/cifar100/selected_25, seed 0: data_set image_folder (paper: cifar100), "
+        "epochs 1 (paper: 25)"
+    ]
+    assert matplotlib.image.imread(png).shape[1] == 2 * one_panel[1]
+
+
+def test_the_figure_of_projection_draws_trainings_by_their_length(make_run, cli, tmp_path, capsys):
+    out, png = tmp_path / "out", tmp_path / "figure.png"
+    assert "no finished runs" in cli(plot_projection.main, out, "--output", png)
+    for seed in (0, 1):
+        make_run("vit_half_112/flowers/project", seed, 70 + seed, epochs=20)
+    make_run("vit_half_112/flowers/project_5", 0, 50.0, epochs=5)
+    make_run("vit_half_112/flowers/project_16_images", 0, 1.0, epochs=20)  # another experiment
+    make_run("vit_half_112/flowers/random_80", 0, 40.0, epochs=80)
+    assert cli(plot_projection.main, out, "--output", png) is None
+    assert capsys.readouterr().out.splitlines() == [
+        "random init, 80 epochs: 40.0 (40.0 to 40.0, seeds: 1)",
+        "project, 5 epochs: 50.0 (50.0 to 50.0, seeds: 1)",
+        "project, 20 epochs: 70.5 (70.0 to 71.0, seeds: 2)",
+        f"figure: {png}",
+    ]
+    assert matplotlib.image.imread(png).ndim == 3

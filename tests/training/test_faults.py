@@ -1,0 +1,515 @@
+"""What happens to a run: signals, kills, damaged checkpoints, a full disk, losses that are not finite."""
+
+import contextlib
+import functools
+import gc
+import io
+import math
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import engine
+import main
+import training.run
+from bench_faults import Launched, differences, partial_files
+from datasets import ImageFiles
+from distributed.program import RunError, Stopped, run_program
+from helpers import read_checkpoint, read_log
+from models import distillation
+from processes import environment, start_together
+from training import checkpoint
+from weight_selection.errors import InputError
+from weight_selection.sources import safe_load
+
+BFLOAT16 = ["--use_amp", "true"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+# All that could be lost: accumulation, mixed precision, a moving average, mixup, drop path. 3 epochs of 2 steps.
+EVERYTHING = "--epochs 3 --batch_size 8 --update_freq 3 --drop_path 0.2 --num_workers 1 --output_dir run"
+EVERYTHING += " --model_ema true --model_ema_decay 0.8 --model_ema_eval true"
+
+
+def everything(*options):
+    return " ".join([EVERYTHING, *BFLOAT16, *options])
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """Directory of a run with everything that was never interrupted."""
+    directory = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        train(everything())
+    return directory / "run"
+
+
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():  # loader workers of a run that ended with an exception
+        child.kill()
+        child.join()
+    gc.collect()
+    signal.signal(signal.SIGCHLD, handler)
+
+
+@pytest.fixture
+def at_call(monkeypatch):
+    """``at_call(owner, name, number, action)``: do something at that call of a function, counted from 1."""
+
+    def prepare(owner, name, number, action):
+        function, calls = getattr(owner, name), []
+
+        @functools.wraps(function)
+        def counted(*args, **kwargs):
+            calls.append(None)
+            if len(calls) == number:
+                action()
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+        return calls
+
+    return prepare
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signal_within_an_epoch_saves_and_the_run_ends_as_if_there_had_been_none(train, whole, at_call, number):
+    calls, before = at_call(engine.TrainState, "update", 3, send(number)), signal.getsignal(number)
+    with pytest.raises(Stopped, match="the same command goes on from run/checkpoint-1-step-1.pth") as stopped:
+        train(everything())
+    assert stopped.value.number == number
+    assert signal.getsignal(number) is before, "handlers are put back; it may be ignored, as in a job of a shell"
+    assert len(calls) == 3, "the first of two steps of epoch 1"
+    assert len(read_log(Path("run"))) == 1
+    train(everything())
+    assert len(calls) == 6, "no step is taken twice"
+    assert differences(Path("run"), whole) == []
+
+
+def test_signal_in_the_evaluation_saves_the_epoch_before_it(train, whole, at_call):
+    calls = at_call(engine.TrainState, "update", 99, None)
+    at_call(training, "test", 2, send(signal.SIGTERM))
+    with pytest.raises(Stopped, match="run/checkpoint-1-step-2.pth"):
+        train(everything())
+    train(everything())
+    assert len(calls) == 6
+    assert differences(Path("run"), whole) == []
+
+
+def test_second_ctrl_c_does_not_wait_for_the_step(train, at_call):
+    def twice():
+        send(signal.SIGINT)()
+        send(signal.SIGINT)()
+
+    at_call(engine.TrainState, "update", 2, twice)
+    with pytest.raises(Stopped, match="nothing was saved"):
+        train("--output_dir run")
+    assert not list(Path("run").glob("*.pth"))
+
+
+def test_second_ctrl_c_does_not_wait_for_an_evaluation(train, at_call):
+    def twice():
+        send(signal.SIGTERM)()
+        send(signal.SIGINT)()
+        send(signal.SIGINT)()
+
+    at_call(training, "test", 1, twice)
+    with pytest.raises(Stopped, match="nothing was saved"):
+        train("--output_dir run")
+    assert not list(Path("run").glob("*.pth"))
+
+
+def test_signal_before_training_ends_at_once_and_leaves_nothing(train, at_call):
+    at_call(training, "build_model", 1, send(signal.SIGTERM))
+    with pytest.raises(Stopped, match="nothing was saved"):
+        train("--output_dir run")
+    assert not Path("run").exists()
+
+
+def test_signal_without_output_dir_stops_too(train, at_call):
+    at_call(engine.TrainState, "update", 2, send(signal.SIGUSR1))
+    with pytest.raises(Stopped, match="nothing was saved"):
+        train("")
+
+
+def test_checkpoints_within_an_epoch_are_kept_until_it_is_over(train, at_call, image_folder):
+    kept = []
+
+    def look():
+        kept.append(sorted(path.name for path in Path("run").glob("checkpoint-[0-9]*.pth")))
+
+    for number in (5, 6, 7, 12, 13):
+        at_call(engine.TrainState, "update", number, look)
+    train("--batch_size 8 --save_ckpt_steps 2 --save_ckpt_num 2 --output_dir run")
+    assert (
+        kept
+        == [
+            ["checkpoint-0-step-2.pth", "checkpoint-0-step-4.pth"],
+            ["checkpoint-0-step-2.pth", "checkpoint-0-step-4.pth"],
+            ["checkpoint-0.pth"],
+            ["checkpoint-0.pth", "checkpoint-1-step-2.pth", "checkpoint-1-step-4.pth"],
+        ][: len(kept)]
+    )
+    assert len(kept) >= 4
+    look()
+    assert kept[-1] == ["checkpoint-0.pth", "checkpoint-1.pth"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Kills. benchmarks/faults.py has many more of them.
+
+
+def test_run_killed_while_it_writes_a_checkpoint_ends_as_if_it_had_not_been(tiny_run, train, whole, tmp_path):
+    options = [*tiny_run, *everything("--save_ckpt_steps 1").split()]
+    run = Launched(tmp_path, 1, options)
+    assert run.wait_for(lambda: partial_files(tmp_path))
+    run.kill(None)
+    run = Launched(tmp_path, 1, options)
+    assert run.wait_for(lambda: any(Path("run").glob("checkpoint-1-step-1.pth")))
+    run.kill(None)
+    train(everything("--save_ckpt_steps 1"))
+    found = [what for what in differences(Path("run"), whole) if "save_ckpt_steps" not in what]
+    assert found == []
+
+
+def test_one_of_three_processes_is_killed_and_the_run_ends_as_if_it_had_not_been(tiny_run, tmp_path):
+    """Three: with two, floats are added up in the same order whatever happens."""
+    everything_by_three = everything("--total_batch_size 24 --batch_size 4 --save_ckpt_steps 1")
+    options = [*tiny_run, *everything_by_three.replace("--update_freq 3", "").split(), "--num_workers", "0"]
+    for name in ("killed", "whole"):
+        (tmp_path / name).mkdir()
+    three = start_together(3, options, tmp_path / "killed")
+    wait_for(Path("killed/run/checkpoint-1-step-1.pth"), three)
+    three.processes[2].kill()
+    assert three.wait() == [1, 1, -signal.SIGKILL]
+    for name in ("killed", "whole"):
+        assert start_together(3, options, tmp_path / name).wait() == [0, 0, 0]
+    for path in tmp_path.glob("*/*.txt"):
+        path.unlink()
+    assert differences(Path("killed/run"), Path("whole/run")) == []
+
+
+def test_torchrun_goes_on_by_itself_after_one_process_was_killed(tiny_run, tmp_path):
+    options = ["--epochs", "3", "--batch_size", "8", "--save_ckpt_steps", "1", "--output_dir", "run"]
+    run = Launched(tmp_path, 2, [*tiny_run, *options])
+    assert run.wait_for(Path("run/checkpoint-1-step-1.pth").exists)
+    run.kill(0)
+    assert run.process.wait() == 0
+    assert "resumed run/checkpoint-1" in run.printed()
+    assert [row["epoch"] for row in read_log(Path("run"))] == [0, 1, 2]
+
+
+def wait_for(path, run, limit=60):
+    start = time.monotonic()
+    while not path.exists():
+        assert time.monotonic() - start < limit, f"no {path}: {run.printed(0)}"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("fate", "says"), [(signal.SIGKILL, "is gone"), (signal.SIGSTOP, "does not answer (--timeout)")]
+)
+def test_process_whose_partner_is_gone_or_hangs_ends_with_a_line(tiny_run, tmp_path, fate, says):
+    options = ["--epochs", "1000", "--batch_size", "8", "--timeout", "2", "--output_dir", "run"]
+    pair = start_together(2, [*tiny_run, *options], tmp_path)
+    wait_for(Path("run/checkpoint-2.pth"), pair)
+    os.kill(pair.processes[1].pid, fate)
+    pair.processes[0].join(60)
+    pair.kill()
+    assert pair.processes[0].exitcode == 1
+    errors = pair.printed(0, "err")
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith(f"main.py, process 0: error: another process {says}")
+
+
+def test_signal_to_one_process_stops_both_at_the_same_step_with_a_status_to_requeue_on(tiny_run, tmp_path):
+    options = [*tiny_run, *["--epochs", "1000", "--batch_size", "8", "--num_workers", "1", "--output_dir", "run"]]
+    pair = start_together(2, options, tmp_path)
+    wait_for(Path("run/checkpoint-2.pth"), pair)
+    os.kill(pair.processes[1].pid, signal.SIGTERM)
+    assert pair.wait() == [75, 75]
+    saved = checkpoint.numbered("run")[-1]
+    assert pair.printed(0, "err") == f"main.py: stopped by SIGTERM; the same command goes on from {saved}\n"
+    assert pair.printed(1, "err") == ""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@pytest.fixture
+def stopped(interrupted):
+    """A run of three epochs that was stopped after two: run/ with checkpoint-0.pth and checkpoint-1.pth."""
+    interrupted(2, "--epochs 3 --output_dir run")
+    return Path("run")
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a bit", "empty"])
+def test_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before(train, stopped, damage, capsys):
+    path = stopped / "checkpoint-1.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes({"cut off": content[:-1000], "a bit": content, "empty": b""}[damage])
+    train("--epochs 3 --output_dir run")
+    output = capsys.readouterr().out
+    assert "warning: run/checkpoint-1.pth is damaged (" in output
+    assert "resumed run/checkpoint-0.pth" in output
+    assert (stopped / "checkpoint-1.pth.damaged").exists()
+    train("--epochs 3 --output_dir other")
+    (stopped / "checkpoint-1.pth.damaged").unlink()
+    assert [what for what in differences(stopped, Path("other")) if "output_dir" not in what] == []
+
+
+def test_run_whose_checkpoints_are_all_damaged_is_not_started_anew(train, stopped):
+    for path in checkpoint.numbered(stopped):
+        path.write_bytes(path.read_bytes()[:-1])
+    for _ in range(2):
+        with pytest.raises(InputError, match="--output_dir run: all its checkpoints are damaged; .*--overwrite true"):
+            train("--epochs 3 --output_dir run")
+    assert len(list(stopped.glob("*.damaged"))) == 2
+
+
+@given(st.data())
+def test_changed_bit_anywhere_in_a_checkpoint_is_found_or_changes_nothing(data):
+    content = bytearray(SMALL)
+    place = data.draw(st.integers(0, 8 * len(content) - 1))
+    content[place // 8] ^= 1 << place % 8
+    Path("small.pth").write_bytes(content)
+    try:
+        found = safe_load.load_torch("small.pth", "--resume")
+    except InputError:
+        return
+    assert found.keys() == WEIGHTS.keys()
+    assert all(torch.equal(found[key], WEIGHTS[key]) for key in WEIGHTS)
+
+
+WEIGHTS = {"weight": torch.arange(48.0).view(6, 8), "bias": torch.zeros(6), "steps": torch.tensor(7)}
+SMALL = (lambda file: (torch.save(WEIGHTS, file), file.getvalue())[1])(io.BytesIO())
+
+
+def test_checkpoint_of_the_version_before_goes_on(train, stopped):
+    path = stopped / "checkpoint-1.pth"
+    content = read_checkpoint(stopped, 1)
+    for key in ("version", "partial", "train_images", "bad_images"):
+        del content[key]
+    new = ("save_ckpt_steps", "timeout", "skip_bad_images", "deterministic")
+    content["args"] = {key: value for key, value in content["args"].items() if key not in new}
+    torch.save(content, path)
+    train("--epochs 3 --output_dir run")
+    assert [row["epoch"] for row in read_log(stopped)] == [0, 1, 2]
+
+
+def test_checkpoint_of_a_later_version_says_so(train, stopped):
+    torch.save(read_checkpoint(stopped, 1) | {"version": 99}, stopped / "checkpoint-1.pth")
+    with pytest.raises(InputError, match="checkpoint-1.pth: of version 99, .*; update"):
+        train("--epochs 3 --output_dir run")
+
+
+def test_going_back_to_an_older_checkpoint_needs_a_place_of_its_own(train, stopped):
+    with pytest.raises(InputError, match="--resume run/checkpoint-0.pth: --output_dir holds checkpoint-1.pth"):
+        train("--epochs 3 --output_dir run --resume run/checkpoint-0.pth")
+    train("--epochs 3 --output_dir other --resume run/checkpoint-0.pth")
+    assert len(checkpoint.numbered(stopped)) == 2
+
+
+def test_run_that_resumes_another_goes_on_by_the_same_command_too(train, interrupted, stopped):
+    options = "--epochs 5 --resume run/checkpoint-1.pth --output_dir"
+    train(options, "whole")
+    interrupted(4, options, "other")
+    train(options, "other")
+    assert [what for what in differences(Path("other"), Path("whole")) if "output_dir" not in what] == []
+
+
+@pytest.mark.parametrize("opt", ["lamb", "muon", "adafactor", "sgdw"])
+def test_run_of_every_kind_of_optimiser_goes_on(train, interrupted, opt):
+    options = f"--opt {opt} --epochs 2 --output_dir run"
+    interrupted(1, options)
+    train(options)
+    assert [row["epoch"] for row in read_log(Path("run"))] == [0, 1]
+
+
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC", "SLURM"])
+def test_run_that_its_launcher_starts_again_is_not_overwritten(train, at_call, monkeypatch, launcher, capsys):
+    at_call(engine.TrainState, "update", 4, send(signal.SIGTERM))
+    with pytest.raises(Stopped, match="the same command without --overwrite goes on from run/checkpoint-1-step-1.pth"):
+        train("--overwrite true --output_dir run")
+    monkeypatch.setenv(f"{launcher}_RESTART_COUNT", "1")
+    train("--overwrite true --output_dir run")
+    assert "resumed run/checkpoint-1-step-1.pth" in capsys.readouterr().out
+
+
+def test_full_disk_ends_the_run_with_a_line_and_it_goes_on_when_there_is_space(tiny_run, train, stopped):
+    """A limit of file sizes, as a full disk would: the operating system refuses to write on."""
+    before = {path.name: path.read_bytes() for path in stopped.glob("*.pth")}
+    size = len(before["checkpoint-1.pth"])
+    command = [sys.executable, main.__file__, *tiny_run, *["--epochs", "3", "--output_dir", "run"]]
+    limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment(), preexec_fn=limited)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("main.py: error: cannot write run/checkpoint-")
+    assert len(ended.stderr.splitlines()) == 1
+    assert before == {path.name: path.read_bytes() for path in stopped.glob("*.pth")}
+    assert not partial_files(Path())
+    train("--epochs 3 --output_dir run")
+    assert [row["epoch"] for row in read_log(stopped)] == [0, 1, 2]
+
+
+def test_second_run_in_a_directory_is_refused_until_the_first_has_ended(tiny_run, train, tmp_path):
+    options = ["--epochs", "1000", "--batch_size", "8", "--output_dir", "run"]
+    first = start_together(1, [*tiny_run, *options], tmp_path)
+    wait_for(Path("run/checkpoint-0.pth"), first)
+    holder = re.escape(f"(process {first.processes[0].pid} on ")
+    with pytest.raises(InputError, match="--output_dir run: another run is writing there " + holder):
+        train("--epochs 1000 --batch_size 8 --output_dir run")
+    first.kill()
+    with pytest.raises(InputError, match="of a run with --epochs 1000, not 1;"):  # the lock has gone with the process
+        train("--epochs 1 --batch_size 8 --output_dir run")
+
+
+def test_lock_that_is_a_link_elsewhere_is_not_followed(train):
+    Path("run").mkdir()
+    Path("precious").write_text("mine")
+    Path("run/.lock").symlink_to("../precious")
+    with pytest.raises(InputError, match="--output_dir run: cannot open its .lock"):
+        train("--output_dir run")
+    assert Path("precious").read_text() == "mine"
+
+
+def test_damaged_log_is_named_by_its_line(train, stopped):
+    log = stopped / "log.txt"
+    log.write_text(log.read_text().splitlines()[0] + '\n{"epoch": 1, "train_lo\n')
+    with pytest.raises(InputError, match="run/log.txt: damaged in line 2 .*repair it, or move it away"):
+        train("--epochs 3 --output_dir run")
+
+
+def test_other_number_of_images_cannot_take_over_within_an_epoch(train, at_call, image_folder, tmp_path):
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    at_call(engine.TrainState, "update", 2, send(signal.SIGTERM))
+    with pytest.raises(Stopped):
+        train(f"--data_path {data} --output_dir run")
+    (data / "train" / "red" / "2.png").unlink()
+    with pytest.raises(InputError, match="within an epoch of 48 images, now there are 47"):
+        train(f"--data_path {data} --output_dir run")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Divergence
+
+
+@pytest.fixture
+def loss_times(monkeypatch):
+    """``loss_times(factor, first)``: multiply the loss from that micro-batch on, counted from 1."""
+
+    def prepare(factor, first=1):
+        loss, calls = distillation.Loss.__call__, []
+
+        def changed(self, images, outputs, targets):
+            calls.append(None)
+            value, distance = loss(self, images, outputs, targets)
+            return value * (factor if len(calls) >= first else 1), distance
+
+        monkeypatch.setattr(distillation.Loss, "__call__", changed)
+
+    return prepare
+
+
+@pytest.mark.parametrize("interval", [1, 50])
+def test_loss_that_is_not_finite_is_named_by_its_step_and_not_saved(train, loss_times, monkeypatch, interval):
+    monkeypatch.setattr(engine, "READ_INTERVAL", interval)
+    loss_times(math.nan, first=11)  # 6 steps an epoch
+    named = r"loss is nan and the gradient's norm nan at step 5 of epoch 1, at lr \d\.\d\de-0\d;"
+    with pytest.raises(RunError, match=named):
+        train("--batch_size 8 --epochs 3 --save_ckpt_steps 2 --output_dir run")
+    for path in Path("run").glob("*.pth"):
+        assert all(value.isfinite().all() for value in torch.load(path)["model"].values()), path
+    assert checkpoint.numbered("run")[-1].name == "checkpoint-1-step-4.pth"
+
+
+def test_gradient_that_is_not_finite_is_found_while_the_loss_still_is(train, loss_times):
+    loss_times(1e38)
+    with pytest.raises(RunError, match=r"loss is \S+e\+38 and the gradient's norm (inf|nan) at step 1 of epoch 0"):
+        train("--output_dir run")
+
+
+@pytest.fixture
+def in_float16(monkeypatch):
+    """float16 with loss scaling, which main.py leaves to GPUs, on the CPU; its first scale."""
+
+    def prepare(scale):
+        monkeypatch.setattr(training, "check_hardware", lambda args, rank: (torch.device("cpu"), torch.float16))
+        monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=scale))
+
+    return prepare
+
+
+def test_steps_that_the_loss_scaler_skips_are_counted(train, in_float16):
+    in_float16(2.0**22)
+    train("--batch_size 4 --epochs 2 --output_dir run")
+    rows = read_log(Path("run"))
+    skipped = sum(row["train_skipped_steps"] for row in rows)
+    assert 3 < skipped < 20
+    assert rows[1]["train_loss_scale"] == 2.0 ** (22 - skipped)
+    assert all(math.isfinite(row["train_grad_norm"]) for row in rows)
+    steps = {state["step"].item() for state in read_checkpoint(Path("run"), 1)["optimizer"]["state"].values()}
+    assert steps == {24 - skipped}
+
+
+def test_float16_run_goes_on_with_the_scale_it_had(train, in_float16, at_call):
+    in_float16(2.0**22)
+    train("--batch_size 4 --output_dir run")
+    Path("run").rename("whole")
+    at_call(engine.TrainState, "update", 8, send(signal.SIGTERM))
+    for end in (pytest.raises(Stopped), contextlib.nullcontext()):
+        with end:
+            train("--batch_size 4 --output_dir run")
+    assert differences(Path("run"), Path("whole")) == []
+
+
+def test_loss_scaler_without_a_scale_ends_the_run(train, in_float16, loss_times):
+    in_float16(4.0)
+    loss_times(1e30)
+    with pytest.raises(RunError, match="loss scale is 0.5 by step 3 of epoch 0, and gradients still overflow float16"):
+        train("--output_dir run")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Loader workers
+
+
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [
+        (lambda self, index: time.sleep(60), "DataLoader timed out after 1"),
+        (lambda self, index: os.kill(os.getpid(), signal.SIGKILL), "DataLoader worker (pid"),
+    ],
+)
+def test_loader_worker_that_hangs_or_dies_ends_the_run_with_a_line(tiny_run, monkeypatch, capsys, does, says):
+    monkeypatch.setattr(ImageFiles, "__getitem__", does)
+    with pytest.raises(SystemExit) as ended:
+        run_program("main.py", lambda: main.main([*tiny_run, "--num_workers", "1", "--timeout", "1"]))
+    assert ended.value.code == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith(f"main.py, process 0: error: --num_workers: {says}")

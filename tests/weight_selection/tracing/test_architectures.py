@@ -1,0 +1,248 @@
+"""Every family: what is coupled keeps the same neurons, and a student hidden in a larger teacher is found again."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
+from timm.models.vgg import VGG
+
+import coverage
+from architectures import MODELS, lively, models, reads
+from helpers import assert_same, meta
+from weight_selection.errors import InputError
+from weight_selection.plan import apply_plan, make_plan
+from weight_selection.rules import element_indices
+from weight_selection.sources.timm_models import create_model
+from weight_selection.tracing.tracer import input_size, trace
+
+
+def hidden(plan, teacher, student):
+    """A teacher's state_dict that computes what the student does.
+
+    Layers that the plan drops are zero: a residual branch of zeros is the identity. Neurons that it drops are copies of
+    those that it keeps, so that a normalisation sees the statistics of the student's, and nobody reads them.
+    """
+    state = {key: torch.zeros_like(value) for key, value in teacher.state_dict().items()}
+    if isinstance(teacher, VGG):  # no residuals: the convolutions that go are the identity
+        state = {key: nn.init.dirac_(value) if value.ndim == 4 else value for key, value in state.items()}
+    weights = student.state_dict()
+    for entry in plan:
+        value = weights[entry.key]
+        for dim, size in enumerate(entry.source_shape):
+            origin, alive = np.arange(size), np.ones(size, bool)
+            for theirs, ours in (entry.parts or {}).get(dim, ()):
+                axes = [np.arange(t) for t in theirs.shape]
+                origin[theirs] = ours[np.ix_(*(axis % s for axis, s in zip(axes, ours.shape, strict=True)))]
+                alive[theirs] = np.all(
+                    np.meshgrid(*(axis < s for axis, s in zip(axes, ours.shape, strict=True)), indexing="ij"), axis=0
+                )
+            value = value.index_select(dim, torch.from_numpy(origin))
+            if dim == reads(teacher, entry.source):
+                value = value * torch.from_numpy(alive).view([-1 if d == dim else 1 for d in range(value.ndim)])
+        state[entry.source] = value
+    return state
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_student_hidden_in_a_teacher_is_what_the_teacher_computes_and_is_found_again(name):
+    teacher, student = models(name)
+    lively(student)
+    plan = make_plan(teacher, student, include_head=True)
+    teacher.double().eval().load_state_dict(hidden(plan, teacher, student))
+    images = torch.randn(2, *input_size(student), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = student(images)
+        assert expected.std() > 1e-3, "this student computes nothing"
+        torch.testing.assert_close(teacher(images), expected, rtol=1e-9, atol=1e-9)
+    assert_same(apply_plan(plan, teacher.state_dict(), element_selection="consecutive"), student.state_dict())
+
+
+@pytest.mark.parametrize("method", ["uniform", "random"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "vgg"])  # whose layers have streams of their own
+def test_all_that_meets_in_a_sum_or_a_product_keeps_the_same_neurons(name, method):
+    teacher, student = models(name)
+    plan = make_plan(teacher, student, include_head=True)
+    check_neurons(plan, teacher, student, method)
+
+
+def check_neurons(plan, teacher, student, method):
+    """Select from a teacher whose elements are their own places, and compare with what meets in a forward pass."""
+    large, small = trace(teacher), trace(student)
+    shapes = {key: value.shape for key, value in teacher.state_dict().items()}
+    places = {key: torch.arange(shape.numel(), dtype=torch.float64).view(shape) for key, shape in shapes.items()}
+    chosen = apply_plan(plan, places, element_selection=method)
+    kept = {}  # {neuron of the student: neuron of the teacher}
+    for entry in plan:
+        assert entry.resampling is None
+        indices = torch.unravel_index(chosen[entry.key].long(), entry.source_shape)
+        for dim, size in enumerate(entry.shape):
+            lines = indices[dim].movedim(dim, 0).reshape(size, -1)
+            assert (lines == lines[:, :1]).all(), f"{entry.key}: another choice in every row"
+            assert len(lines[:, 0].unique()) == size, f"{entry.key}: an element twice"
+            ours = small.labels.find(small.dims[entry.key][dim]).tolist()
+            theirs = large.labels.find(large.dims[entry.source][dim][lines[:, 0]]).tolist()
+            for our, their in zip(ours, theirs, strict=True):
+                assert kept.setdefault(our, their) == their, (
+                    f"{entry.key}, dimension {dim}: other neurons than elsewhere"
+                )
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("method", ["uniform", "random"])
+def test_every_planned_pair_of_timms_models_keeps_the_same_neurons(request, method):
+    if not request.config.getoption("--all"):
+        pytest.skip("only with --all: takes an hour")
+    for names in coverage.architectures_by_family().values():
+        models = coverage.describe(names)
+        neurons = {name: numbered_neurons(name) for _, name, found in models if not isinstance(found, InputError)}
+        for (small, student), (large, teacher) in coverage.pairs(models):
+            try:
+                plan = coverage.plan_pair(teacher, student)
+            except InputError:
+                continue
+            check_places(plan, neurons[large], neurons[small], method, f"{small} from {large}")
+
+
+def numbered_neurons(name):
+    """{key: for each dimension the number of the neuron at each index}."""
+    traced = trace(meta(name))
+    return {key: [traced.labels.find(dim).numpy() for dim in dims] for key, dims in traced.dims.items()}
+
+
+def check_places(plan, teacher, student, method, pair):
+    """As ``check_neurons``, of the places alone: without a weight.
+
+    Where layers that are no residual branch were dropped, the neurons before them take the place of those after, by the
+    same indices.
+    """
+    count = max(dim.max() for dims in student.values() for dim in dims) + 1
+    kept, index = np.full(count, -1), np.full((count, 2), -1)
+    for entry in plan:
+        for dim, parts in (entry.parts or {}).items():
+            for theirs, ours in parts:
+                shape = torch.empty(theirs.shape, device="meta")
+                chosen = [element_indices(method, shape, axis, size).numpy() for axis, size in enumerate(ours.shape)]
+                large = teacher[entry.source][dim][theirs[np.ix_(*chosen)]].flatten()
+                place = np.arange(theirs.size).reshape(theirs.shape)[np.ix_(*chosen)].flatten()
+                place = np.stack([place, np.full_like(place, theirs.size)], axis=1)
+                small = student[entry.key][dim][ours].flatten()
+                same = (kept[small] == large) | (index[small] == place).all(axis=1)
+                assert (same | (kept[small] == -1)).all(), f"{pair}: {entry.key}, dimension {dim}"
+                kept[small], index[small] = large, place
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def sources(teacher, student, method, pattern):
+    """{group 1 of a pattern in a student's key: the same of the teacher's}, in the student's order."""
+    plan = make_plan(teacher, student, layer_selection=method)
+    found = ((re.search(pattern, entry.key), re.search(pattern, entry.source or "")) for entry in plan)
+    return {ours[1]: theirs[1] for ours, theirs in found if ours and theirs}
+
+
+@pytest.mark.parametrize(
+    ("method", "last"),
+    [("first_n", "0 1 2 3"), ("mid_n", "0 2 3 4"), ("last_n", "0 3 4 5"), ("uniform", "0 1 3 5")],
+)
+def test_a_block_that_downsamples_stays_and_rules_choose_of_the_others(method, last):
+    teacher = meta("resnet34", layers=(3, 4, 6, 3))
+    moved = sources(teacher, meta("resnet34", layers=(3, 4, 4, 3)), method, r"^layer3\.(\d+)\.conv1")
+    assert " ".join(moved.values()) == last
+
+
+@pytest.mark.parametrize(("method", "chosen"), [("first_n", "0 1"), ("last_n", "2 3")])
+def test_rules_choose_among_the_layers_of_each_kind(method, chosen):  # local and global attention in turn
+    teacher, student = (meta("twins_svt_small", depths=(2, 2, depth, 2)) for depth in (4, 2))
+    moved = sources(teacher, student, method, r"^blocks\.2\.(\d+)\.norm1")
+    assert " ".join(moved.values()) == chosen
+
+
+def test_layers_may_lose_what_the_student_does_not_have():  # LayerScale, in fewer layers
+    teacher, student = meta("deit3_small_patch16_224"), meta("vit_tiny", class_token=True, no_embed_class=True, depth=6)
+    with pytest.raises(InputError, match="blocks.0.ls1.gamma: the student has no such tensor"):
+        make_plan(teacher, student)
+    plan = make_plan(teacher, student, layer_selection="last_n", allow_unused=True)
+    assert {entry.key: entry.source for entry in plan}["blocks.0.norm1.bias"] == "blocks.6.norm1.bias"
+
+
+def test_a_plain_stack_has_layers_per_stage_between_poolings():
+    moved = sources(meta("vgg16_bn"), meta("vgg11_bn"), "first_n", r"^features\.(\d+)\.weight")
+    convolutions = {"0": "0", "4": "7", "8": "14", "11": "17", "15": "24", "18": "27", "22": "34", "25": "37"}
+    assert moved.items() >= convolutions.items()
+    assert moved["1"] == "1" and moved["5"] == "8"  # normalisations go with their convolutions
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "named"),
+    [
+        (("resnet18", {}), ("resnet34", {}), "layer1: teacher has 2 layers, student 3"),
+        (("resnet50", {}), ("resnet18", {}), "layer1.0.conv3.weight: the student has no such tensor"),
+        (("nest_tiny", {}), ("nest_tiny", {"img_size": 112}), "levels.0.pos_embed, dimension 2"),
+        (("densenet201", {}), ("densenet121", {}), "made of 49 parts in the teacher, of 25 parts in the student"),
+        (("vgg16", {}), ("vgg11_bn", {}), "features"),
+        (("resnext101_64x4d", {}), ("resnet50", {}), "blocks of 64x4 in the teacher, 64 neurons in the student"),
+        (("res2net50_26w_6s", {}), ("res2net50_14w_8s", {}), "6 parts in the teacher, of 8 parts in the student"),
+        (("ecaresnet50t", {}), ("ecaresnet26t", {}), "slides along neurons"),
+        (("mixer_b16_224", {}), ("mixer_s16_224", {"img_size": 64}), "positions, not neurons"),
+        (("eva02_small_patch14_224", {}), ("eva02_tiny_patch14_224", {"num_heads": 6}), "must be the same"),
+        (("convmixer_1536_20", {}), ("convmixer_1536_20", {"dim": 768, "kernel_size": 7}), "positions, not neurons"),
+        (("vit_small_patch16_224", {}), ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}), "cls"),
+    ],
+)
+def test_students_that_are_no_smaller_versions_are_refused_with_the_reason(teacher, student, named):
+    with pytest.raises(InputError, match=re.escape(named)):
+        make_plan(meta(teacher[0], **teacher[1]), meta(student[0], **student[1]))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Geometry
+
+
+def selected_entry(teacher, student, key):
+    entry = next(entry for entry in make_plan(teacher, student) if entry.key == key)
+    return entry, apply_plan([entry], teacher.state_dict())[key]
+
+
+def test_a_student_for_small_images_from_a_teacher_for_large_ones():
+    teacher = create_model("vit_tiny", embed_dim=48, num_heads=3, depth=1)
+    student = meta("vit_tiny", embed_dim=24, num_heads=3, depth=1, img_size=32, patch_size=4, in_chans=1)
+    weights = teacher.state_dict()
+    entry, positions = selected_entry(teacher, student, "pos_embed")
+    assert entry.describe("uniform") == "resample 14x14 to 8x8, uniform"
+    expected = resample_abs_pos_embed(weights["pos_embed"], [8, 8], [14, 14], num_prefix_tokens=1)
+    torch.testing.assert_close(positions, expected[..., ::2])
+    entry, kernel = selected_entry(teacher, student, "patch_embed.proj.weight")
+    assert entry.describe("uniform") == "adapt 3 channels to 1, resample 16x16 to 4x4, uniform"
+    grey = weights["patch_embed.proj.weight"].sum(1, keepdim=True)
+    torch.testing.assert_close(kernel, resample_patch_embed(grey, [4, 4])[::2])
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "key", "extra"),
+    [
+        (
+            "swin_tiny_patch4_window7_224",
+            ({"window_size": 7}, {"window_size": 4, "img_size": 64}),
+            "layers.0.blocks.0.attn.relative_position_bias_table",
+            0,
+        ),
+        ("beit_base_patch16_224", ({}, {"img_size": 64}), "blocks.0.attn.relative_position_bias_table", 3),
+    ],
+)
+def test_tables_of_relative_positions_are_resampled_and_their_heads_selected(name, sizes, key, extra):
+    widths = [{"embed_dim": 8 * heads, "num_heads": heads, "depth": 1} for heads in (4, 2)]
+    if name.startswith("swin"):
+        widths = [{"embed_dim": 8 * heads, "num_heads": (heads,), "depths": (2,)} for heads in (4, 2)]
+    teacher, student = create_model(name, **widths[0], **sizes[0]), meta(name, **widths[1], **sizes[1])
+    teacher.load_state_dict({k: torch.rand_like(v) for k, v in teacher.state_dict().items()})
+    entry, table = selected_entry(teacher, student, key)
+    assert entry.describe("uniform").startswith("resample relative positions of a ")
+    source, window = teacher.state_dict()[key], student.get_submodule(key.rpartition(".")[0]).window_size
+    expected = resize_rel_pos_bias_table(source, window, (table.shape[0], source.shape[1]))
+    torch.testing.assert_close(table, expected[:, ::2])
+    torch.testing.assert_close(table[table.shape[0] - extra :], source[source.shape[0] - extra :, ::2])

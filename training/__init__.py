@@ -1,0 +1,1 @@
+"""One run: its options, its state, what it leaves on disk."""

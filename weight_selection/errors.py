@@ -1,0 +1,38 @@
+"""Errors of one line, and the exit status of a program that ends with one. Imports no torch, which takes seconds."""
+
+import os
+import sys
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line: the option, its value, what to do."""
+
+
+def printable(text):
+    """A text in one line, without the control characters that a stranger's file may have put into it."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text).split()))
+
+
+def run_program(name, main):
+    """Run ``main()`` and exit with a status; an error is one line on stderr instead of a traceback.
+
+    0: done. 2: ``InputError``. 130: Ctrl-C. 141: who read the output has gone.
+    """
+    status, line = outcome(main)
+    if line is not None:
+        print(f"{name}: {printable(line)[:2000]}", file=sys.stderr)
+    sys.exit(status)
+
+
+def outcome(main) -> tuple:
+    """Run ``main()``; its exit status, and what to print or None."""
+    try:
+        main()
+        return 0, None
+    except InputError as error:
+        return 2, f"error: {error}"
+    except KeyboardInterrupt:
+        return 130, "interrupted"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes
+        return 141, None

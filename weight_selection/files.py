@@ -1,0 +1,168 @@
+"""Files: whole or not at all when written, of known size and kind when read. Imports no torch."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+from weight_selection.errors import InputError
+
+SUFFIXES = (".pth", ".pt", ".safetensors")  # of files of weights that are written
+TEXT_LIMIT = 64 << 20  # bytes: a log of a million epochs
+
+
+class Damaged(ValueError):
+    """A file is not what its kind must be; the message says in what way."""
+
+
+def sha256(path):
+    """SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):  # large: a thread waits for the interpreter after each
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def begin_sha256(path):
+    """A future of ``sha256(path)``, computed in a thread that nothing waits for when the program ends."""
+    future = Future()
+
+    def compute():
+        try:
+            future.set_result(sha256(path))
+        except OSError as error:
+            future.set_exception(InputError(f"cannot read {path}: {error.strerror or error}"))
+
+    threading.Thread(target=compute, daemon=True).start()
+    return future
+
+
+def check_file(path, option):
+    """Raise an InputError that names ``option`` unless ``path`` is a file."""
+    if not Path(path).is_file():
+        raise InputError(f"{option} {path}: no such file")
+
+
+def check_directory(path, option, remedy):
+    """Raise an InputError that names ``option`` and says the remedy unless ``path`` is a directory."""
+    if not Path(path).is_dir():
+        raise InputError(f"{option} {path}: no such directory; {remedy}")
+
+
+PARTIAL = ".partial-"  # begins the name of a file that is being written
+
+
+@contextlib.contextmanager
+def new_file(path):
+    """Give a temporary path beside ``path`` to write to; it takes the place of ``path`` only if the block succeeds.
+
+    At every moment, even when the power fails, ``path`` is the whole old file or the whole new one.
+
+    Raises:
+        InputError: the operating system refused (permissions, full disk, a directory of that name).
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL, suffix=f"-{path.name}")
+        os.close(handle)
+        yield Path(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide results from the rest of a group
+        _to_disk(temporary)
+        os.replace(temporary, path)
+        try:
+            _to_disk(path.parent)
+        except OSError as error:  # some network file systems know no such thing
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def new_directory(path, option):
+    """Give a temporary directory beside ``path`` to fill; it becomes ``path`` only if the block succeeds.
+
+    Raises:
+        InputError: ``path`` cannot be written (permissions, full disk); the message names ``option``.
+    """
+    path = Path(path)
+    check_writable(path.parent, option)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+            whole = Path(temporary) / path.name
+            whole.mkdir()
+            yield whole
+            whole.rename(path)
+    except OSError as error:
+        raise InputError(f"{option} {path}: cannot be written ({error.strerror or error})") from error
+
+
+def _to_disk(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path, value):
+    """Write ``value`` as indented JSON, all of it or nothing."""
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def check_writable(directory, option):
+    """Create ``directory`` if need be and make sure files can be made in it.
+
+    Raises:
+        InputError: they cannot; the message names ``option``.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{option} {directory}: cannot write there ({error.strerror}); name another directory"
+        ) from error
+
+
+def read_text(path, limit: int = TEXT_LIMIT) -> str:
+    """Text of a file of at most ``limit`` bytes.
+
+    Raises:
+        Damaged: not a file, too large, or not text.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise Damaged("not a file")
+    if path.stat().st_size > limit:
+        raise Damaged(f"larger than {limit:,} bytes")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Damaged(str(error)) from error
+
+
+def parse_json(text: str):
+    """What a text in JSON says.
+
+    Raises:
+        Damaged: it is none.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"not JSON: {error}") from error

@@ -1,0 +1,157 @@
+"""Positions: what is resampled where a student's images, patches or windows are of another size than the teacher's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+from timm.layers import (
+    resample_abs_pos_embed,
+    resample_abs_pos_embed_nhwc,
+    resample_patch_embed,
+    resize_rel_pos_bias_table,
+)
+from timm.models import adapt_input_conv
+
+from weight_selection.errors import InputError
+from weight_selection.tracing.tracer import first_convolutions
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """What is done to a tensor of the teacher's before elements are selected.
+
+    Attributes:
+        words: what it is, for the plan.
+        apply: does it.
+    """
+
+    words: str
+    apply: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a model keeps positions.
+
+    Attributes:
+        grid: (height, width) of its patches, or None.
+        windows: {key of a table of relative positions: (height, width) of the window}.
+        images: keys of the convolutions that read the image.
+        patches: those of them whose patches do not overlap.
+    """
+
+    grid: tuple | None
+    windows: dict
+    images: frozenset
+    patches: frozenset
+
+
+def find_geometry(model: nn.Module) -> Geometry:
+    """The geometry of a timm model."""
+    windows = {}
+    for name, module in model.named_modules():
+        table = getattr(module, "relative_position_bias_table", None)
+        if table is not None and getattr(module, "window_size", None) is not None:
+            windows[f"{name}.relative_position_bias_table".lstrip(".")] = tuple(module.window_size)
+    images = first_convolutions(model)
+    patches = {key for key, convolution in images.items() if convolution.stride == convolution.kernel_size}
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    return Geometry(grid and tuple(grid), windows, frozenset(images), frozenset(patches))
+
+
+def resampling(
+    teacher: Geometry, student: Geometry, source: str, key: str, shapes: tuple, dims: list, allow_unused: bool
+) -> Resampling | None:
+    """How to bring the teacher's positions to the student's.
+
+    Args:
+        source, key: of the teacher's and the student's tensor.
+        shapes: of both.
+        dims: the dimensions of positions or of image channels in which they differ; may be empty.
+        allow_unused: let prefix tokens that the student has no place for go.
+
+    Raises:
+        InputError: there is no way; names the key and the dimension.
+    """
+    theirs, ours = shapes
+    prefixes = [_prefix(shape, geometry.grid) for shape, geometry in ((theirs, teacher), (ours, student))]
+    if key == "pos_embed" and None not in prefixes:
+        return _positions(teacher.grid, student.grid, key, *prefixes, allow_unused)
+    if not dims:
+        return None
+    if key == "pos_embed" and (theirs[1:3], ours[1:3]) == (teacher.grid, student.grid) and set(dims) <= {1, 2}:
+        size = list(ours[1:3])
+        return Resampling(_words(theirs[1:3], size), partial(resample_abs_pos_embed_nhwc, new_size=size))
+    if key in student.windows and source in teacher.windows and dims == [0]:
+        old, new = teacher.windows[source], student.windows[key]
+        extra = [rows - (2 * h - 1) * (2 * w - 1) for rows, (h, w) in ((theirs[0], old), (ours[0], new))]
+        if extra[0] == extra[1] >= 0:
+            known = {} if old[0] == old[1] else {"old_window_size": old}  # timm takes a table to be of a square
+            return Resampling(
+                f"resample relative positions of a {old[0]}x{old[1]} to a {new[0]}x{new[1]} window",
+                lambda table: resize_rel_pos_bias_table(table, new, (ours[0], table.shape[1]), **known),
+            )
+    if key in student.images and source in teacher.images:
+        return _kernel(teacher, student, source, key, theirs, ours, dims)
+    dim = dims[0]
+    raise InputError(
+        f"{key}, dimension {dim}: teacher's size {theirs[dim]}, student's {ours[dim]}: these are positions, not "
+        "neurons, and there is no way to resample them; give the student the teacher's (--student_kwargs)"
+    )
+
+
+def _words(old, new):
+    return "resample {}x{} to {}x{}".format(*old, *new)
+
+
+def _prefix(shape, grid):
+    """The number of prefix tokens (class, registers) in position embeddings (1, tokens, embed_dim), or None."""
+    count = shape[1] - grid[0] * grid[1] if grid and len(shape) == 3 else -1
+    return count if 0 <= count < MANY else None
+
+
+MANY = 32  # prefix tokens: then the positions are of something else
+
+
+def _positions(old, new, key, t, s, allow_unused):
+    if t < s or (t > s and not allow_unused):
+        ways = "--student_kwargs to give it the teacher's" + (", --allow_unused" if t > s else "")
+        raise InputError(f"{key}: teacher's has {t} prefix tokens, student's {s}: {ways} or --exclude pos_embed")
+    if t == s and old == new:
+        return None
+    words = [f"first {s} of {t} prefix tokens"] * (t != s) + [_words(old, new)] * (old != new)
+
+    def apply(weight):
+        weight = torch.cat([weight[:, :s], weight[:, t:]], dim=1)
+        return weight if old == new else resample_abs_pos_embed(weight, new, old, num_prefix_tokens=s)
+
+    return Resampling(", ".join(words), apply)
+
+
+def _kernel(teacher, student, source, key, theirs, ours, dims):
+    words, steps = [], []
+    if 1 in dims:
+        if theirs[1] != 3:
+            raise InputError(
+                f"{key}, dimension 1: teacher's images have {theirs[1]} channels, student's {ours[1]}: only a kernel "
+                "for 3 can be adapted to others"
+            )
+        words.append(f"adapt 3 channels to {ours[1]}")
+        steps.append(partial(adapt_input_conv, ours[1]))
+    if {2, 3} & set(dims):
+        if key not in student.patches or source not in teacher.patches:
+            raise InputError(
+                f"{key}: teacher's kernel is {theirs[2]}x{theirs[3]}, student's {ours[2]}x{ours[3]}, and their "
+                "positions overlap: only kernels of patches are resampled; give the student the teacher's"
+            )
+        words.append(_words(theirs[2:], ours[2:]))
+        steps.append(partial(resample_patch_embed, new_size=list(ours[2:])))
+
+    def apply(weight):
+        for step in steps:
+            weight = step(weight)
+        return weight
+
+    return Resampling(", ".join(words), apply)

@@ -1,0 +1,1 @@
+"""Where models and weights come from."""
