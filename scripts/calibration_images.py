@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 from datasets import SOURCES, UNREADABLE
-from weight_selection import CALIBRATION_IMAGES
 from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
 from weight_selection.files import check_directory, new_directory
+from weight_selection.options import CALIBRATION_IMAGES
 from weight_selection.projection.images import draw
 
 

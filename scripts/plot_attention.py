@@ -33,15 +33,11 @@ from models.initialization import initialize
 from utils import seed_everything
 from weight_selection.arguments import Kwargs, Parser, check_kwargs
 from weight_selection.errors import InputError, run_program
-from weight_selection.sources.membership import family_by_class
+from weight_selection.files import provenance_path
+from weight_selection.sources.architectures import declared_architecture
+from weight_selection.sources.initial_weights import find_weights, load_initial
+from weight_selection.sources.teachers import create_pretrained, read_teacher
 from weight_selection.sources.timm_models import create_model
-from weight_selection.sources.weight_files import (
-    create_pretrained,
-    find_weights,
-    load_initial,
-    provenance_path,
-    read_teacher,
-)
 
 PRODUCTS = {"W_q W_k^T": r"$W_q\,W_k^\top$", "W_v W_proj": r"$W_v\,W_{\mathrm{proj}}$"}  # as printed, as drawn
 
@@ -84,7 +80,7 @@ def load_model(name: str, weights: str, kwargs: dict, seed: int, option: str) ->
         load_initial(model, path, option)
     else:
         model.reset_classifier(0)  # the file's may be of another size, or absent
-        model.load_state_dict(read_teacher(path, model, family_by_class(model), option)[0])
+        model.load_state_dict(read_teacher(path, model, option)[0])
     return model
 
 
