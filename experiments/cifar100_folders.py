@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write CIFAR-100 as class folders, with fewer training images or classes if you like.
 
-python scripts/cifar100_folders.py data/ cifar100_50/ --train 50
+python experiments/cifar100_folders.py data/ cifar100_50/ --train 50
 python main.py --data_set image_folder --data_path cifar100_50/ ...
 
 DATA is what --data_path is for --data_set CIFAR100: it holds cifar-100-python/, or that is downloaded into it. Written

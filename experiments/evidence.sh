@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The experiments of RESULTS.md: a small ViT, 112 pixels, short training, on a CPU in minutes a run.
 # Environment and arguments: scripts/experiment.sh. DATA holds flowers-102/ and what this makes of CIFAR-100:
-#   python scripts/cifar100_folders.py data/ data/cifar100_50 --train 50
-source "$(dirname "$0")/experiment.sh" "$@"
+#   python experiments/cifar100_folders.py data/ data/cifar100_50 --train 50
+source "$(dirname "$0")/../scripts/experiment.sh" "$@"
+recipes=experiments
 setting=vit_half_112
 
 # Table 3, 7, 12: initialisations, and ways to select elements.

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Draw accuracy against the length of training from random, selected and projected weights.
 
-python scripts/plot_projection.py results/ --output docs/projection.png
+python experiments/plot_projection.py results/ --output docs/projection.png
 
 Each point is a training of its own: vit_half_112/flowers/{random,selected,greedy,project}_EPOCHS/SEED of
-scripts/projection.sh, and the same without _EPOCHS, which have the recipe's 20.
+experiments/projection.sh, and the same without _EPOCHS, which have the recipe's 20.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # the modules of the repository and of its scripts
 import style
 from runs import figure_parser, print_lines, read_run, seed_directories, trained_epochs
 from weight_selection.errors import InputError, run_program

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Projection beside selection (RESULTS.md): a small ViT, 112 pixels, short training, on a CPU in minutes a run.
 # Environment and arguments: scripts/experiment.sh. DATA holds flowers-102/ and what these make of CIFAR-100 and Flowers-102:
-#   python scripts/cifar100_folders.py data/ data/cifar100_50 --train 50
+#   python experiments/cifar100_folders.py data/ data/cifar100_50 --train 50
 #   python scripts/calibration_images.py flowers data/ data/flowers_256 --count 256
-source "$(dirname "$0")/experiment.sh" "$@"
+source "$(dirname "$0")/../scripts/experiment.sh" "$@"
+recipes=experiments
 
 folder() { # DATA: where its images are
   case $1 in
@@ -59,11 +60,11 @@ done
 
 # What does each part bring?
 for part in reads frame units heads; do
-  selector="scripts/ablate_projection.py $part" \
+  selector="experiments/ablate_projection.py $part" \
     fitted vit_half_112 flowers project_without_$part project flowers_project_without_$part
 done
 for part in reads coordinates weights; do
-  selector="scripts/ablate_projection.py $part" \
+  selector="experiments/ablate_projection.py $part" \
     fitted vit_half_112 flowers greedy_without_$part greedy flowers_greedy_without_$part
 done
 

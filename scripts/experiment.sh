@@ -1,12 +1,13 @@
-# What the scripts of tables and figures share; each sources it with its arguments and then lists its runs.
+# What the scripts of tables, figures and experiments share: each sources it with its arguments, then lists its runs.
 #
-# A run is SETTING DATA NAME and a seed: the recipe recipes/SETTING/DATA.yaml, and a name for what is different about
+# A run is SETTING DATA NAME and a seed: the recipe recipes/SETTING.yaml:DATA, and a name for what is different about
 # it. Its results are in $OUT/SETTING/DATA/NAME/SEED, so tables share runs. A finished run is skipped, an interrupted
 # one goes on. Arguments choose runs by setting, data set or name: bash scripts/table02.sh vit_tiny flowers pets
 #
 # Variables before a call change it: teacher=NAME selects from another teacher, init=NAME starts from the selection of
-# that name, distill="logit|feature TEACHER" distills, recipe=NAME takes recipes/SETTING/NAME.yaml, data_path=DIR,
-# selector="SCRIPT WORD ..." makes the first weights in place of weight_selection.py.
+# that name, distill="logit|feature TEACHER" distills, recipe=SECTION or FILE:SECTION takes another recipe, data_path=DIR
+# names other data, selector="SCRIPT WORD ..." makes the first weights in place of weight_selection.py. A script that sets
+# recipes=DIR takes all its recipes from there.
 #
 # From the environment, relative paths from the root of the repository:
 #
@@ -51,7 +52,7 @@ list_chosen() { # WORD...: of the runs SETTING DATA NAME on stdin, those that th
     }'
 }
 
-script=scripts/$(basename "$0")
+script=$(basename "$(cd "$(dirname "$0")" && pwd)")/$(basename "$0")
 NPROC=${NPROC:-1}
 case $NPROC in 0 | *[!0-9]*) fail "NPROC=$NPROC: give the number of processes" ;; esac
 if [ $# -gt 0 ]; then
@@ -59,7 +60,7 @@ if [ $# -gt 0 ]; then
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-unset teacher init distill recipe data_path selector # those of a user's own environment
+unset teacher init distill recipe recipes data_path selector # those of a user's own environment
 OUT=${OUT:-results}
 DATA=${DATA:-data}
 SEEDS=${SEEDS:-0}
@@ -166,13 +167,14 @@ select_weights() { # SETTING NAME [options of weight_selection.py]: into $OUT/in
 }
 
 train_seed() { # SETTING DATA NAME SEED [options of main.py]
-  local directory=$OUT/$1/$2/$3/$4 setting=$1 data_path=${data_path:-$DATA} options kind name file tiny=()
+  local directory=$OUT/$1/$2/$3/$4 setting=$1 data_path=${data_path:-$DATA} recipe=${recipe:-$2} options kind name file tiny=()
   case $2 in imagenet*) data_path=${IMAGENET:-$DATA/imagenet} ;; esac
   if [ -f "$directory/results.json" ]; then
     echo "done: $directory"
     return
   fi
-  options=(--config "recipes/$1/${recipe:-$2}.yaml" --data_path "$data_path" --seed "$4" --output_dir "$directory")
+  case $recipe in *:*) ;; *) recipe=${recipes:-recipes}/$1.yaml:$recipe ;; esac
+  options=(--config "$recipe" --data_path "$data_path" --seed "$4" --output_dir "$directory")
   shift 4
   if [ -n "${SMOKE:-}" ]; then
     smoke_made "$OUT/images"
