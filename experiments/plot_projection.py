@@ -10,8 +10,8 @@ experiments/projection.sh, and the same without _EPOCHS, which have the recipe's
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # the modules of the repository and of its scripts
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import style
 from runs import figure_parser, print_lines, read_run, seed_directories, trained_epochs
 from weight_selection.errors import InputError, run_program
