@@ -65,9 +65,7 @@ def main():
         (root / "before").mkdir()
         archive = subprocess.run(["git", "-C", str(ROOT), "archive", args.before], capture_output=True)
         if archive.returncode:
-            sys.exit(
-                f"--before {args.before}: no commit of this clone; if it is a shallow one, run: git fetch --unshallow"
-            )
+            sys.exit(f"--before {args.before}: no commit of this clone; if it is shallow, git fetch --unshallow")
         subprocess.run(["tar", "-x", "-C", str(root / "before")], input=archive.stdout, check=True)
         print(f"{'processes':9}  {'':26}  images/s  to before", flush=True)
         for processes in args.processes:

@@ -3,9 +3,9 @@
 
     python benchmarks/bench_selection.py
 
-The teachers are ViT-L/16 with 21,843 classes (1.3 GB) and ConvNeXt-B, with random values. The plain way builds the whole
-teacher, loads it, clones and indexes every tensor, and writes them; the benchmark checks that both ways write the same.
-The limit imports torch and reads the bytes of the selected tensors once. ViT-L with half its layers shows whether
+The teachers are ViT-L/16 with 21,843 classes (1.3 GB) and ConvNeXt-B, with random values. The plain way builds the
+whole teacher, loads it, clones and indexes every tensor, and writes them; the benchmark checks that both ways write the
+same. The limit imports torch and reads the bytes of the selected tensors once. ViT-L with half its layers shows whether
 memory grows with depth. Each row has the medians of some starts.
 """
 

@@ -10,9 +10,9 @@ Rows, of the recipe of CIFAR-100 (RandAugment, erasing, mixup and cutmix) on ran
     real      mixed precision: what main.py runs, with its input pipeline
     ceiling   the same loop, fed with one batch that lies on the device
 
-The three run in turns; a row is a median. The last columns compare the rate of the model's operations (forward, and twice
-as many backward) with that of a product of large matrices on the same device in the same precision. --profile prints
-where the time goes.
+The three run in turns; a row is a median. The last columns compare the rate of the model's operations (forward, and
+twice as many backward) with that of a product of large matrices on the same device in the same precision. --profile
+prints where the time goes.
 """
 
 import argparse
