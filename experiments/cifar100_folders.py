@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Write CIFAR-100 as class folders, with fewer training images or classes if you like.
+"""Write CIFAR-100 as class folders, all of it or only some images or classes.
 
 python experiments/cifar100_folders.py data/ cifar100_50/ --train 50
 python main.py --data_set image_folder --data_path cifar100_50/ ...
 
-DATA is what --data_path is for --data_set CIFAR100: it holds cifar-100-python/, or that is downloaded into it. Written
-are OUT/train/CLASS/NNN.png and OUT/val/CLASS/NNN.png: of each class the first --train training images in the data set's
-order, and all test images.
+DATA is the --data_path of --data_set CIFAR100: it holds cifar-100-python/, which is downloaded if it is missing. The
+script writes OUT/train/CLASS/NNN.png, the first --train training images of each class in the data set's order, and
+OUT/val/CLASS/NNN.png, all test images.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from weight_selection.files import new_directory
 
 
 def open_cifar100(root: Path, train: bool) -> CIFAR100:
-    """The training or test images below ``root``, downloaded if they are missing.
+    """Open the training or the test images below ``root``; download them if they are missing.
 
     Raises:
         InputError: they cannot be read or downloaded.
@@ -35,7 +35,7 @@ def open_cifar100(root: Path, train: bool) -> CIFAR100:
 
 
 def by_class(dataset: CIFAR100) -> dict:
-    """{class name: indices of its images}, in the data set's order."""
+    """{name of a class: indices of its images}, in the data set's order."""
     indices = {name: [] for name in dataset.classes}
     for index, label in enumerate(dataset.targets):
         indices[dataset.classes[label]].append(index)
@@ -43,7 +43,7 @@ def by_class(dataset: CIFAR100) -> dict:
 
 
 def write(dataset: CIFAR100, indices: dict, directory: Path) -> None:
-    """Write images as DIRECTORY/CLASS/NNN.png, from the indices of each class."""
+    """Write the images of each class, given by their indices, as DIRECTORY/CLASS/NNN.png."""
     for name, found in indices.items():
         (directory / name).mkdir(parents=True)
         for number, index in enumerate(found):

@@ -3,8 +3,8 @@
 
 python experiments/plot_projection.py results/ --output docs/projection.png
 
-Each point is a training of its own: vit_half_112/flowers/{random,selected,greedy,project}_EPOCHS/SEED of
-experiments/projection.sh, and the same without _EPOCHS, which have the recipe's 20.
+Each point is a training of its own. The runs are those of experiments/projection.sh at
+vit_half_112/flowers/{random,selected,greedy,project}_EPOCHS/SEED, and those without _EPOCHS, which have 20 epochs.
 """
 
 import sys
@@ -21,7 +21,7 @@ LINES = {"random init": "random", "weight selection": "selected", "greedy": "gre
 
 
 def find(out: Path) -> dict:
-    """{label: {epochs: accuracies over the seeds}} of the finished runs."""
+    """The accuracies of the finished runs: {label: {epochs: accuracies over the seeds}}."""
     lines = {}
     for label, name in LINES.items():
         found = {}
@@ -34,6 +34,7 @@ def find(out: Path) -> dict:
 
 
 def draw(lines: dict):
+    """The figure of what ``find`` gives."""
     figure, (axes,) = style.new_figure()
     for label, line in lines.items():
         style.draw_seeds(axes, list(line), list(line.values()), label)
