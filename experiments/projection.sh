@@ -1,26 +1,27 @@
 #!/usr/bin/env bash
-# Projection beside selection (RESULTS.md): a small ViT, 112 pixels, short training, on a CPU in minutes a run.
-# Environment and arguments: scripts/experiment.sh. DATA holds flowers-102/ and what these make of CIFAR-100 and Flowers-102:
+# Projection beside selection (docs/RESULTS.md): a small ViT, 112 pixels, short training, on a CPU in minutes a run.
+# Environment and arguments: scripts/experiment.sh. DATA holds flowers-102/ and what these make of CIFAR-100 and Flowers:
 #   python experiments/cifar100_folders.py data/ data/cifar100_50 --train 50
 #   python scripts/calibration_images.py flowers data/ data/flowers_256 --count 256
 source "$(dirname "$0")/../scripts/experiment.sh" "$@"
 recipes=experiments
 
-folder() { # DATA: where its images are
+folder() { # DATA: print the directory of its images
   case $1 in
     cifar100) echo "$DATA/cifar100_50" ;;
     *) echo "$DATA" ;;
   esac
 }
 
-images() { # DATA: options that calibrate with its training images
+images() { # DATA: print the options that calibrate with its training images
   local source=$DATA/flowers_256
   case $1 in cifar100) source=$(folder cifar100)/train ;; esac
   [ -z "${SMOKE:-}" ] || source=noise
   echo "--calibration $source"
 }
 
-fitted() { # SETTING DATA NAME RULE INIT [options of weight_selection.py] [-- options of main.py]; with calibration
+# Like selected, by a RULE that needs calibration; INIT names the selection.
+fitted() { # SETTING DATA NAME RULE INIT [options of weight_selection.py] [-- options of main.py]
   local calibration=${calibration:-$(images "$2")}
   # shellcheck disable=SC2086  # words
   init=$5 selected "$1" "$2" "$3" --element_selection "$4" $calibration "${@:6}"
