@@ -58,3 +58,11 @@ def test_recipes_that_moved_are_read_by_their_old_paths_too(path, capsys):
     assert new in RECIPES and not (ROOT / "recipes" / path).exists()
     assert options(f"recipes/{path}") == options(new)
     assert f"is now {ROOT / new}, which is read" in capsys.readouterr().err
+
+
+def test_only_the_first_process_says_that_a_recipe_moved(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        options("recipes/vit_tiny/cifar10.yaml")
+        assert len(capsys.readouterr().err.splitlines()) == lines
