@@ -3,8 +3,8 @@
 
 python scripts/calibration_images.py flowers data/ flowers_256/ --count 256
 
-They are drawn at random, the same ones for a seed, and written as they are: OUT/NNNNN.png. Of a data set in class
-folders give --calibration the folder of its training images instead.
+The seed decides which images are drawn. They are written unchanged, as OUT/NNNNN.png. For a data set in class folders
+this is not needed: give --calibration the folder of its training images.
 """
 
 import argparse
