@@ -35,7 +35,6 @@ from utils import seed_everything
 from weight_selection.arguments import Kwargs, Parser, check_kwargs
 from weight_selection.errors import InputError, run_program
 from weight_selection.files import provenance_path
-from weight_selection.sources.architectures import declared_architecture
 from weight_selection.sources.initial_weights import find_weights, load_initial
 from weight_selection.sources.teachers import create_pretrained, read_teacher
 from weight_selection.sources.timm_models import create_model
