@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datasets import BadImage
 from distributed.stop_coordinator import SIGNALS, StopCoordinator
 from input_pipeline.pipeline import Batch
 from utils import print_main, seed_host
+from weight_selection.image_files import BadImage
 
 
 class EvalDataset(Dataset):

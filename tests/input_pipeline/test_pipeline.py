@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from bench_faults import differences
-from datasets import BadImage, build_dataset
+from datasets import build_dataset
 from distributed.program import RunError
 from helpers import read_log
 from input_pipeline import cache
@@ -19,6 +19,7 @@ from input_pipeline.pipeline import OneByOne, build_pipeline
 from input_pipeline.transforms import build_transform
 from training.options import parse_args
 from weight_selection.errors import InputError
+from weight_selection.image_files import BadImage
 
 CPU = torch.device("cpu")
 
