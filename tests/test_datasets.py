@@ -14,7 +14,7 @@ import torch
 import torchvision.datasets as tv
 from PIL import Image
 
-from datasets import SOURCES, Digits, build_dataset
+from datasets import DATA_SETS, Digits, build_dataset
 from distributed.stop_coordinator import StopCoordinator
 from fabricate import FABRICATE, number_of
 from input_pipeline.bad_images import BadImages, BadTestImages
@@ -165,7 +165,7 @@ def test_digits_split_keeps_all_images_and_their_labels():
     assert train.targets + test.targets == labels.tolist()
 
 
-DOWNLOADED = [name for name, source in SOURCES.items() if source.images is not None]
+DOWNLOADED = [name for name, data_set in DATA_SETS.items() if data_set.images is not None]
 LISTED = {  # a file whose absence or damage torchvision does not notice, and one that lists the images
     "pets": ("oxford-iiit-pet/images/Abyssinian_0.jpg", "oxford-iiit-pet/annotations/trainval.txt"),
     "flowers": ("flowers-102/jpg/image_00002.jpg", None),
@@ -190,7 +190,7 @@ def fabricate(monkeypatch, offline):
         root.mkdir(exist_ok=True)
         train, test = FABRICATE[name](root)
         if name in DOWNLOADED:
-            monkeypatch.setitem(SOURCES, name, replace(SOURCES[name], images=(len(train), len(test))))
+            monkeypatch.setitem(DATA_SETS, name, replace(DATA_SETS[name], images=(len(train), len(test))))
         for module in (tv.cifar, tv.stl10, tv.svhn, tv.flowers102):  # without the real files' check sums
             monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
         return train, test
@@ -217,7 +217,7 @@ def refusal(name, root, train=True):
     message = str(caught.value)
     assert "\n" not in message
     assert f"--data_path {root}" in message or f"--data_path: no directory {root}" in message
-    assert SOURCES[name].layout in message
+    assert DATA_SETS[name].layout in message
     return message
 
 
@@ -284,10 +284,10 @@ def test_absent_data_set_is_downloaded(tmp_path, fabricate, monkeypatch, name):
 def test_other_numbers_of_images_than_published_are_warned_about(tmp_path, fabricate, monkeypatch, capsys, name, train):
     found = len(fabricate(name, tmp_path)[not train])
     args = options(f"--data_set {name}", tmp_path)
-    monkeypatch.setitem(SOURCES, name, replace(SOURCES[name], images=(found, found)))
+    monkeypatch.setitem(DATA_SETS, name, replace(DATA_SETS[name], images=(found, found)))
     build_dataset(args, train)
     assert "warning" not in capsys.readouterr().out
-    monkeypatch.setitem(SOURCES, name, replace(SOURCES[name], images=(12_345, 12_345)))
+    monkeypatch.setitem(DATA_SETS, name, replace(DATA_SETS[name], images=(12_345, 12_345)))
     build_dataset(args, train)
     part = "training" if train else "test"
     assert f"warning: --data_path {tmp_path}: {found} {part} images of {name}, not 12,345" in capsys.readouterr().out
@@ -351,13 +351,13 @@ def test_directory_that_does_not_exist_is_not_downloaded_into(tmp_path):
 def test_data_path_is_asked_for_with_the_layout_it_must_have(name):
     with pytest.raises(InputError, match="--data_path is missing") as caught:
         build_dataset(options(f"--data_set {name}"), train=True)
-    assert SOURCES[name].layout in str(caught.value)
+    assert DATA_SETS[name].layout in str(caught.value)
 
 
 @pytest.mark.parametrize("name", DOWNLOADED)
 def test_installation_guide_has_the_counts_of_the_code(name):
     (row,) = [row for row in (ROOT / "INSTALL.md").read_text().splitlines() if row.startswith(f"| `{name}` |")]
-    train, test = SOURCES[name].images
+    train, test = DATA_SETS[name].images
     assert f"| {train:,} / {test:,} |" in row
 
 
