@@ -23,9 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def options(text, data_path=None):
-    args = parse_args([*text.split(), *(["--data_path", str(data_path)] if data_path else [])])
-    args.device = "cpu"
-    return args
+    return parse_args([*text.split(), *(["--data_path", str(data_path)] if data_path else []), "--device", "cpu"])
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -18,9 +18,7 @@ CPU = torch.device("cpu")
 
 
 def options(text, data_path=None):
-    args = parse_args([*text.split(), *(["--data_path", str(data_path)] if data_path else [])])
-    args.device = "cpu"
-    return args
+    return parse_args([*text.split(), *(["--data_path", str(data_path)] if data_path else []), "--device", "cpu"])
 
 
 def epoch_of_steps(world_size, update_freq, epoch=0, seed=0):
@@ -57,12 +55,10 @@ def test_order_depends_on_epoch_and_seed_and_on_nothing_else():
 
 
 def test_augmentation_of_an_image_depends_on_no_worker(image_folder):
-    args = options("--data_set image_folder --input_size 16 --num_workers 0", image_folder)
-    dataset, _ = build_dataset(args, train=True)
-    pipeline = build_pipeline(args, train=True)
-
     def epoch_of_images(workers, epoch):
-        args.num_workers = workers
+        args = options(f"--data_set image_folder --input_size 16 --num_workers {workers}", image_folder)
+        dataset, _ = build_dataset(args, train=True)
+        pipeline = build_pipeline(args, train=True)
         batches = TrainBatchSampler(len(dataset), 6, 4, 1, rank=0, world_size=1, seed=5)
         batches.set_position(epoch, 0)
         order = [index for batch in batches for index, _ in batch]
