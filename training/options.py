@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from datasets import SOURCES
+from datasets import DATA_SETS
 from distributed.launch import find_launch
 from models import SCHEMES
 from weight_selection.arguments import Kwargs, Parser, boolean, check_kwargs
@@ -90,7 +90,7 @@ def get_args_parser() -> Parser:
     group("--mixup_mode", choices=("batch", "pair", "elem"), default="batch")
 
     group = parser.add_argument_group("data").add_argument
-    group("--data_set", choices=list(SOURCES), default="IMNET")
+    group("--data_set", choices=list(DATA_SETS), default="IMNET")
     group("--data_path", metavar="DIR")
     group("--eval_data_path", metavar="DIR", help="class folders to test on; --data_path then holds those to train on")
     group("--nb_classes", type=int, help="checked against the data set, which knows it")
@@ -243,9 +243,9 @@ def check_options(args, given: set) -> None:
         )
     if args.overwrite and args.resume:
         raise InputError(f"--overwrite true: would delete what --resume {args.resume} continues; leave one out")
-    if SOURCES[args.data_set].layout is None and args.data_path is not None:
+    if DATA_SETS[args.data_set].layout is None and args.data_path is not None:
         raise InputError(f"--data_path {args.data_path}: has no effect with --data_set {args.data_set}; leave it out")
-    if args.eval_data_path is not None and not SOURCES[args.data_set].folders:
+    if args.eval_data_path is not None and not DATA_SETS[args.data_set].folders:
         raise InputError(f"--eval_data_path {args.eval_data_path}: has no effect with --data_set {args.data_set}")
 
     if args.enable_wandb and importlib.util.find_spec("wandb") is None:
