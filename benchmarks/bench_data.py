@@ -74,9 +74,7 @@ def write_jpegs(root: Path, images: int):
 
 def options(root, *more):
     words = ["--data_set", "image_folder", "--data_path", str(root), "--num_workers", "0", "--batch_size", str(BATCH)]
-    args = parse_args([*words, "--eval_batch_size", str(BATCH), *more])
-    args.device = "cpu"
-    return args
+    return parse_args([*words, "--eval_batch_size", str(BATCH), "--device", "cpu", *more])
 
 
 def plain(dataset, train):

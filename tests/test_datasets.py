@@ -27,9 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def options(text, data_path=None):
-    args = parse_args([*text.split(), *(["--data_path", str(data_path)] if data_path else [])])
-    args.device = "cpu"
-    return args
+    return parse_args([*text.split(), *(["--data_path", str(data_path)] if data_path else []), "--device", "cpu"])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -75,12 +73,11 @@ def test_augmentation_of_an_image_depends_on_no_worker(image_folder):
     pipeline = build_pipeline(args, train=True)
 
     def epoch_of_images(workers, epoch):
-        args.num_workers = workers
         batches = TrainBatchSampler(len(dataset), 6, 4, 1, rank=0, world_size=1, seed=5)
         batches.set_position(epoch, 0)
         order = [index for batch in batches for index, _ in batch]
         torch.manual_seed(workers)
-        loaded = list(train_loader(dataset, pipeline, batches, args))
+        loaded = list(train_loader(dataset, pipeline, batches, args.replace(num_workers=workers)))
         labels = torch.cat([batch.labels for batch in loaded]).tolist()
         assert labels == [dataset.samples[index][1] for index in order]
         images = torch.cat([pipeline.inputs(batch, torch.device("cpu")) for batch in loaded])

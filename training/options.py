@@ -2,7 +2,9 @@
 
 import argparse
 import importlib.util
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
@@ -11,6 +13,45 @@ from models import SCHEMES
 from weight_selection.arguments import Kwargs, Parser, boolean, check_kwargs
 from weight_selection.errors import InputError
 from weight_selection.files import Damaged, check_file, read_text
+
+# What may change when a run goes on: where things lie, how they are computed, what is kept of them. The total batch
+# must stay; how it is shared out may change with the machine.
+# fmt: off
+MAY_CHANGE_ON_RESUME = frozenset((
+    "config", "data_path", "eval_data_path", "num_workers", "pin_mem", "output_dir", "log_dir", "device", "eval",
+    "disable_eval", "eval_interval", "dist_eval", "resume", "auto_resume", "overwrite", "save_ckpt",
+    "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num", "start_epoch", "enable_wandb", "project", "wandb_ckpt",
+    "world_size", "local_rank", "dist_on_itp", "dist_url", "batch_size", "update_freq", "amp_dtype",
+    "model_ema_force_cpu", "skip_bad_images", "timeout", "deterministic",
+    "augment_device", "cache_images", "eval_batch_size", "compile", "channels_last",
+))
+# Two runs that differ only in these have the same results to the last bit, if the same data lie at their paths.
+CANNOT_CHANGE_RESULT = frozenset((
+    "config", "data_path", "eval_data_path", "nb_classes", "num_workers", "cache_images", "pin_mem", "output_dir",
+    "log_dir", "auto_resume", "overwrite", "save_ckpt", "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num",
+    "enable_wandb", "project", "wandb_ckpt", "local_rank", "dist_url", "timeout",
+))
+# fmt: on
+
+
+class Options(SimpleNamespace):
+    """The values of all options of main.py, as attributes. They cannot be changed; ``replace`` makes a changed copy."""
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"options cannot be changed: use options.replace({name}=...)")
+
+    def __delattr__(self, name):
+        raise AttributeError(f"options cannot be changed: {name} stays")
+
+    def replace(self, **changes) -> "Options":
+        """A copy of these options with some values changed; TypeError for a name that is no option's."""
+        if unknown := changes.keys() - vars(self).keys():
+            raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+        return Options(**vars(self) | changes)
+
+    def plain(self) -> dict:
+        """{name: value} of all options in the types that JSON has, sorted by name, for checkpoints and JSON files."""
+        return json.loads(json.dumps(vars(self), sort_keys=True))
 
 
 def get_args_parser() -> Parser:
@@ -188,17 +229,16 @@ def read_yaml(path: Path, above: tuple, option: str) -> dict:
     return merged | content
 
 
-def parse_args(argv=None):
+def parse_args(argv=None) -> Options:
     """Options from the command line over those of ``--config`` over the defaults, checked against each other."""
     parser = get_args_parser()
     unset = object()
     given = argparse.Namespace(**{action.dest: unset for action in parser._actions if action.dest != "help"})
     given = {key: value for key, value in vars(parser.parse_args(argv, given)).items() if value is not unset}
     args = parser.parse_args(read_config(given["config"], parser) if "config" in given else [])
-    for key, value in given.items():
-        setattr(args, key, value)
-    check_options(args, set(given))
-    return args
+    options = Options(**vars(args) | given)
+    check_options(options, set(given))
+    return options
 
 
 def mixes(args) -> bool:
@@ -329,12 +369,13 @@ def check_weights(args) -> None:
             check_file(getattr(args, name), f"--{name}")
 
 
-def share_batch(args, world_size: int) -> None:
-    """Work out micro-batch and accumulation from ``--total_batch_size``, or the total from them.
+def share_batch(args: Options, world_size: int) -> Options:
+    """Options with micro-batch and accumulation worked out from ``--total_batch_size``, or the total from them.
 
     Raises:
         InputError: the total cannot be shared out, or mixup gets an odd micro-batch.
     """
+    batch_size, update_freq = args.batch_size, args.update_freq
     if args.total_batch_size is not None:
         share, rest = divmod(args.total_batch_size, world_size)
         if rest or share < 1:
@@ -345,9 +386,11 @@ def share_batch(args, world_size: int) -> None:
                 f"--total_batch_size {args.total_batch_size}: mixup needs an even number of images in each of "
                 f"{world_size} processes; change it, or --batch_size {args.batch_size}, or set --mixup 0 --cutmix 0"
             )
-        args.batch_size, args.update_freq = sizes[-1], share // sizes[-1]
+        batch_size, update_freq = sizes[-1], share // sizes[-1]
     elif mixes(args) and args.batch_size % 2:
         raise InputError(
             f"--batch_size {args.batch_size}: mixup mixes pairs; give an even number, or --mixup 0 --cutmix 0"
         )
-    args.total_batch_size = args.batch_size * args.update_freq * world_size
+    return args.replace(
+        batch_size=batch_size, update_freq=update_freq, total_batch_size=batch_size * update_freq * world_size
+    )

@@ -55,9 +55,7 @@ def args_of(image_folder, *more):
     words = (
         f"--data_set image_folder --data_path {image_folder} --input_size 32 --num_workers 0 --batch_size 16".split()
     )
-    args = parse_args([*words, *more])
-    args.device = "cpu"
-    return args
+    return parse_args([*words, *more, "--device", "cpu"])
 
 
 @pytest.mark.parametrize("train", [True, False])
