@@ -16,7 +16,7 @@ from distributed.process_group import main_only
 from distributed.program import RunError
 from engine import TrainState
 from training.metric_log import read_log
-from training.options import MAY_CHANGE_ON_RESUME, Options, get_args_parser
+from training.options import MAY_CHANGE_ON_RESUME, default_options
 from utils import print_main
 from weight_selection import files
 from weight_selection.errors import InputError, printable
@@ -209,7 +209,7 @@ def read_options(path: Path) -> dict:
 
 def check_same_run(args, other: dict, name: str) -> None:
     """Refuse to go on with a run that was started with other options; those it did not know had their defaults."""
-    mine, defaults = plain(args), Options(**vars(get_args_parser().parse_args([]))).plain()
+    mine, defaults = plain(args), default_options().plain()
     for key in mine:
         theirs = other.get(key, defaults[key])
         if key not in MAY_CHANGE_ON_RESUME and mine[key] != theirs:
