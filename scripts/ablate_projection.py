@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 import torch
 
 from weight_selection.errors import InputError, run_program
-from weight_selection.projection.symmetries import Structure
+from weight_selection.projection.symmetries import Symmetries
 from weight_selection.rules import uniform_indices
 
 ROTATION, GREEDY, STRONGEST = equations.rotation, equations.greedy, equations.strongest
@@ -54,12 +54,12 @@ def spaced_units(variance, outgoing, groups, count):
 
 
 PARTS = {
-    "reads": (equations, "read_through", lambda across, own, prior, constant: prior),
+    "reads": (equations, "solve_up_map", lambda across, own, prior, constant: prior),
     "frame": (equations, "rotation", turned),
     "coordinates": (equations, "greedy", spaced_coordinates),
     "weights": (equations, "greedy", explaining_coordinates),
     "units": (equations, "strongest", spaced_units),
-    "heads": (Structure, "_attention", lambda self, name, heads, local: None),
+    "heads": (Symmetries, "_find_attention", lambda self, name, heads, inside: None),
 }
 
 

@@ -82,8 +82,8 @@ def select_weights(
     for option, value in of_images.items():
         if value is not None and not fitted:
             raise InputError(f"{option}: has no effect with element_selection={element_selection}; leave it out")
-        from weight_selection.sources.membership import family_of
     from weight_selection.plan import apply_plan, make_plan
+    from weight_selection.sources.membership import family_of
     from weight_selection.sources.weight_files import create_pretrained, open_teacher
 
     device = "cpu" if fitted else "meta"
@@ -205,15 +205,18 @@ class _Fitting:
     """
 
     def __init__(self, args, plan, teacher, whole, student, taken_apart):
-        from weight_selection import calibration, freedom, roles, survey, writes
+        from weight_selection.projection.images import Calibration
+        from weight_selection.projection.maps import check_heads
+        from weight_selection.projection.symmetry_check import check_streams
+        from weight_selection.projection.traced_model import TracedModel
         from weight_selection.sources.weight_files import trained_config
 
-        self.args, self.whole = args, whole
-        self.structure = roles.Structure(teacher, whole.neurons)
+        self.args = args
+        self.traced = TracedModel.of(teacher, whole), TracedModel.of(student, taken_apart)
         if args.element_selection == "project":
-            freedom.check_streams(self.structure, args.pretrained_model)
+            check_streams(self.traced[0].symmetries, args.pretrained_model)
         if args.calibration is not None:
-            self.images = calibration.Calibration(
+            self.images = Calibration(
                 args.calibration,
                 args.calibration_images,
                 args.calibration_size,
@@ -221,8 +224,7 @@ class _Fitting:
                 trained_config(teacher, args.pretrained_path, "--pretrained_path"),
                 args.seed,
             )
-        sides = survey.Side(teacher, whole, self.structure), survey.Side.of(student, taken_apart)
-        writes.check_heads({entry.key: entry for entry in plan}, *sides)
+        check_heads(plan, *self.traced)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def record(self):
@@ -235,10 +237,10 @@ class _Fitting:
             "calibration_device": self.device,
         }
 
-    def describe(self, plan, taken_apart):
+    def describe(self, plan):
         from weight_selection.projection.project import describer
 
-        return describer(plan, self.structure, self.whole, taken_apart, self.args.element_selection == "project")
+        return describer(plan, *self.traced, self.args.element_selection)
 
     def fit(self, weights, student_options, plan_options, option):
         from weight_selection.projection.project import fit_weights, load_teacher
@@ -283,7 +285,7 @@ def run(args, digest: Future | None) -> None:
         if fitting is None:
             print_plan(plan, lambda entry: entry.describe(args.element_selection))
         else:
-            print_plan(plan, fitting.describe(plan, taken_apart))
+            print_plan(plan, fitting.describe(plan))
         print(f"{args.student} from {args.pretrained_model}: {summary}; nothing written")
         return
 

@@ -14,7 +14,7 @@ from input_pipeline.transforms import normalization
 from weight_selection import select_weights
 from weight_selection.cli import main as select_main
 from weight_selection.errors import InputError
-from weight_selection.projection.images import Calibration, Tap, noise
+from weight_selection.projection.images import Calibration, noise
 from weight_selection.sources.timm_models import create_model
 
 CONFIG = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 0.9}
@@ -60,7 +60,7 @@ def test_a_tap_shows_layers_and_takes_what_is_given_back():
     model = lively(create_model("test_vit", num_classes=7))
     images = images_for(model, 2)
     seen = []
-    with torch.no_grad(), Tap(model, lambda key, x, y: seen.append(key) or (y * 0 if key == "head.weight" else y)):
+    with torch.no_grad(), ActivationTap(model, lambda key, x, y: seen.append(key) or (y * 0 if key == "head.weight" else y)):
         assert not model(images).any()
     assert seen[0] == "patch_embed.proj.weight" and seen[-1] == "head.weight" and len(seen) == 2 + 4 * 6
 

@@ -14,8 +14,8 @@ from weight_selection import select_weights
 from weight_selection.errors import InputError
 from weight_selection.plan import anatomy, make_plan
 from weight_selection.projection import equations
-from weight_selection.projection.activation_stats import Side, Survey
-from weight_selection.projection.symmetries import HEADS, ROTATED, UNIFORM, Structure
+from weight_selection.projection.activation_stats import ActivationStats
+from weight_selection.projection.symmetries import HEADS, ROTATED, UNIFORM, Symmetries
 from weight_selection.projection.symmetry_check import check_streams
 from weight_selection.sources.timm_models import create_model
 
@@ -46,9 +46,9 @@ def test_moments_of_batches_are_those_of_a_plain_loop():
 def test_a_survey_has_the_moments_of_what_every_layer_takes(batch):
     model = lively(create_model("test_vit", num_classes=7))
     images = images_for(model, 5)
-    side = Side.of(model, anatomy(model, "teacher"))
+    traced = TracedModel.of(model, anatomy(model, "teacher"))
     with torch.no_grad():
-        survey = Survey(side, images.split(batch))
+        stats = ActivationStats(traced, images.split(batch))
         taken = {}
         hooks = [
             module.register_forward_pre_hook(lambda _, args, key=f"{name}.weight": taken.__setitem__(key, args[0]))
@@ -58,13 +58,13 @@ def test_a_survey_has_the_moments_of_what_every_layer_takes(batch):
         model(images)
     for hook in hooks:
         hook.remove()
-    assert taken.keys() <= survey.moments.keys()
+    assert taken.keys() <= stats.moments.keys()
     for key, x in taken.items():
         x = x.reshape(-1, x.shape[-1])
-        torch.testing.assert_close(survey.moments[key].variance, x.var(0, correction=0))
-        if isinstance(survey.moments[key], equations.Moments):
-            torch.testing.assert_close(survey.moments[key].mean[:-1, :-1], x.T @ x / len(x))
-    assert survey.norm_of["blocks.1.mlp.fc1.weight"] == "blocks.1.norm2.weight"
+        torch.testing.assert_close(stats.moments[key].variance, x.var(0, correction=0))
+        if isinstance(stats.moments[key], equations.Moments):
+            torch.testing.assert_close(stats.moments[key].mean[:-1, :-1], x.T @ x / len(x))
+    assert stats.norm_of["blocks.1.mlp.fc1.weight"] == "blocks.1.norm2.weight"
 
 
 def test_a_rotation_has_orthonormal_rows_that_are_orthogonal_to_ones_but_for_their_mean():
@@ -156,7 +156,7 @@ def test_a_read_is_least_squares_and_stays_at_its_prior_where_nothing_is_seen(mo
     moments.add(x, z)
     own.add(z, z)
     prior = random(6, 5, seed=2)
-    read = equations.read_through(moments.mean[:-1], own.mean, prior)
+    read = equations.solve_up_map(moments.mean[:-1], own.mean, prior)
     torch.testing.assert_close(z @ read[:, :-1].T + read[:, -1], x)
     torch.testing.assert_close(read[:, 3], prior[:, 3])
 
@@ -186,7 +186,7 @@ def test_a_student_as_large_as_its_teacher_has_its_function(name, method):
     lively(teacher)
     if method == "project" and not _streams(teacher):
         with pytest.raises(InputError, match="choose greedy"):
-            check_streams(Structure(teacher, anatomy(teacher, name).neurons), name)
+            check_streams(Symmetries(teacher, anatomy(teacher, name).neurons), name)
         return
     images = images_for(teacher, 3, SMALL_IMAGES.get(name))
     student = lively(copy.deepcopy(teacher))
@@ -207,8 +207,8 @@ def test_a_student_as_large_as_its_teacher_has_its_function(name, method):
 
 
 def _streams(model):
-    structure = Structure(model, anatomy(model, "teacher").neurons)
-    return [space for space in structure.uses if structure.role(space, True) == ROTATED]
+    symmetries = Symmetries(model, anatomy(model, "teacher").neurons)
+    return [space for space in symmetries.uses if symmetries.treatment(space, True) == ROTATED]
 
 
 def disguised(plan, teacher, student):
@@ -218,7 +218,7 @@ def disguised(plan, teacher, student):
     whole heads are copied, for whom none writes. Layers that the plan drops are zero.
     """
     whole = anatomy(teacher, "teacher")
-    structure = Structure(teacher, whole.neurons)
+    symmetries = Symmetries(teacher, whole.neurons)
     state = {key: torch.zeros_like(value) for key, value in teacher.state_dict().items()}
     weights = student.state_dict()
     for entry in plan:
@@ -229,7 +229,7 @@ def disguised(plan, teacher, student):
             for (theirs, ours), space in zip((entry.parts or {}).get(dim, ()), spaces, strict=False):
                 times = [t // s for t, s in zip(theirs.shape, ours.shape, strict=True)]
                 axes = [np.arange(t) for t in theirs.shape]
-                if structure.role(space, False) == HEADS:
+                if symmetries.treatment(space, False) == HEADS:
                     places = [axis % s for axis, s in zip(axes, ours.shape, strict=True)]
                     first = [axis < s for axis, s in zip(axes, ours.shape, strict=True)]
                 else:
@@ -365,15 +365,15 @@ def test_heads_of_a_low_rank_are_recovered_in_smaller_and_in_more_heads(monkeypa
 
 def test_roles_follow_from_what_touches_the_neurons():
     model = meta("vit_tiny")
-    structure = Structure(model, anatomy(model, "teacher").neurons)
-    assert [attention.heads for attention in structure.attentions.values()] == [3] * 12
-    parts = structure.neurons.parts
-    assert structure.role(parts["cls_token"][2][0].space, True) == ROTATED
-    assert structure.role(parts["blocks.0.mlp.fc2.weight"][1][0].space, True) == "strongest"
+    symmetries = Symmetries(model, anatomy(model, "teacher").neurons)
+    assert [attention.heads for attention in symmetries.attentions.values()] == [3] * 12
+    parts = symmetries.neurons.parts
+    assert symmetries.treatment(parts["cls_token"][2][0].space, True) == ROTATED
+    assert symmetries.treatment(parts["blocks.0.mlp.fc2.weight"][1][0].space, True) == "strongest"
     rotary = meta("vit_small_patch16_dinov3")
-    structure = Structure(rotary, anatomy(rotary, "teacher").neurons)
-    assert not structure.attentions
-    assert structure.role(structure.neurons.parts["blocks.0.attn.qkv.weight"][0][0].space, True) == UNIFORM
+    symmetries = Symmetries(rotary, anatomy(rotary, "teacher").neurons)
+    assert not symmetries.attentions
+    assert symmetries.treatment(symmetries.neurons.parts["blocks.0.attn.qkv.weight"][0][0].space, True) == UNIFORM
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_roles_follow_from_what_touches_the_neurons():
 def test_a_stream_that_is_tied_to_its_coordinates_is_not_rotated(name, reason):
     model = meta(name)
     with pytest.raises(InputError, match=reason):
-        check_streams(Structure(model, anatomy(model, name).neurons), name)
+        check_streams(Symmetries(model, anatomy(model, name).neurons), name)
 
 
 def test_a_rotation_that_structure_allows_but_the_function_does_not_is_refused():
@@ -445,8 +445,8 @@ def test_weights_that_are_computed_shared_modules_and_tables_of_all_blocks_stay_
     if "srelpos" in name:  # the table of all blocks has one element per head, and blocks keep the same heads
         large, small = (model.shared_rel_pos.mlp.fc2.weight for model in (teacher, student))
         assert [(row == large[:, 0]).nonzero().item() for row in small[:, 0]] == [0, 2, 4, 6]
-        structure = Structure(teacher, anatomy(teacher, "teacher").neurons)
-        assert not structure.attentions, "these heads are chosen apart from their table"
+        symmetries = Symmetries(teacher, anatomy(teacher, "teacher").neurons)
+        assert not symmetries.attentions, "these heads are chosen apart from their table"
     with pytest.raises(InputError, match="choose greedy"):
         select_weights(teacher, student, element_selection="project", calibration=images)
 
