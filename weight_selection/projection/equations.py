@@ -4,16 +4,16 @@ A dense layer (linear layer or convolution) of the student does on few neurons w
 
     W_student = Q W_teacher B        b_student = Q (b_teacher + W_teacher c)                                        (1)
 
-Q is the *down map* of the neurons that the layer gives: it makes the student's neurons from the teacher's, and we choose
-it. B and c are the *up map* of the neurons that the layer takes: it restores the teacher's neurons from the student's,
-and least squares finds it. A convolution applies (1) at every place of its kernel; where the kernel meets the zeros
-that pad the image's border, c is only approximately right.
+Q is the *down map* of the neurons that the layer gives. It makes the student's neurons from the teacher's; we choose
+it. B and c are the *up map* of the neurons that the layer takes. It restores the teacher's neurons from the student's;
+least squares finds it. A convolution applies (1) at every place of its kernel; where the kernel meets the zeros that
+pad the image's border, c is only approximately right.
 
 This module knows no models. All matrices are float64. x are activations of the teacher, z of the student, and x~ is x
 with a 1 appended.
 
-To rotate a stream and then cut it is the idea of SliceGPT (Ashkboos et al. 2024). To choose neurons by how well the next
-layer can restore the others is that of optimal brain compression and ThiNet (Luo et al. 2017).
+To rotate a stream and then cut it is the idea of SliceGPT (Ashkboos et al. 2024). To choose neurons by how well the
+next layer can restore the others is that of optimal brain compression and ThiNet (Luo et al. 2017).
 """
 
 import torch
@@ -88,8 +88,8 @@ def share(moments: Tensor) -> Tensor:
 def rotation(normalised: Tensor, frame: Tensor) -> Tensor:
     """The down map Q = E U' of a residual stream that only layer normalisations read.
 
-    LayerNorm takes the mean away. So U, (D, k), holds the k = d - 1 leading eigenvectors of C that are orthogonal to the
-    vector of ones, and E, (d, k), has orthonormal columns that are orthogonal to ones too. The student's stream
+    LayerNorm takes the mean away. So U, (D, k), holds the k = d - 1 leading eigenvectors of C that are orthogonal to
+    the vector of ones, and E, (d, k), has orthonormal columns that are orthogonal to ones too. The student's stream
     s = E U' x then has mean zero, and its own LayerNorm only scales it.                                            (2)
 
     Any such E gives the same function. This one brings Q nearest to the selection S of the coordinates ``frame``: it
@@ -157,7 +157,7 @@ def strongest(variance: Tensor, outgoing: Tensor, units: Tensor, count: int) -> 
     Args:
         variance: of each neuron, (D,).
         outgoing: sum of the squares of each neuron's outgoing weights, (D,).
-        units: indices of the neurons of each unit, integers (number of units, neurons in one): single neurons, or heads.
+        units: indices of each unit's neurons, integers (number of units, neurons in one): single neurons, or heads.
         count: number of units to keep.
 
     Returns:
@@ -172,8 +172,8 @@ def shared_products(queries: Tensor, keys: Tensor, rank: int) -> tuple:
 
     Attention sees only q'k / sqrt(a), with a dimensions in a head. Of all F_q and F_k with b rows, we take those that
     make E|q'k - (F_q q)'(F_k k)|^2 smallest for independent q and k. With R_q and R_k the roots of the moments and
-    R_q R_k = U S V', these are F_q = S^1/2 U' R_q^-1 and F_k = S^1/2 V' R_k^-1 of the b leading singular values. Each is
-    multiplied by (b/a)^1/4, because the student divides by sqrt(b).                                                (5)
+    R_q R_k = U S V', these are F_q = S^1/2 U' R_q^-1 and F_k = S^1/2 V' R_k^-1 of the b leading singular values. Each
+    is multiplied by (b/a)^1/4, because the student divides by sqrt(b).                                             (5)
 
     Args:
         queries, keys: second moments, (a, a). Softmax ignores what all keys share, so for keys give the covariance.

@@ -8,7 +8,7 @@ from weight_selection.errors import InputError
 from weight_selection.projection import equations
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.symmetries import GREEDY, ROTATED, STRONGEST, Attention
-from weight_selection.projection.traced_model import TracedModel
+from weight_selection.projection.traced_model import TracedModel, matched_groups
 from weight_selection.rules import select_elements
 from weight_selection.tracing.groups import aligned
 
@@ -29,14 +29,11 @@ class DownMaps:
         return self.of[group] if group in self.of else self.of[group, nth]
 
 
-def choose_down_maps(
-    entries: dict, pairs: dict, student: TracedModel, stats: ActivationStats, rotate: bool
-) -> DownMaps:
+def choose_down_maps(entries: dict, student: TracedModel, stats: ActivationStats, rotate: bool) -> DownMaps:
     """Choose the down maps of all groups, each as ``Symmetries.treatment`` says.
 
     Args:
         entries: {student's key: its entry of the plan}.
-        pairs: of ``matched_groups``.
         student: only its structure is used.
         stats: of the teacher.
         rotate: whether streams are rotated.
@@ -49,7 +46,7 @@ def choose_down_maps(
         theirs = _attention_behind(ours, entries, teacher)
         if theirs is not None and {theirs.queries[0], theirs.keys[0], theirs.out} <= stats.moments.keys():
             _map_heads(maps, theirs, ours, student, stats)
-    for our, their in pairs.items():
+    for our, their in matched_groups(entries.values(), teacher, student).items():
         if our in maps.of or (our, 0) in maps.of:
             continue
         treatment, count = teacher.symmetries.treatment(their, rotate), student.size(our)

@@ -109,7 +109,7 @@ def project(plan: list, teacher: TracedModel, student: TracedModel, images: Iter
     stats = ActivationStats(teacher, _shown(images, "teacher", batch))
     check_symmetries(stats, student, batch, rotate)
     entries = {entry.key: entry for entry in plan if entry.role == "selected"}
-    maps = choose_down_maps(entries, matched_groups(plan, teacher, student), student, stats, rotate)
+    maps = choose_down_maps(entries, student, stats, rotate)
     weights = StudentWeights(entries, student, stats, maps)
     skipped = find_skipped(entries, teacher.structure.layers, student.structure.layers, weights.rows)
     fit_up_maps(weights, SkippedLayers(skipped, teacher, batch), _shown(images, "student", batch))
@@ -190,11 +190,11 @@ def fit_weights(
 
 
 def _has_same_positions(teacher, student):
-    """Whether the teacher's position embeddings, tables of relative positions and patches are of the student's size."""
+    """Whether the teacher's position embeddings, windows and patches are of the student's size."""
     theirs, ours = find_geometry(teacher), find_geometry(student)
-    if all(isinstance(getattr(model, "pos_embed", None), torch.Tensor) for model in (teacher, student)):
-        if theirs.grid != ours.grid:
-            return False
+    embedded = all(isinstance(getattr(model, "pos_embed", None), torch.Tensor) for model in (teacher, student))
+    if embedded and theirs.grid != ours.grid:
+        return False
     if any(theirs.windows.get(key, window) != window for key, window in ours.windows.items()):
         return False
     kernels = [{key: c.kernel_size for key, c in first_convolutions(model).items()} for model in (teacher, student)]

@@ -1,5 +1,6 @@
 """A model together with what tracing found in it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ class TracedModel:
         return next(indices for number, _, indices in self.slices(key, dim) if number == group)
 
     def group_of(self, key: str) -> int | None:
-        """The only neuron group of a tensor's last dimension (that of a norm, of a LayerScale); None if not just one."""
+        """The neuron group of a tensor's last dimension (of a norm or a LayerScale, say); None if it has several."""
         dims = self.structure.neurons.parts[key]
         return dims[-1][0].space if dims and dims[-1] is not None and len(dims[-1]) == 1 else None
 
@@ -62,7 +63,7 @@ class TracedModel:
         return next(self.model.parameters()).device
 
 
-def matched_groups(plan: list, teacher: TracedModel, student: TracedModel) -> dict:
+def matched_groups(plan: Iterable, teacher: TracedModel, student: TracedModel) -> dict:
     """{number of a student's neuron group: number of the teacher's group that the plan makes it from}."""
     pairs = {}
     for entry in plan:
