@@ -13,7 +13,7 @@ from architectures import MODELS, lively, models, reads
 from helpers import images_for, random
 from weight_selection import select_weights
 from weight_selection.errors import InputError
-from weight_selection.plan import anatomy, plan_selection
+from weight_selection.plan import anatomy, apply_plan, plan_selection
 from weight_selection.projection import equations
 from weight_selection.projection.project import project
 from weight_selection.projection.symmetries import HEADS, Symmetries
@@ -51,11 +51,16 @@ def large(name):
     return TracedModel.of(model, structures(name)[0]), images_for(model, 3, SMALL_IMAGES.get(name))
 
 
+def first_weights(plan, teacher, student, images, method):
+    """A student's first weights, from copies of models that are traced already."""
+    teacher, student = (TracedModel.of(copy.deepcopy(traced.model), traced.structure) for traced in (teacher, student))
+    return project(plan, teacher, student, images.split(16), method)
+
+
 def projected(teacher, student, images, method):
-    """A copy of the student's model with the weights that projection gives it; both are traced already."""
+    """A copy of the student's model with the weights that projection gives it."""
     plan = plan_selection(teacher.structure, student.structure, include_head=True)
-    teacher, into = (TracedModel.of(copy.deepcopy(traced.model), traced.structure) for traced in (teacher, student))
-    first = project(plan, teacher, into, images.split(16), method)
+    first = first_weights(plan, teacher, student, images, method)
     found = copy.deepcopy(student.model)
     for parameter in found.parameters():
         parameter.data += 1
@@ -331,13 +336,13 @@ def test_projected_weights_are_nearer_to_the_teacher_than_selected_ones(kind):
     seen = copy.deepcopy(teacher)
     if kind == "other images":
         seen.set_input_size(img_size=32)
-    rules = {method: {"element_selection": method, "calibration": images} for method in ("project", "greedy")}
-    if kind == "fewer layers":
-        rules = {"greedy": rules["greedy"]}
     layers = {"layer_selection": "uniform", "include_head": True}  # 0, 2, 4 of five
-    plain = closeness(seen, student, select_weights(seen, student, **layers), images)
-    for method, options in rules.items():
-        given, again = (select_weights(model, student, **options, **layers) for model in (teacher, seen))
+    traced = [TracedModel.of(model, anatomy(model, kind)) for model in (seen, student)]
+    plan = plan_selection(*(model.structure for model in traced), **layers)
+    plain = closeness(seen, student, apply_plan(plan, seen.state_dict()), images)
+    for method in ("project", "greedy") if kind != "fewer layers" else ("greedy",):
+        given = select_weights(teacher, student, element_selection=method, calibration=images, **layers)
+        again = first_weights(plan, *traced, images, method)
         assert closeness(seen, student, again, images) > plain + 0.03, method
         assert all(torch.equal(given[key], again[key]) for key in given), "the teacher was not brought to the images"
 

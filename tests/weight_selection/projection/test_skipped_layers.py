@@ -9,8 +9,10 @@ from architectures import SWIN_SIZES, TINY, VIT_SIZES, lively
 from helpers import images_for
 from weight_selection import select_weights
 from weight_selection.cli import main as select_main
-from weight_selection.plan import make_plan
+from weight_selection.plan import anatomy, apply_plan, plan_selection
 from weight_selection.projection import equations
+from weight_selection.projection.project import project
+from weight_selection.projection.traced_model import TracedModel
 from weight_selection.sources.timm_models import create_model
 
 SEVEN = {"num_classes": 7}
@@ -41,17 +43,19 @@ def deep(name):
 @pytest.mark.parametrize("name", DEEP)
 def test_layers_left_out_that_add_a_constant_are_made_up_for(name):
     teacher, student = deep(name)
-    kept = {entry.source for entry in make_plan(teacher, student, layer_selection="uniform", include_head=True)}
+    traced = [TracedModel.of(model, anatomy(model, name)) for model in (teacher, student)]
+    plan = plan_selection(*(model.structure for model in traced), layer_selection="uniform", include_head=True)
+    kept = {entry.source for entry in plan}
     for key, value in teacher.state_dict().items():
         if key not in kept and value.ndim > 1:
             value.zero_()
-    images = images_for(teacher)
-    for rule, near in (("uniform", False), ("greedy", True)):
-        fitted = {"calibration": images} if near else {}
-        options = {"layer_selection": "uniform", "element_selection": rule, "include_head": True}
-        student.load_state_dict(select_weights(teacher, student, **options, **fitted))
+    side = None if "img_size" in DEEP[name][1] else 32
+    images = images_for(teacher, side=side)
+    for near in (False, True):
+        first = project(plan, *traced, [images], "greedy") if near else apply_plan(plan, teacher.state_dict())
+        student.load_state_dict(first)
         with torch.no_grad():
-            theirs, ours = (model(images_for(teacher, 3)) for model in (teacher, student))
+            theirs, ours = (model(images_for(teacher, 3, side)) for model in (teacher, student))
         assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6 * theirs.abs().max().item()) == near
 
 

@@ -1,5 +1,7 @@
 """What may be done with the neurons of a model, and what its layers take."""
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn as nn
@@ -17,17 +19,20 @@ from weight_selection.projection.traced_model import TracedModel
 from weight_selection.sources.timm_models import create_model
 
 
-def test_roles_follow_from_what_touches_the_neurons():
-    model = meta("vit_tiny")
-    symmetries = Symmetries(model, anatomy(model, "teacher").neurons)
+@cache
+def symmetries_of(name):
+    model = meta(name)
+    return Symmetries(model, anatomy(model, name).neurons)
+
+
+def test_treatments_follow_from_what_touches_the_neurons():
+    symmetries = symmetries_of("vit_tiny")
     assert [attention.heads for attention in symmetries.attentions.values()] == [3] * 12
-    parts = symmetries.neurons.parts
-    assert symmetries.treatment(parts["cls_token"][2][0].space, True) == ROTATED
-    assert symmetries.treatment(parts["blocks.0.mlp.fc2.weight"][1][0].space, True) == "strongest"
-    rotary = meta("vit_small_patch16_dinov3")
-    symmetries = Symmetries(rotary, anatomy(rotary, "teacher").neurons)
-    assert not symmetries.attentions
-    assert symmetries.treatment(symmetries.neurons.parts["blocks.0.attn.qkv.weight"][0][0].space, True) == UNIFORM
+    assert symmetries.treatment(symmetries.slices("cls_token", 2)[0].space, True) == ROTATED
+    assert symmetries.treatment(symmetries.slices("blocks.0.mlp.fc2.weight", 1)[0].space, True) == "strongest"
+    rotary = symmetries_of("vit_small_patch16_dinov3")
+    assert not rotary.attentions
+    assert rotary.treatment(rotary.slices("blocks.0.attn.qkv.weight", 0)[0].space, True) == UNIFORM
 
 
 @pytest.mark.parametrize(
@@ -39,9 +44,8 @@ def test_roles_follow_from_what_touches_the_neurons():
     ],
 )
 def test_a_stream_that_is_tied_to_its_coordinates_is_not_rotated(name, reason):
-    model = meta(name)
     with pytest.raises(InputError, match=reason):
-        check_streams(Symmetries(model, anatomy(model, name).neurons), name)
+        check_streams(symmetries_of(name), name)
 
 
 def test_a_rotation_that_structure_allows_but_the_function_does_not_is_refused():
