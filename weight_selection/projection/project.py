@@ -80,6 +80,7 @@ def match_geometry(teacher: nn.Module, student: nn.Module) -> bool:
     accepted = inspect.signature(teacher.set_input_size).parameters
     sizes = {"img_size": input_size(student)[1:]} | ({"patch_size": patch} if "patch_size" in accepted else {})
     teacher.set_input_size(**sizes)
+    teacher.pretrained_cfg = {**teacher.pretrained_cfg, "input_size": input_size(student)}
     return True
 
 
