@@ -224,7 +224,7 @@ class _Fitting:
                 trained_config(teacher, args.pretrained_path, "--pretrained_path"),
                 args.seed,
             )
-        check_heads(plan, *self.traced)
+        check_heads({entry.key: entry for entry in plan if entry.role == "selected"}, *self.traced)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def record(self):
@@ -240,7 +240,8 @@ class _Fitting:
     def describe(self, plan):
         from weight_selection.projection.project import describer
 
-        return describer(plan, *self.traced, self.args.element_selection)
+        structures = (traced.structure for traced in self.traced)
+        return describer(plan, self.traced[0].symmetries, *structures, self.args.element_selection == "project")
 
     def fit(self, weights, student_options, plan_options, option):
         from weight_selection.projection.project import fit_weights, load_teacher

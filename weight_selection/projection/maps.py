@@ -8,7 +8,7 @@ from weight_selection.errors import InputError
 from weight_selection.projection import equations
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.symmetries import GREEDY, ROTATED, STRONGEST, Attention
-from weight_selection.projection.traced_model import TracedModel, matched_groups
+from weight_selection.projection.traced_model import TracedModel, paired_groups
 from weight_selection.rules import select_elements
 from weight_selection.tracing.groups import aligned
 
@@ -46,7 +46,7 @@ def choose_down_maps(entries: dict, student: TracedModel, stats: ActivationStats
         theirs = _attention_behind(ours, entries, teacher)
         if theirs is not None and {theirs.queries[0], theirs.keys[0], theirs.out} <= stats.moments.keys():
             _map_heads(maps, theirs, ours, student, stats)
-    for our, their in matched_groups(entries.values(), teacher, student).items():
+    for our, their in paired_groups(entries, teacher.structure, student.structure).items():
         if our in maps.of or (our, 0) in maps.of:
             continue
         treatment, count = teacher.symmetries.treatment(their, rotate), student.size(our)
@@ -137,13 +137,12 @@ def _uniform(teacher, their, student, our):
 # Heads
 
 
-def check_heads(plan: list, teacher: TracedModel, student: TracedModel) -> None:
+def check_heads(entries: dict, teacher: TracedModel, student: TracedModel) -> None:
     """Raise InputError if a student's heads are larger than the teacher's. No weights are needed.
 
     Args:
-        plan: of ``plan_selection``.
+        entries: {student's key: its entry of the plan}, of the selected tensors.
     """
-    entries = {entry.key: entry for entry in plan}
     for ours in student.symmetries.attentions.values():
         theirs = _attention_behind(ours, entries, teacher)
         if theirs is not None:

@@ -17,14 +17,15 @@ from tqdm import tqdm
 
 from weight_selection.errors import InputError
 from weight_selection.geometry import find_geometry
-from weight_selection.plan import anatomy, checked_weight, plan_selection
+from weight_selection.plan import Anatomy, anatomy, checked_weight, plan_selection
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.images import Calibration, check_batches
 from weight_selection.projection.maps import choose_down_maps
 from weight_selection.projection.skipped_layers import SkippedLayers, find_skipped
 from weight_selection.projection.student_weights import StudentWeights
+from weight_selection.projection.symmetries import Symmetries
 from weight_selection.projection.symmetry_check import check_streams, check_symmetries
-from weight_selection.projection.traced_model import TracedModel, matched_groups
+from weight_selection.projection.traced_model import TracedModel, paired_groups
 from weight_selection.projection.up_maps import fit_up_maps
 from weight_selection.sources.membership import classifier_pattern
 from weight_selection.sources.timm_models import check_images
@@ -56,60 +57,50 @@ def load_teacher(teacher: nn.Module, weights: Mapping, option: str, include_head
     teacher.load_state_dict(state)
 
 
-def match_geometry(teacher: nn.Module, student: nn.Module) -> bool:
+def match_geometry(teacher: nn.Module, student: nn.Module) -> None:
     """Bring the teacher to the student's image size and patch size, if their positions differ.
 
     timm resamples what the teacher knows of positions. Call this before tracing, on the meta device too. A teacher that
-    cannot be brought there stays as it is, and ``project`` refuses it.
+    cannot be brought there stays as it is; ``project`` then refuses it.
 
     Args:
         teacher: it may be changed.
         student: only its geometry is used.
-
-    Returns:
-        Whether the teacher was changed.
-
-    Raises:
-        InputError: the two take images of different channels.
     """
-    if input_size(teacher)[0] != input_size(student)[0]:
-        raise InputError("in_chans: the teacher cannot see images of other channels than its own; select by a rule")
-    if not hasattr(teacher, "set_input_size") or _has_same_positions(teacher, student):
-        return False
+    (channels, *_), (taken, *size) = input_size(teacher), input_size(student)
+    if channels != taken or not hasattr(teacher, "set_input_size") or _has_same_positions(teacher, student):
+        return
     patch = getattr(getattr(student, "patch_embed", None), "patch_size", None)
     accepted = inspect.signature(teacher.set_input_size).parameters
-    sizes = {"img_size": input_size(student)[1:]} | ({"patch_size": patch} if "patch_size" in accepted else {})
-    teacher.set_input_size(**sizes)
-    teacher.pretrained_cfg = {**teacher.pretrained_cfg, "input_size": input_size(student)}
-    return True
+    teacher.set_input_size(img_size=tuple(size), **({"patch_size": patch} if "patch_size" in accepted else {}))
+    teacher.pretrained_cfg = {**teacher.pretrained_cfg, "input_size": (taken, *size)}
 
 
 @torch.no_grad()
-def project(plan: list, teacher: TracedModel, student: TracedModel, images: Iterable, method: str) -> dict:
+def project(entries: dict, teacher: TracedModel, student: TracedModel, images: Iterable, method: str) -> dict:
     """Carry out a plan by projection.
 
     Args:
-        plan: of ``plan_selection``, without resampling.
+        entries: {student's key: its entry of the plan}, of the selected tensors.
         teacher, student: on one device, in evaluation mode. The student's weights are replaced.
         images: batches of normalised images, (n, channels, height, width); they are gone through three times.
         method: ``project`` rotates residual streams; ``greedy`` keeps coordinates of them.
 
     Returns:
-        The student's state_dict in its order, without what is not selected, on the CPU.
+        The selected part of the student's state_dict, in its order, on the CPU.
 
     Raises:
-        InputError: a model cannot take the images, activations are not finite, the teacher has no stream that can be
-            rotated, or the plan resamples positions.
+        InputError: the plan resamples positions, the teacher has no stream that can be rotated, a model cannot take the
+            images, or activations are not finite.
     """
     rotate = method == "project"
-    check_positions(plan)
+    check_positions(entries, teacher.model, student.model)
     if rotate:
         check_streams(teacher.symmetries, type(teacher.model).__name__)
     batch = next(iter(images)).to(next(teacher.model.parameters()))
-    _check_size(batch, teacher, student)
+    _check_size(batch, teacher.model, student.model)
     stats = ActivationStats(teacher, _shown(images, "teacher", batch))
     check_symmetries(stats, student, batch, rotate)
-    entries = {entry.key: entry for entry in plan if entry.role == "selected"}
     maps = choose_down_maps(entries, student, stats, rotate)
     weights = StudentWeights(entries, student, stats, maps)
     skipped = find_skipped(entries, teacher.structure.layers, student.structure.layers, weights.rows)
@@ -117,9 +108,11 @@ def project(plan: list, teacher: TracedModel, student: TracedModel, images: Iter
     return {key: weights.state[key].to("cpu", copy=True) for key in entries}
 
 
-def check_positions(plan: list) -> None:
-    """Raise InputError if a plan resamples positions: then the teacher cannot see the student's images."""
-    resampled = next((entry.key for entry in plan if entry.resampling is not None), None)
+def check_positions(entries: dict, teacher: nn.Module, student: nn.Module) -> None:
+    """Raise InputError unless the teacher can see the student's images: unless the plan resamples nothing."""
+    if input_size(teacher)[0] != input_size(student)[0]:
+        raise InputError("in_chans: the teacher cannot see images of other channels than its own; select by a rule")
+    resampled = next((key for key, entry in entries.items() if entry.resampling is not None), None)
     if resampled is not None:
         raise InputError(
             f"{resampled}: the teacher's images or patches are of another size than the student's; give the teacher "
@@ -127,15 +120,22 @@ def check_positions(plan: list) -> None:
         )
 
 
-def describer(plan: list, teacher: TracedModel, student: TracedModel, method: str) -> Callable:
-    """A function that says in words how projection makes an entry of the plan. No weights are needed."""
-    up_mapped = {entry.key for entry in plan if entry.source in teacher.symmetries.dense and 1 in entry.parts}
+def describer(plan: list, symmetries: Symmetries, teacher: Anatomy, student: Anatomy, rotate: bool) -> Callable:
+    """A function that says in words how projection makes an entry of a plan. No weights are needed.
+
+    Args:
+        plan: all entries.
+        symmetries: of the teacher.
+        teacher, student: their structures.
+        rotate: whether streams are going to be rotated.
+    """
     entries = {entry.key: entry for entry in plan if entry.role == "selected"}
-    skipped = find_skipped(entries, teacher.structure.layers, student.structure.layers, up_mapped)
+    up_mapped = {key for key, entry in entries.items() if entry.source in symmetries.dense and 1 in entry.parts}
+    skipped = find_skipped(entries, teacher.layers, student.layers, up_mapped)
     treatments = {
-        our: teacher.symmetries.treatment(their, method == "project")
-        for our, their in matched_groups(plan, teacher, student).items()
-        if teacher.size(their) != student.size(our)
+        our: symmetries.treatment(their, rotate)
+        for our, their in paired_groups(entries, teacher, student).items()
+        if teacher.neurons.spaces[their].size != student.neurons.spaces[our].size
     }
 
     def describe(entry) -> str:
@@ -144,7 +144,7 @@ def describer(plan: list, teacher: TracedModel, student: TracedModel, method: st
         words = [] if entry.resampling is None else [entry.resampling.words]
         for dim in entry.parts:
             if not (entry.key in up_mapped and dim == 1):
-                groups = [group for group, _, _ in student.slices(entry.key, dim)]
+                groups = [part.space for part in student.neurons.parts[entry.key][dim]]
                 words += [treatments[group] for group in groups if group in treatments]
         words += ["least-squares read"] * (entry.key in up_mapped)
         if entry.key in skipped:
@@ -179,15 +179,15 @@ def fit_weights(
     student = student.to(next(teacher.parameters())).eval()
     match_geometry(teacher.eval(), student)
     theirs, ours = anatomy(teacher, "teacher"), anatomy(student, "student")
-    plan = plan_selection(theirs, ours, **plan_options)
-    check_positions(plan)
+    entries = {e.key: e for e in plan_selection(theirs, ours, **plan_options) if e.role == "selected"}
+    check_positions(entries, teacher, student)
     if isinstance(calibration, str | Path):
         calibration = Calibration(
             calibration, calibration_images, calibration_size, input_size(student), teacher.pretrained_cfg, seed
         )
     else:
         calibration = check_batches(calibration, input_size(student)[0], calibration_images, calibration_size)
-    return project(plan, TracedModel.of(teacher, theirs), TracedModel.of(student, ours), calibration, method)
+    return project(entries, TracedModel.of(teacher, theirs), TracedModel.of(student, ours), calibration, method)
 
 
 def _has_same_positions(teacher, student):
@@ -205,9 +205,9 @@ def _has_same_positions(teacher, student):
 def _check_size(batch, teacher, student):
     """Raise InputError unless both models take images of this size."""
     height, width = batch.shape[2:]
-    for name, traced in (("student", student), ("teacher", teacher)):
+    for name, model in (("student", student), ("teacher", teacher)):
         check_images(
-            traced.model,
+            model,
             batch[:1],
             f"calibration: the {name} cannot take {height} x {width} pixels; give images of its size, or leave "
             "--calibration_size out",

@@ -12,7 +12,7 @@ from weight_selection.projection.activation_tap import ActivationTap
 from weight_selection.projection.maps import random_down_maps
 from weight_selection.projection.student_weights import StudentWeights
 from weight_selection.projection.symmetries import Symmetries
-from weight_selection.projection.traced_model import TracedModel, matched_groups
+from weight_selection.projection.traced_model import TracedModel, paired_groups
 
 TOLERANCE = 1e-2  # relative; without the symmetry the difference is as large as what is compared
 
@@ -64,7 +64,7 @@ def _is_unchanged(stats, batch, streams, attentions):
     plan = plan_selection(teacher.structure, teacher.structure)
     entries = {entry.key: entry for entry in plan if entry.role == "selected"}
     mixed = TracedModel(copy.deepcopy(teacher.model), teacher.structure, teacher.symmetries)
-    maps = random_down_maps(teacher, matched_groups(plan, teacher, teacher), streams, attentions)
+    maps = random_down_maps(teacher, paired_groups(entries, teacher.structure, teacher.structure), streams, attentions)
     comparison = _Comparison(StudentWeights(entries, mixed, stats, maps))
     with ActivationTap(teacher.model, comparison.record, comparison.record_norm):
         teacher.model(batch)

@@ -1,6 +1,5 @@
 """A model together with what tracing found in it."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -63,13 +62,16 @@ class TracedModel:
         return next(self.model.parameters()).device
 
 
-def matched_groups(plan: Iterable, teacher: TracedModel, student: TracedModel) -> dict:
-    """{number of a student's neuron group: number of the teacher's group that the plan makes it from}."""
+def paired_groups(entries: dict, teacher: Anatomy, student: Anatomy) -> dict:
+    """{number of a student's neuron group: number of the teacher's group that it is made from}.
+
+    Args:
+        entries: {student's key: its entry of the plan}, of the selected tensors.
+    """
     pairs = {}
-    for entry in plan:
-        for dim in entry.parts or ():
-            ours = student.structure.neurons.parts[entry.key][dim]
-            theirs = teacher.structure.neurons.parts[entry.source][dim]
+    for key, entry in entries.items():
+        for dim in entry.parts:
+            ours, theirs = student.neurons.parts[key][dim], teacher.neurons.parts[entry.source][dim]
             for our, their in zip(ours, theirs, strict=True):
                 pairs.setdefault(our.space, their.space)
     return pairs

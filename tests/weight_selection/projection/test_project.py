@@ -54,7 +54,7 @@ def large(name):
 def first_weights(plan, teacher, student, images, method):
     """A student's first weights, from copies of models that are traced already."""
     teacher, student = (TracedModel.of(copy.deepcopy(traced.model), traced.structure) for traced in (teacher, student))
-    return project(plan, teacher, student, images.split(16), method)
+    return project({entry.key: entry for entry in plan}, teacher, student, images.split(16), method)
 
 
 def projected(teacher, student, images, method):

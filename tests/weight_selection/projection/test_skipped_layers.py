@@ -45,6 +45,7 @@ def test_layers_left_out_that_add_a_constant_are_made_up_for(name):
     teacher, student = deep(name)
     traced = [TracedModel.of(model, anatomy(model, name)) for model in (teacher, student)]
     plan = plan_selection(*(model.structure for model in traced), layer_selection="uniform", include_head=True)
+    entries = {entry.key: entry for entry in plan}
     kept = {entry.source for entry in plan}
     for key, value in teacher.state_dict().items():
         if key not in kept and value.ndim > 1:
@@ -52,7 +53,7 @@ def test_layers_left_out_that_add_a_constant_are_made_up_for(name):
     side = None if "img_size" in DEEP[name][1] else 32
     images = images_for(teacher, side=side)
     for near in (False, True):
-        first = project(plan, *traced, [images], "greedy") if near else apply_plan(plan, teacher.state_dict())
+        first = project(entries, *traced, [images], "greedy") if near else apply_plan(plan, teacher.state_dict())
         student.load_state_dict(first)
         with torch.no_grad():
             theirs, ours = (model(images_for(teacher, 3, side)) for model in (teacher, student))
@@ -96,7 +97,13 @@ def test_what_a_layer_writes_for_those_left_out_is_their_ridge_regression():
 @pytest.mark.parametrize(
     ("architecture", "options", "large", "small", "layer"),
     [
-        ("resnet18", SEVEN, {"layers": (1, 4, 1, 1)}, {"layers": (1, 3, 1, 1)}, "layer2.1"),
+        (
+            "resnet18",
+            SEVEN | {"channels": (8, 16, 16, 16)},
+            {"layers": (1, 4, 1, 1)},
+            {"layers": (1, 3, 1, 1)},
+            "layer2.1",
+        ),
         ("swinv2_tiny_window8_256", TINY | {"window_size": 4}, {"depths": (3,)}, {"depths": (2,)}, "layers.0.blocks.0"),
     ],
 )
