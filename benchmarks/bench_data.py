@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Images per second and core of the input pipeline, against timm's transforms and PyTorch's default loader, in one run.
 
-    python benchmarks/data.py
+    python benchmarks/bench_data.py
 
 All work of an image is on one core: reading or decoding, transform, collation, normalisation, up to a batch of float32
 at 224 pixels. Both go through the recipe's training and test transforms, in turns; of each the median. Images are

@@ -3,7 +3,7 @@
 from timm.data import auto_augment, create_transform
 
 from weight_selection.errors import InputError
-from weight_selection.sources.weight_files import normalization
+from weight_selection.sources.teachers import normalization
 
 
 def build_transform(args, train: bool):

@@ -3,8 +3,8 @@
 
 python scripts/calibration_images.py flowers data/ flowers_256/ --count 256
 
-They are drawn at random, the same ones for a seed, and written as they are: OUT/NNNNN.png. Of a data set in class
-folders give --calibration the folder of its training images instead.
+The seed decides which images are drawn. They are written unchanged, as OUT/NNNNN.png. For a data set in class folders
+this is not needed: give --calibration the folder of its training images.
 """
 
 import argparse
@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 from datasets import SOURCES, UNREADABLE
-from weight_selection import CALIBRATION_IMAGES
 from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
 from weight_selection.files import check_directory, new_directory
+from weight_selection.options import CALIBRATION_IMAGES
 from weight_selection.projection.images import draw
 
 

@@ -32,10 +32,9 @@ from training.options import get_args_parser, mixes
 from utils import print_main
 from weight_selection.errors import InputError
 from weight_selection.files import check_writable, sha256, write_json
-from weight_selection.sources.families import CONVNEXT
-from weight_selection.sources.membership import family_by_class
+from weight_selection.sources.architectures import CONVNEXT, declared_architecture
+from weight_selection.sources.initial_weights import find_weights, load_finetune, load_initial
 from weight_selection.sources.timm_models import check_input_size, create_model
-from weight_selection.sources.weight_files import find_weights, load_finetune, load_initial
 
 
 def check_hardware(args, local_rank: int) -> tuple:
@@ -73,7 +72,7 @@ def build_model(args, classes: int) -> nn.Module:
     utils.seed_everything(args.seed)
     kwargs = {"num_classes": classes, "drop_path_rate": args.drop_path, **args.model_kwargs}
     model = create_model(args.model, input_size=args.input_size, device="meta", **kwargs)
-    if family_by_class(model) is CONVNEXT:
+    if declared_architecture(model) is CONVNEXT:
         kwargs.setdefault("ls_init_value", args.layer_scale_init_value)
     elif args.layer_scale_init_value != get_args_parser().get_default("layer_scale_init_value"):
         raise InputError(

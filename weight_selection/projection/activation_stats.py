@@ -81,7 +81,7 @@ class ActivationStats:
             key
             for key in symmetries.dense
             if key not in values
-            and all(symmetries.treatment(part.space, False) == STRONGEST for part in symmetries.slices(key, 1))
+            and all(symmetries.treatment(part.group, False) == STRONGEST for part in symmetries.slices(key, 1))
         }
 
 
@@ -104,8 +104,8 @@ class _BatchRecorder:
         symmetries = self.stats.teacher.symmetries
         slices = symmetries.slices(key, 1) if key in symmetries.dense else ()
         for part in slices:
-            if part.space in self._last_norm:
-                self.stats.norm_of[key] = self._last_norm[part.space]
+            if part.group in self._last_norm:
+                self.stats.norm_of[key] = self._last_norm[part.group]
         if slices:
             self.stats.add_input(key, x)
         return y

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from weight_selection import CALIBRATION_IMAGES, NOISE, check_calibration
 from weight_selection.errors import InputError
 from weight_selection.files import sha256
 from weight_selection.image_files import BadImage, read_image
+from weight_selection.options import CALIBRATION_IMAGES, NOISE
 
 BATCH_SIZE = 16
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
@@ -31,15 +31,12 @@ class Calibration:
         seed: of the draw and of the noise.
 
     Raises:
-        InputError: there is no such directory, it has no images, or it has fewer than ``count``.
+        InputError: the directory has no images, or fewer than ``count``.
     """
 
     def __init__(
         self, source: str | os.PathLike, count: int | None, side: int | None, size: tuple, config: Mapping, seed: int
     ):
-        check_calibration(source, count, side)
-        if seed < 0:
-            raise InputError(f"--seed {seed}: give a number from 0 up")
         self.size = (size[0], side, side) if side else tuple(size)
         self.config, self.seed, self._paths = config, seed, None
         self.count = count or CALIBRATION_IMAGES

@@ -151,7 +151,7 @@ def check_heads(entries: dict, teacher: TracedModel, student: TracedModel) -> No
 
 def _attention_behind(ours: Attention, entries, teacher):
     """The teacher's attention that one of the student's is made from; None if its heads may not be mixed."""
-    source = entries[ours.queries[0]].source if ours.queries[0] in entries else None
+    source = entries[ours.queries[0]].teacher_key if ours.queries[0] in entries else None
     return next((theirs for theirs in teacher.symmetries.attentions.values() if theirs.queries[0] == source), None)
 
 

@@ -9,17 +9,16 @@ student (up_maps.py), and what its layers give in place of layers that it leaves
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+from weight_selection.apply import checked_weight
 from weight_selection.errors import InputError
 from weight_selection.geometry import find_geometry
-from weight_selection.plan import Anatomy, anatomy, checked_weight, plan_selection
+from weight_selection.plan import ModelStructure
 from weight_selection.projection.activation_stats import ActivationStats
-from weight_selection.projection.images import Calibration, check_batches
 from weight_selection.projection.maps import choose_down_maps
 from weight_selection.projection.skipped_layers import SkippedLayers, find_skipped
 from weight_selection.projection.student_weights import StudentWeights
@@ -27,9 +26,9 @@ from weight_selection.projection.symmetries import Symmetries
 from weight_selection.projection.symmetry_check import check_streams, check_symmetries
 from weight_selection.projection.traced_model import TracedModel, paired_groups
 from weight_selection.projection.up_maps import fit_up_maps
-from weight_selection.sources.membership import classifier_pattern
-from weight_selection.sources.timm_models import check_images
-from weight_selection.tracing.tracer import first_convolutions, input_size
+from weight_selection.report import role_words
+from weight_selection.sources.architectures import classifier_pattern
+from weight_selection.sources.timm_models import check_images, first_convolutions, input_size
 
 
 def load_teacher(teacher: nn.Module, weights: Mapping, option: str, include_head: bool = False) -> None:
@@ -120,7 +119,9 @@ def check_positions(entries: dict, teacher: nn.Module, student: nn.Module) -> No
         )
 
 
-def describer(plan: list, symmetries: Symmetries, teacher: Anatomy, student: Anatomy, rotate: bool) -> Callable:
+def describer(
+    plan: list, symmetries: Symmetries, teacher: ModelStructure, student: ModelStructure, rotate: bool
+) -> Callable:
     """A function that says in words how projection makes an entry of a plan. No weights are needed.
 
     Args:
@@ -130,21 +131,21 @@ def describer(plan: list, symmetries: Symmetries, teacher: Anatomy, student: Ana
         rotate: whether streams are going to be rotated.
     """
     entries = {entry.key: entry for entry in plan if entry.role == "selected"}
-    up_mapped = {key for key, entry in entries.items() if entry.source in symmetries.dense and 1 in entry.parts}
+    up_mapped = {key for key, entry in entries.items() if entry.teacher_key in symmetries.dense and 1 in entry.slices}
     skipped = find_skipped(entries, teacher.layers, student.layers, up_mapped)
     treatments = {
         our: symmetries.treatment(their, rotate)
         for our, their in paired_groups(entries, teacher, student).items()
-        if teacher.neurons.spaces[their].size != student.neurons.spaces[our].size
+        if teacher.neurons.groups[their].size != student.neurons.groups[our].size
     }
 
     def describe(entry) -> str:
         if entry.role != "selected":
-            return entry.describe("")
+            return role_words(entry)
         words = [] if entry.resampling is None else [entry.resampling.words]
-        for dim in entry.parts:
+        for dim in entry.slices:
             if not (entry.key in up_mapped and dim == 1):
-                groups = [part.space for part in student.neurons.parts[entry.key][dim]]
+                groups = [part.group for part in student.neurons.slices[entry.key][dim]]
                 words += [treatments[group] for group in groups if group in treatments]
         words += ["least-squares read"] * (entry.key in up_mapped)
         if entry.key in skipped:
@@ -154,52 +155,17 @@ def describer(plan: list, symmetries: Symmetries, teacher: Anatomy, student: Ana
     return describe
 
 
-def fit_weights(
-    teacher: nn.Module,
-    student: nn.Module,
-    *,
-    method: str,
-    calibration,
-    calibration_images: int | None = None,
-    calibration_size: int | None = None,
-    seed: int = 0,
-    **plan_options,
-) -> dict:
-    """Trace both models, plan, and project.
-
-    Args:
-        teacher: with its weights, on the device to work on; it may be brought to the student's geometry.
-        student: its weights are replaced.
-        calibration: a source of ``Calibration``, or a ``Calibration``, or images as ``check_batches`` takes them.
-        calibration_images, calibration_size, seed: of ``Calibration``.
-        **plan_options: of ``plan_selection``.
-
-    Returns, Raises: as ``project``.
-    """
-    student = student.to(next(teacher.parameters())).eval()
-    match_geometry(teacher.eval(), student)
-    theirs, ours = anatomy(teacher, "teacher"), anatomy(student, "student")
-    entries = {e.key: e for e in plan_selection(theirs, ours, **plan_options) if e.role == "selected"}
-    check_positions(entries, teacher, student)
-    if isinstance(calibration, str | Path):
-        calibration = Calibration(
-            calibration, calibration_images, calibration_size, input_size(student), teacher.pretrained_cfg, seed
-        )
-    else:
-        calibration = check_batches(calibration, input_size(student)[0], calibration_images, calibration_size)
-    return project(entries, TracedModel.of(teacher, theirs), TracedModel.of(student, ours), calibration, method)
-
-
 def _has_same_positions(teacher, student):
     """Whether the teacher's position embeddings, windows and patches are of the student's size."""
-    theirs, ours = find_geometry(teacher), find_geometry(student)
+    convolutions = [first_convolutions(model) for model in (teacher, student)]
+    theirs, ours = map(find_geometry, (teacher, student), convolutions)
     embedded = all(isinstance(getattr(model, "pos_embed", None), torch.Tensor) for model in (teacher, student))
     if embedded and theirs.grid != ours.grid:
         return False
     if any(theirs.windows.get(key, window) != window for key, window in ours.windows.items()):
         return False
-    kernels = [{key: c.kernel_size for key, c in first_convolutions(model).items()} for model in (teacher, student)]
-    return all(kernels[0].get(key, size) == size for key, size in kernels[1].items())
+    first, second = ({key: c.kernel_size for key, c in found.items()} for found in convolutions)
+    return all(first.get(key, size) == size for key, size in second.items())
 
 
 def _check_size(batch, teacher, student):

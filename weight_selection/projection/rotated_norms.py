@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from weight_selection.plan import Entry
+from weight_selection.plan import PlanEntry
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.maps import DownMaps
 from weight_selection.projection.symmetries import bias_of, weight_of
@@ -20,7 +20,7 @@ def fold_layer_scales(entries: dict, student: TracedModel, stats: ActivationStat
         (the teacher's weights, {key of a dense weight: the LayerScale that it has taken over}).
     """
     weights, folded = stats.teacher.model.state_dict(), {}
-    in_stream = {entry.source for key, entry in entries.items() if student.group_of(key) in maps.rotated}
+    in_stream = {entry.teacher_key for key, entry in entries.items() if student.group_of(key) in maps.rotated}
     for scale, dense in stats.scaled.items():
         if scale not in in_stream:
             continue
@@ -60,27 +60,27 @@ class RotatedNorms:
 
     def covers(self, key: str) -> bool:
         """Whether a student's tensor is of a norm or a LayerScale in a rotated stream."""
-        scales = self.entries[key].source in self.stats.scaled or self.student.symmetries.is_norm(key)
+        scales = self.entries[key].teacher_key in self.stats.scaled or self.student.symmetries.is_norm(key)
         return scales and self.student.group_of(key) in self.maps.rotated
 
     def value(self, key: str) -> Tensor:
         """The value of a tensor that this class covers."""
         entry, group = self.entries[key], self.student.group_of(key)
-        gain, is_shift = weight_of(entry.source), entry.source.endswith("bias")
+        gain, is_shift = weight_of(entry.teacher_key), entry.teacher_key.endswith("bias")
         if gain in self.stats.early:
             return self._in_the_stream(group, gain)[1 + is_shift]
         if gain in self.stats.normalised and gain not in self.taken_over:
             return self.maps.of[group] @ self.shift(gain) if is_shift else self._mean_gain(group, gain)
         return torch.full(entry.shape, float(not is_shift), device=self.stats.teacher.device)
 
-    def map_before(self, entry: Entry, group: int) -> Tensor | None:
+    def map_before(self, entry: PlanEntry, group: int) -> Tensor | None:
         """The down map of (8), for what is given to a rotated stream before a norm in the stream itself; or None."""
         if group not in self.maps.rotated:
             return None
-        norms = [self.entries[key].source for key in self.student.symmetries.norms(group) if key in self.entries]
+        norms = [self.entries[key].teacher_key for key in self.student.symmetries.norms(group) if key in self.entries]
         embedding = not self.student.symmetries.is_of_dense(entry.key)
         for gain, before in self.stats.early.items():
-            if gain in norms and (embedding or weight_of(entry.source) in before):
+            if gain in norms and (embedding or weight_of(entry.teacher_key) in before):
                 return self._in_the_stream(group, gain)[0]
         return None
 

@@ -68,8 +68,8 @@ def find_skipped(entries: dict, teacher: Layers, student: Layers, up_mapped: Ite
     """
     kept, ends = {}, {}
     for key, entry in entries.items():
-        for (start, end), (_, ours) in zip(teacher.spans[entry.source], student.spans[key], strict=True):
-            container, number = entry.source[:start], int(entry.source[start:end])
+        for (start, end), (_, ours) in zip(teacher.spans[entry.teacher_key], student.spans[key], strict=True):
+            container, number = entry.teacher_key[:start], int(entry.teacher_key[start:end])
             kept.setdefault(container, set()).add(number)
             if key in up_mapped:
                 ends[key[:ours]] = key, container, number
@@ -78,7 +78,7 @@ def find_skipped(entries: dict, teacher: Layers, student: Layers, up_mapped: Ite
         after = [other for other in kept[container] if other > number]
         missing = [n for n in teacher.containers[container] if number < n < min(after, default=0)]
         if missing:
-            skipped[key] = Skipped(entries[key].source, f"{container}{number}", f"{container}{max(missing)}")
+            skipped[key] = Skipped(entries[key].teacher_key, f"{container}{number}", f"{container}{max(missing)}")
     return skipped
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from weight_selection.plan import Entry
+from weight_selection.plan import PlanEntry
 from weight_selection.projection import equations
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.maps import DownMaps
@@ -30,7 +30,7 @@ class StudentWeights:
         self.teacher = stats.teacher
         self.state = student.model.state_dict()
         self.weights, self._folded = fold_layer_scales(entries, student, stats, maps)
-        up_mapped = [entry.source for key, entry in entries.items() if self._has_up_map(key)]
+        up_mapped = [entry.teacher_key for key, entry in entries.items() if self._has_up_map(key)]
         taken_over = {stats.norm_of[source] for source in up_mapped if source in stats.norm_of}
         self._norms = RotatedNorms(entries, student, stats, maps, self.weights, taken_over)
         self.rows, self.priors = {}, {}
@@ -64,14 +64,14 @@ class StudentWeights:
         for name, (outputs, _) in biases.items():
             self.state[name] += added[outputs, -1]
 
-    def map_output(self, entry: Entry, y: Tensor) -> Tensor:
+    def map_output(self, entry: PlanEntry, y: Tensor) -> Tensor:
         """Q y: what the student's layer should give where the teacher's gives y."""
-        convolution = len(entry.source_shape) > 2
-        if entry.source in self._folded:
-            scale = self._folded[entry.source]
+        convolution = len(entry.teacher_shape) > 2
+        if entry.teacher_key in self._folded:
+            scale = self._folded[entry.teacher_key]
             y = y * (scale.view(-1, 1, 1) if convolution else scale)
         y = self._map_down(entry, 0, y, 1 if convolution else y.ndim - 1)
-        if len(entry.source_shape) != len(entry.shape):  # a linear layer for a 1x1 convolution or the reverse
+        if len(entry.teacher_shape) != len(entry.shape):  # a linear layer for a 1x1 convolution or the reverse
             y = y.movedim(1, -1) if convolution else y.movedim(-1, 1)
         return y
 
@@ -84,35 +84,35 @@ class StudentWeights:
         """Whether a dense layer of the student, if nothing is lost, gives outputs of the teacher's unmixed."""
         if key not in self.entries or len(self._shifts.get(key, ())) > 1:  # what a bias would add to keys is lost
             return False
-        slices = self.student.slices(key, 0) if 0 in self.entries[key].parts else ()
+        slices = self.student.slices(key, 0) if 0 in self.entries[key].slices else ()
         return all(self.maps.get(group, nth).ndim == 1 for group, nth, _ in slices)
 
     def _has_up_map(self, key):
         """Whether a tensor is the weight of a dense layer whose inputs the teacher showed."""
         entry = self.entries[key]
-        return 1 in entry.parts and key in self.student.symmetries.dense and entry.source in self.stats.moments
+        return 1 in entry.slices and key in self.student.symmetries.dense and entry.teacher_key in self.stats.moments
 
     def _convert(self, key, entry):
         """Give a tensor its value; of a dense weight with an up map, prepare it."""
         if self._norms.covers(key):
             self.state[key].copy_(self._norms.value(key).reshape(entry.shape))
             return
-        weight, has_up_map = self.weights[entry.source], self._has_up_map(key)
-        for dim in entry.parts:
+        weight, has_up_map = self.weights[entry.teacher_key], self._has_up_map(key)
+        for dim in entry.slices:
             if not (has_up_map and dim == 1):
                 weight = self._map_down(entry, dim, weight, dim)
         if has_up_map:
-            self.rows[key] = weight.reshape(entry.shape[0], entry.source_shape[1], *entry.shape[2:])
+            self.rows[key] = weight.reshape(entry.shape[0], entry.teacher_shape[1], *entry.shape[2:])
             self.priors[key] = self._prior(entry)
         else:
             self.state[key].copy_(weight.reshape(entry.shape))
 
     def _map_down(self, entry, dim, x, axis):
         """Q x along ``axis`` of x, which holds the teacher's neurons of dimension ``dim`` of a tensor."""
-        if dim not in entry.parts:
+        if dim not in entry.slices:
             return x
         out = x.new_zeros(*x.shape[:axis], entry.shape[dim], *x.shape[axis + 1 :])
-        pairs = zip(self.student.slices(entry.key, dim), self.teacher.slices(entry.source, dim), strict=True)
+        pairs = zip(self.student.slices(entry.key, dim), self.teacher.slices(entry.teacher_key, dim), strict=True)
         for (group, nth, ours), (_, _, theirs) in pairs:
             down = self._norms.map_before(entry, group)
             down = self.maps.get(group, nth) if down is None else down
@@ -130,8 +130,8 @@ class StudentWeights:
         Kept neurons are restored as they are. Of a rotated stream n = sqrt(D r / d) U E' LN(s), with r the share of the
         energy of n that is kept.                                                                                   (9)
         """
-        prior = torch.zeros(entry.source_shape[1], entry.shape[1] + 1, dtype=torch.float64, device=self.teacher.device)
-        pairs = zip(self.student.slices(entry.key, 1), self.teacher.slices(entry.source, 1), strict=True)
+        prior = torch.zeros(entry.teacher_shape[1], entry.shape[1] + 1, dtype=torch.float64, device=self.teacher.device)
+        pairs = zip(self.student.slices(entry.key, 1), self.teacher.slices(entry.teacher_key, 1), strict=True)
         for (group, nth, ours), (_, _, theirs) in pairs:
             down = self.maps.get(group, nth)
             if down.ndim == 1:
@@ -139,7 +139,7 @@ class StudentWeights:
             elif group not in self.maps.rotated:
                 prior[theirs[:, None], ours] = torch.linalg.pinv(down)
             else:
-                gain = self.stats.norm_of[entry.source]
+                gain = self.stats.norm_of[entry.teacher_key]
                 moments = self.stats.normalised[gain].mean[:-1, :-1]
                 kept = ((down @ moments) * down).sum() / len(down)  # D r / d, since the trace of C is D
                 prior[theirs[:, None], ours] = self.weights[gain].double()[:, None] * down.T * kept.sqrt()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
-from weight_selection.tracing.groups import Neurons
+from weight_selection.tracing.groups import ModelGroups
 
 # What is done with a group of neurons.
 ROTATED = "rotated"  # rotated, then cut: a residual stream
@@ -68,7 +68,7 @@ class Symmetries:
         attentions: {name of the module: ``Attention``}, of the attentions whose heads may be mixed.
     """
 
-    def __init__(self, model: nn.Module, neurons: Neurons):
+    def __init__(self, model: nn.Module, neurons: ModelGroups):
         self.neurons = neurons
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.dense = {
@@ -77,17 +77,17 @@ class Symmetries:
             if isinstance(module, (nn.Linear, nn.Conv2d)) and getattr(module, "groups", 1) == 1
         }
         self.uses = {}
-        for key, dims in neurons.parts.items():
+        for key, dims in neurons.slices.items():
             for dim, slices in enumerate(dims):
                 for number, part in enumerate(slices or ()):
-                    self.uses.setdefault(part.space, []).append((key, dim, number))
+                    self.uses.setdefault(part.group, []).append((key, dim, number))
         self._inside = set()  # groups that only one attention module uses
         self.attentions = {}
         self._find_attentions()
 
     def slices(self, key: str, dim: int) -> tuple:
         """The slices of a dimension of a tensor; none if it holds positions."""
-        return self.neurons.parts[key][dim] or ()
+        return self.neurons.slices[key][dim] or ()
 
     def readers(self, group: int) -> list:
         """Keys of the dense layers that take these neurons."""
@@ -111,18 +111,18 @@ class Symmetries:
         Some fused layers have biases for queries and values, but none for keys. What a bias would add to the keys is
         then lost. Softmax ignores it, exactly so unless keys are normalised or rotated.
         """
-        if bias_of(key) in self.neurons.parts:
+        if bias_of(key) in self.neurons.slices:
             return {bias_of(key): slice(None)}
         module, third = key.removesuffix("qkv.weight"), len(self.dense[key].weight) // 3
         apart = {f"{module}q_bias": slice(third), f"{module}v_bias": slice(2 * third, None)}
-        return apart if key.endswith("qkv.weight") and apart.keys() <= self.neurons.parts.keys() else {}
+        return apart if key.endswith("qkv.weight") and apart.keys() <= self.neurons.slices.keys() else {}
 
     def treatment(self, group: int, rotate: bool) -> str:
         """What to do with a neuron group: one of the constants above. ``rotate``: streams that can be are rotated."""
         if any(group in (attention.query_group, attention.value_group) for attention in self.attentions.values()):
             return HEADS
         readers = self.readers(group)
-        if group in self._inside or len(self.neurons.spaces[group].factors) > 1 or not readers:
+        if group in self._inside or len(self.neurons.groups[group].block_shape) > 1 or not readers:
             return UNIFORM
         if len(readers) == 1 and not self.norms(group):
             return STRONGEST
@@ -139,7 +139,7 @@ class Symmetries:
         for key, dim, _ in self.uses[group]:
             module = self._module_of(key)
             if isinstance(module, nn.LayerNorm):
-                if len(self.neurons.parts[key][dim]) > 1:
+                if len(self.neurons.slices[key][dim]) > 1:
                     return f"{key} normalises it together with others"
             elif key in self.dense and dim == 1 and not self.biases(key):
                 return f"{key} has no bias to take over what the layer normalisation before it shifts"
@@ -183,7 +183,7 @@ class Symmetries:
         """The ``Attention`` of a module, from the groups that only it uses; None if its heads may not be mixed."""
         products, values, per_head = [], [], []
         for group in sorted(inside):
-            size = self.neurons.spaces[group].size
+            size = self.neurons.groups[group].size
             uses = [use for use in self.uses[group] if use[0] in self.dense]
             dims = [dim for _, dim, _ in uses]
             if size == heads:
@@ -199,9 +199,9 @@ class Symmetries:
         if len(products) != 1 or len(values) != 1:
             return None
         (query_group, (queries, keys)), (value_group, (given, out)) = products[0], values[0]
-        if any(fixed for group in (query_group, value_group) for fixed in self.neurons.spaces[group].fixed[1:]):
+        if any(fixed for group in (query_group, value_group) for fixed in self.neurons.groups[group].fixed[1:]):
             return None  # rotary embeddings, or other constants inside a head
-        if len(self.neurons.spaces[query_group].factors) > 1 and not per_head:
+        if len(self.neurons.groups[query_group].block_shape) > 1 and not per_head:
             return None  # the heads meet a table outside of the module, which all blocks share
         places = [(key, number) for key, _, number in (queries, keys, given)]
         return Attention(name, heads, *places, query_group, value_group, out[0], tuple(per_head))

@@ -6,6 +6,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from weight_selection.errors import InputError
+from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.activation_tap import ActivationTap
@@ -61,8 +62,7 @@ def check_symmetries(stats: ActivationStats, student: TracedModel, batch: Tensor
 def _is_unchanged(stats, batch, streams, attentions):
     """Whether the dense layers of a copy of the teacher, with streams rotated and heads mixed, give what they gave."""
     teacher = stats.teacher
-    plan = plan_selection(teacher.structure, teacher.structure)
-    entries = {entry.key: entry for entry in plan if entry.role == "selected"}
+    entries = plan_selection(teacher.structure, teacher.structure, SelectionOptions()).selected
     mixed = TracedModel(copy.deepcopy(teacher.model), teacher.structure, teacher.symmetries)
     maps = random_down_maps(teacher, paired_groups(entries, teacher.structure, teacher.structure), streams, attentions)
     comparison = _Comparison(StudentWeights(entries, mixed, stats, maps))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from weight_selection.plan import Anatomy
+from weight_selection.plan import ModelStructure
 from weight_selection.projection.symmetries import Symmetries
 
 
@@ -20,11 +20,11 @@ class TracedModel:
     """
 
     model: nn.Module
-    structure: Anatomy
+    structure: ModelStructure
     symmetries: Symmetries
 
     @classmethod
-    def of(cls, model: nn.Module, structure: Anatomy) -> "TracedModel":
+    def of(cls, model: nn.Module, structure: ModelStructure) -> "TracedModel":
         """A model whose structure is known already; nothing is traced again."""
         return cls(model, structure, Symmetries(model, structure.neurons))
 
@@ -35,9 +35,9 @@ class TracedModel:
             [(number of the neuron group, how many slices of that group came before in this dimension, indices (n,))].
         """
         seen, found = {}, []
-        for part in self.structure.neurons.parts[key][dim]:
-            nth = seen[part.space] = seen.get(part.space, -1) + 1
-            found.append((part.space, nth, torch.from_numpy(part.indices.reshape(-1)).to(self.device)))
+        for part in self.structure.neurons.slices[key][dim]:
+            nth = seen[part.group] = seen.get(part.group, -1) + 1
+            found.append((part.group, nth, torch.from_numpy(part.indices.reshape(-1)).to(self.device)))
         return found
 
     def indices(self, key: str, dim: int, group: int) -> torch.Tensor:
@@ -46,23 +46,23 @@ class TracedModel:
 
     def group_of(self, key: str) -> int | None:
         """The neuron group of a tensor's last dimension (of a norm or a LayerScale, say); None if it has several."""
-        dims = self.structure.neurons.parts[key]
-        return dims[-1][0].space if dims and dims[-1] is not None and len(dims[-1]) == 1 else None
+        dims = self.structure.neurons.slices[key]
+        return dims[-1][0].group if dims and dims[-1] is not None and len(dims[-1]) == 1 else None
 
     def size(self, group: int) -> int:
         """Number of neurons in a group."""
-        return self.structure.neurons.spaces[group].size
+        return self.structure.neurons.groups[group].size
 
     def block_shape(self, group: int) -> tuple:
         """Sizes of the blocks in which a group's neurons come."""
-        return self.structure.neurons.spaces[group].factors
+        return self.structure.neurons.groups[group].block_shape
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
 
-def paired_groups(entries: dict, teacher: Anatomy, student: Anatomy) -> dict:
+def paired_groups(entries: dict, teacher: ModelStructure, student: ModelStructure) -> dict:
     """{number of a student's neuron group: number of the teacher's group that it is made from}.
 
     Args:
@@ -70,8 +70,8 @@ def paired_groups(entries: dict, teacher: Anatomy, student: Anatomy) -> dict:
     """
     pairs = {}
     for key, entry in entries.items():
-        for dim in entry.parts:
-            ours, theirs = student.neurons.parts[key][dim], teacher.neurons.parts[entry.source][dim]
+        for dim in entry.slices:
+            ours, theirs = student.neurons.slices[key][dim], teacher.neurons.slices[entry.teacher_key][dim]
             for our, their in zip(ours, theirs, strict=True):
-                pairs.setdefault(our.space, their.space)
+                pairs.setdefault(our.group, their.group)
     return pairs

@@ -35,7 +35,7 @@ class _SecondPass:
         self.weights, self.skipped = weights, skipped
         self.across, self.own = ({key: Moments() for key in weights.rows} for _ in range(2))
         self.left_out = {key: Moments() for key in skipped.bridged}
-        self._sources = {entry.source for entry in weights.entries.values()}
+        self._sources = {entry.teacher_key for entry in weights.entries.values()}
         self._taught = {}  # of a batch: {key of the teacher's dense weight: [(input, output) of each time that it ran]}
         self._layer_outputs = {}  # of a batch: {name of a layer of the teacher's: output}
 
@@ -64,15 +64,15 @@ class _SecondPass:
 
     def _replace(self, key, z, y):
         entry = self.weights.entries.get(key)
-        if entry is None or not self._taught.get(entry.source):
+        if entry is None or not self._taught.get(entry.teacher_key):
             return y
-        x, theirs = self._taught[entry.source].pop(0)
+        x, theirs = self._taught[entry.teacher_key].pop(0)
         target = self.weights.map_output(entry, theirs)
         if target.shape != y.shape:  # the layer works along another axis than that of its neurons, such as tokens
             return y
         z = vectors(z, len(entry.shape))
         if key in self.own:
-            self.across[key].add(vectors(x, len(entry.source_shape)), z)
+            self.across[key].add(vectors(x, len(entry.teacher_shape)), z)
             self.own[key].add(z, z)
         if key in self.left_out:
             added = self.weights.map_output(entry, self.skipped.missing(key, self._layer_outputs, theirs))

@@ -12,8 +12,10 @@ from timm.layers import StdConv2d
 from architectures import MODELS, lively, models, reads
 from helpers import images_for, random
 from weight_selection import select_weights
+from weight_selection.apply import apply_plan
 from weight_selection.errors import InputError
-from weight_selection.plan import anatomy, apply_plan, plan_selection
+from weight_selection.options import SelectionOptions
+from weight_selection.plan import plan_selection, structure_of
 from weight_selection.projection import equations
 from weight_selection.projection.project import project
 from weight_selection.projection.symmetries import HEADS, Symmetries
@@ -41,7 +43,7 @@ SMALL_IMAGES = {name: 32 for name in MODELS if "img_size" not in MODELS[name][1]
 @cache
 def structures(name):
     """Both models of a pair, traced once for all tests."""
-    return [anatomy(model, name) for model in models(name)]
+    return [structure_of(model, name) for model in models(name)]
 
 
 @cache
@@ -54,12 +56,12 @@ def large(name):
 def first_weights(plan, teacher, student, images, method):
     """A student's first weights, from copies of models that are traced already."""
     teacher, student = (TracedModel.of(copy.deepcopy(traced.model), traced.structure) for traced in (teacher, student))
-    return project({entry.key: entry for entry in plan}, teacher, student, images.split(16), method)
+    return project(plan.selected, teacher, student, images.split(16), method)
 
 
 def projected(teacher, student, images, method):
     """A copy of the student's model with the weights that projection gives it."""
-    plan = plan_selection(teacher.structure, student.structure, include_head=True)
+    plan = plan_selection(teacher.structure, student.structure, SelectionOptions(include_head=True))
     first = first_weights(plan, teacher, student, images, method)
     found = copy.deepcopy(student.model)
     for parameter in found.parameters():
@@ -101,15 +103,16 @@ def disguised(plan, teacher, whole, student):
     symmetries = Symmetries(teacher, whole.neurons)
     state = {key: torch.zeros_like(value) for key, value in teacher.state_dict().items()}
     weights = student.state_dict()
-    for entry in plan:
+    for entry in plan.entries:
         value = weights[entry.key]
-        for dim, size in enumerate(entry.source_shape):
+        for dim, size in enumerate(entry.teacher_shape):
             origin, alive = np.arange(size), np.ones(size, bool)
-            spaces = [part.space for part in whole.neurons.parts[entry.source][dim] or ()]
-            for (theirs, ours), space in zip((entry.parts or {}).get(dim, ()), spaces, strict=False):
+            groups = [part.group for part in whole.neurons.slices[entry.teacher_key][dim] or ()]
+            for pair, group in zip(entry.slices.get(dim, ()), groups, strict=False):
+                theirs, ours = pair.teacher, pair.student
                 times = [t // s for t, s in zip(theirs.shape, ours.shape, strict=True)]
                 axes = [np.arange(t) for t in theirs.shape]
-                if symmetries.treatment(space, False) == HEADS:
+                if symmetries.treatment(group, False) == HEADS:
                     places = [axis % s for axis, s in zip(axes, ours.shape, strict=True)]
                     first = [axis < s for axis, s in zip(axes, ours.shape, strict=True)]
                 else:
@@ -118,9 +121,9 @@ def disguised(plan, teacher, whole, student):
                 origin[theirs] = ours[np.ix_(*places)]
                 alive[theirs] = np.all(np.meshgrid(*first, indexing="ij"), axis=0)
             value = value.index_select(dim, torch.from_numpy(origin))
-            if dim == reads(teacher, entry.source):
+            if dim == reads(teacher, entry.teacher_key):
                 value = value * torch.from_numpy(alive).view([-1 if d == dim else 1 for d in range(value.ndim)])
-        state[entry.source] = value
+        state[entry.teacher_key] = value
     return state
 
 
@@ -140,7 +143,7 @@ def test_a_teacher_that_uses_only_a_part_of_its_neurons_is_recovered(method, nam
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-12  # a part of the variance of another size
     whole, small = structures(name)
-    plan = plan_selection(whole, small, include_head=True)
+    plan = plan_selection(whole, small, SelectionOptions(include_head=True))
     teacher.double().eval().load_state_dict(disguised(plan, teacher, whole, student))
     images = images_for(student, 24, SMALL_IMAGES.get(name))
     with torch.no_grad():
@@ -277,7 +280,7 @@ def test_weights_that_are_computed_shared_modules_and_tables_of_all_blocks_stay_
     if "srelpos" in name:  # the table of all blocks has one element per head, and blocks keep the same heads
         large, small = (model.shared_rel_pos.mlp.fc2.weight for model in (teacher, student))
         assert [(row == large[:, 0]).nonzero().item() for row in small[:, 0]] == [0, 2, 4, 6]
-        symmetries = Symmetries(teacher, anatomy(teacher, "teacher").neurons)
+        symmetries = Symmetries(teacher, structure_of(teacher, "teacher").neurons)
         assert not symmetries.attentions, "these heads are chosen apart from their table"
     with pytest.raises(InputError, match="choose greedy"):
         select_weights(teacher, student, element_selection="project", calibration=images)
@@ -337,8 +340,8 @@ def test_projected_weights_are_nearer_to_the_teacher_than_selected_ones(kind):
     if kind == "other images":
         seen.set_input_size(img_size=32)
     layers = {"layer_selection": "uniform", "include_head": True}  # 0, 2, 4 of five
-    traced = [TracedModel.of(model, anatomy(model, kind)) for model in (seen, student)]
-    plan = plan_selection(*(model.structure for model in traced), **layers)
+    traced = [TracedModel.of(model, structure_of(model, kind)) for model in (seen, student)]
+    plan = plan_selection(*(model.structure for model in traced), SelectionOptions(**layers))
     plain = closeness(seen, student, apply_plan(plan, seen.state_dict()), images)
     for method in ("project", "greedy") if kind != "fewer layers" else ("greedy",):
         given = select_weights(teacher, student, element_selection=method, calibration=images, **layers)

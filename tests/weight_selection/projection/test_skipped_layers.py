@@ -8,8 +8,10 @@ import torch
 from architectures import SWIN_SIZES, TINY, VIT_SIZES, lively
 from helpers import images_for
 from weight_selection import select_weights
+from weight_selection.apply import apply_plan
 from weight_selection.cli import main as select_main
-from weight_selection.plan import anatomy, apply_plan, plan_selection
+from weight_selection.options import SelectionOptions
+from weight_selection.plan import plan_selection, structure_of
 from weight_selection.projection import equations
 from weight_selection.projection.project import project
 from weight_selection.projection.traced_model import TracedModel
@@ -43,17 +45,17 @@ def deep(name):
 @pytest.mark.parametrize("name", DEEP)
 def test_layers_left_out_that_add_a_constant_are_made_up_for(name):
     teacher, student = deep(name)
-    traced = [TracedModel.of(model, anatomy(model, name)) for model in (teacher, student)]
-    plan = plan_selection(*(model.structure for model in traced), layer_selection="uniform", include_head=True)
-    entries = {entry.key: entry for entry in plan}
-    kept = {entry.source for entry in plan}
+    traced = [TracedModel.of(model, structure_of(model, name)) for model in (teacher, student)]
+    options = SelectionOptions(layer_selection="uniform", include_head=True)
+    plan = plan_selection(*(model.structure for model in traced), options)
+    kept = {entry.teacher_key for entry in plan.entries}
     for key, value in teacher.state_dict().items():
         if key not in kept and value.ndim > 1:
             value.zero_()
     side = None if "img_size" in DEEP[name][1] else 32
     images = images_for(teacher, side=side)
     for near in (False, True):
-        first = project(entries, *traced, [images], "greedy") if near else apply_plan(plan, teacher.state_dict())
+        first = project(plan.selected, *traced, [images], "greedy") if near else apply_plan(plan, teacher.state_dict())
         student.load_state_dict(first)
         with torch.no_grad():
             theirs, ours = (model(images_for(teacher, 3, side)) for model in (teacher, student))

@@ -10,7 +10,7 @@ from architectures import lively, models
 from helpers import images_for, meta
 from weight_selection import select_weights
 from weight_selection.errors import InputError
-from weight_selection.plan import anatomy
+from weight_selection.plan import structure_of
 from weight_selection.projection import equations
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.symmetries import ROTATED, UNIFORM, Symmetries
@@ -22,17 +22,17 @@ from weight_selection.sources.timm_models import create_model
 @cache
 def symmetries_of(name):
     model = meta(name)
-    return Symmetries(model, anatomy(model, name).neurons)
+    return Symmetries(model, structure_of(model, name).neurons)
 
 
 def test_treatments_follow_from_what_touches_the_neurons():
     symmetries = symmetries_of("vit_tiny")
     assert [attention.heads for attention in symmetries.attentions.values()] == [3] * 12
-    assert symmetries.treatment(symmetries.slices("cls_token", 2)[0].space, True) == ROTATED
-    assert symmetries.treatment(symmetries.slices("blocks.0.mlp.fc2.weight", 1)[0].space, True) == "strongest"
+    assert symmetries.treatment(symmetries.slices("cls_token", 2)[0].group, True) == ROTATED
+    assert symmetries.treatment(symmetries.slices("blocks.0.mlp.fc2.weight", 1)[0].group, True) == "strongest"
     rotary = symmetries_of("vit_small_patch16_dinov3")
     assert not rotary.attentions
-    assert rotary.treatment(rotary.slices("blocks.0.attn.qkv.weight", 0)[0].space, True) == UNIFORM
+    assert rotary.treatment(rotary.slices("blocks.0.attn.qkv.weight", 0)[0].group, True) == UNIFORM
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_heads_that_are_not_free_are_selected_uniformly_which_is_said(capsys):
 def test_a_survey_has_the_moments_of_what_every_layer_takes(batch):
     model = lively(create_model("test_vit", num_classes=7))
     images = images_for(model, 5)
-    traced = TracedModel.of(model, anatomy(model, "teacher"))
+    traced = TracedModel.of(model, structure_of(model, "teacher"))
     with torch.no_grad():
         stats = ActivationStats(traced, images.split(batch))
         taken = {}
