@@ -197,7 +197,7 @@ def test_without_a_part_other_weights_come_out_and_afterwards_the_same_as_ever(a
 
 
 def test_a_dry_run_says_what_is_done_and_needs_no_images(cli, command, tmp_path, capsys):
-    words = [str(word) for word in command(tmp_path, "--element_selection", "project", "--dry_run")]
+    words = [str(word) for word in command(tmp_path, "--element_selection", "project", "--dry_run", "--verbose")]
     without = words[: words.index("--calibration")] + words[words.index("--calibration_images") + 2 :]
     assert cli(select_main, *without) is None
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}

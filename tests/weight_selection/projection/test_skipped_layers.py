@@ -65,7 +65,7 @@ def test_layers_left_out_that_add_a_constant_are_made_up_for(name):
 def test_a_dry_run_names_the_layers_that_are_written_for(cli, capsys):
     kwargs = " ".join(f"{key}={value}" for key, value in TINY.items())
     pair = f"--pretrained_model vit_tiny --teacher_kwargs depth=4 {kwargs} --student vit_tiny --student_kwargs depth=2"
-    words = f"{pair} {kwargs} --output_dir none --element_selection greedy --dry_run".split()
+    words = f"{pair} {kwargs} --output_dir none --element_selection greedy --dry_run --verbose".split()
     for layers, expected in (("first_n", []), ("uniform", ["blocks.0.mlp.fc2.weight"])):
         assert cli(select_main, *words, "--layer_selection", layers) is None
         lines = [line for line in capsys.readouterr().out.splitlines() if "writes for" in line]
