@@ -241,13 +241,13 @@ def test_projection_asks_for_images(cli, command, tmp_path):
     words = [str(word) for word in command(tmp_path, "--element_selection", "greedy")]
     words = words[: words.index("--calibration")] + words[words.index("--calibration_images") + 2 :]
     assert cli(select_main, *words).startswith("--calibration is missing: --element_selection greedy needs")
-    with pytest.raises(InputError, match="calibration is missing: a directory of images, batches of images, or noise"):
+    with pytest.raises(InputError, match="calibration is missing: element_selection=greedy needs a directory of images"):
         select_weights(*models("vit"), element_selection="greedy")
-    with pytest.raises(InputError, match="--exclude mlp: greedy fits layers"):
+    with pytest.raises(InputError, match="exclude=mlp: greedy fits layers"):
         select_weights(*models("vit"), element_selection="greedy", calibration="noise", exclude=["mlp"])
     with pytest.raises(InputError, match="element_selection=projekt: choose one of uniform"):
         select_weights(*models("vit"), element_selection="projekt", calibration="noise")
-    with pytest.raises(InputError, match="calibration: has no effect with element_selection=uniform"):
+    with pytest.raises(InputError, match="calibration=noise: has no effect with element_selection=uniform"):
         select_weights(*models("vit"), calibration="noise")
     with pytest.raises(InputError, match="calibration_size=32: has no effect with images given as tensors"):
         select_weights(*models("vit"), element_selection="greedy", calibration=torch.zeros(1), calibration_size=32)
