@@ -79,7 +79,7 @@ def test_loss_that_is_not_finite_ends_the_run_with_status_1(tiny_run, tmp_path, 
     ],
 )
 def test_help_and_mistakes_in_options_do_not_wait_for_torch(command, status):
-    """Its import takes seconds; theirs takes a fraction of one without it (see benchmarks/bench_startup.py)."""
+    """To import torch takes seconds; without it they take a fraction of one: ``benchmarks/bench_startup.py``."""
     program, *words = command.split()
     run = subprocess.run(
         [sys.executable, "-X", "importtime", str(ROOT / program), *words], capture_output=True, text=True

@@ -4,18 +4,20 @@ import argparse
 import copy
 import importlib.util
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import yaml
-
-from datasets import SOURCES
+from datasets import DATA_SETS
+from distributed.launch import find_launch
 from models import SCHEMES
 from weight_selection.arguments import Kwargs, Parser, boolean, check_kwargs
 from weight_selection.errors import InputError
-from weight_selection.files import Damaged, check_file, read_text
+from weight_selection.files import check_file
+from weight_selection.sources.recipe import read_recipe
 
 
 class Options(SimpleNamespace):
@@ -112,8 +114,8 @@ ABOVE_0 = (Range(lambda value: value > 0, "a number above 0, or leave it out"),)
 ABOVE_0_UP_TO_1 = (Range(lambda value: 0 < value <= 1, "a number above 0 and up to 1"),)
 FOUR_MONTHS = (Range(lambda seconds: seconds <= 1e7, "a number up to 1e7, which is four months"),)
 
-DATA_FILES = Need(lambda args: SOURCES[args.data_set].layout is not None, "--data_set {data_set}", always=True)
-CLASS_FOLDERS = Need(lambda args: SOURCES[args.data_set].folders, "--data_set {data_set}", always=True)
+DATA_FILES = Need(lambda args: DATA_SETS[args.data_set].layout is not None, "--data_set {data_set}", always=True)
+CLASS_FOLDERS = Need(lambda args: DATA_SETS[args.data_set].folders, "--data_set {data_set}", always=True)
 TRAINING = Need(lambda args: not args.eval, "--eval true")
 FIRST_WEIGHTS = Need(lambda args: args.eval or not (args.finetune or args.resume), "--finetune or --resume")
 FINETUNE = Need(lambda args: args.finetune, "no --finetune")
@@ -224,7 +226,7 @@ TABLE = {
                choices=("batch", "pair", "elem"), needs=(MIXING,)),
     ),
     "data": (
-        Option("data_set", str, "IMNET", "what to train and test on", choices=tuple(SOURCES)),
+        Option("data_set", str, "IMNET", "what to train and test on", choices=tuple(DATA_SETS)),
         Option("data_path", str, None, "directory of the data set", metavar="DIR",
                needs=(DATA_FILES,), may_change_on_resume=True, cannot_change_result=True),
         Option("eval_data_path", str, None, "class folders to test on; --data_path then holds those to train on",
@@ -329,57 +331,24 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def read_config(path: str, parser: Parser, option: str = "--config") -> list:
-    """A YAML file of options of main.py, that ``option`` named, as command-line words for its parser.
+def read_config(path: str, parser: Parser, option: str = "--config") -> list[str]:
+    """A recipe's options as words of main.py's command line.
 
     Raises:
-        InputError: unreadable, or a key that is no option.
+        InputError: as ``read_recipe``, or the recipe has a key that is no option.
     """
     known = {action.dest for action in parser._actions} - {"help", "config"}
     words = []
-    for key, value in read_yaml(Path(path), (), option).items():
+    for key, value in read_recipe(path, option, _print_by_first_process).items():
         if key not in known:
             raise InputError(f"{option} {path}: {key} is not an option of main.py")
-        if isinstance(value, dict):
-            value = [f"{name}={item}" if isinstance(item, str) else None for name, item in value.items()]
-        value = value if isinstance(value, list) else [value]
-        if not all(isinstance(word, str) for word in value):
-            raise InputError(f"{option} {path}: {key} must be a word, a list of words, or NAME: WORD lines")
         words += [f"--{key}", *value]
     return words
 
 
-def read_yaml(path: Path, above: tuple, option: str) -> dict:
-    """The entries of a YAML file, over those of the files that its ``base`` names, relative to itself.
-
-    Args:
-        path: the file. Its ``base`` is a file or a list of them, of which a later one goes over an earlier one.
-        above: the files that led to it, each by its ``base``.
-        option: the option that named the first, for errors.
-
-    Raises:
-        InputError: unreadable, no mapping, or its own base.
-    """
-    where = f"{option} {path}" + (f", a base of {above[-1]}" if above else "")
-    try:
-        content = yaml.load(
-            read_text(path, 1 << 20), yaml.BaseLoader
-        )  # all values as the text they are on the command line
-    except Damaged as error:
-        raise InputError(f"{where}: cannot be read ({error})") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{where}: must be NAME: VALUE lines")
-    if path.resolve() in [other.resolve() for other in above]:
-        raise InputError(f"{where}: is its own base")
-    bases = content.pop("base", [])
-    merged = {}
-    for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str):
-            raise InputError(f"{where}: base must be a file or a list of files")
-        merged |= read_yaml(path.parent / base, (*above, path), option)
-    return merged | content
+def _print_by_first_process(line: str) -> None:
+    if find_launch(os.environ).rank == 0:
+        print(line, file=sys.stderr)
 
 
 def default_options() -> Options:

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,6 @@ from helpers import read_log
 from training.options import parse_args, share_batch
 from weight_selection.errors import InputError
 from weight_selection.sources.timm_models import create_model
-
-ROOT = Path(main.__file__).parent
 
 
 @pytest.fixture
@@ -265,11 +262,6 @@ def test_value_in_config_is_checked_as_on_the_command_line(refused, tmp_path):
 
 def test_config_file_that_is_missing(refused, tmp_path):
     assert refused("--config", tmp_path / "none.yaml").startswith(f"--config {tmp_path}/none.yaml: cannot be read")
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipe_that_comes_with_the_project_is_accepted(path):
-    parse_args(["--config", str(path)])
 
 
 def test_recipe_may_set_what_a_command_switches_off(tiny_run, tmp_path):
