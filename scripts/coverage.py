@@ -153,7 +153,8 @@ def report(families: list) -> str:
     return f"""# Which small models can be selected from which large ones
 
 `python scripts/coverage.py --output docs/coverage.md` planned every pair of timm's models that have the same
-architecture and differ in their number of parameters (timm {timm.__version__}, PyTorch {torch.__version__}). It needs no weights.
+architecture and differ in their number of parameters (timm {timm.__version__}, PyTorch {torch.__version__}). It
+needs no weights.
 
 - *planned*: every tensor of the smaller model but the classifier has its place in the larger one.
 - *with `--allow_unused`*: the same, but the larger model has tensors that the smaller one has no place for (a
