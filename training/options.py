@@ -2,21 +2,23 @@
 
 import argparse
 import importlib.util
+import os
+import sys
 from pathlib import Path
 
-import yaml
-
-from datasets import SOURCES
+from datasets import DATA_SETS
+from distributed.launch import find_launch
 from models import SCHEMES
 from weight_selection.arguments import Kwargs, Parser, boolean, check_kwargs
 from weight_selection.errors import InputError
-from weight_selection.files import Damaged, check_file, read_text
+from weight_selection.files import check_file
+from weight_selection.sources.recipe import read_recipe
 
 
 def get_args_parser() -> Parser:
     parser = Parser("main.py", "Train or evaluate a model from random or selected weights.")
     add = parser.add_argument
-    add("--config", metavar="FILE", help="YAML file of options; those on the command line win")
+    add("--config", metavar="FILE", help="recipe: YAML file of options, or FILE:SECTION; those on the command line win")
     add(
         "--batch_size",
         type=int,
@@ -88,7 +90,7 @@ def get_args_parser() -> Parser:
     group("--mixup_mode", choices=("batch", "pair", "elem"), default="batch")
 
     group = parser.add_argument_group("data").add_argument
-    group("--data_set", choices=list(SOURCES), default="IMNET")
+    group("--data_set", choices=list(DATA_SETS), default="IMNET")
     group("--data_path", metavar="DIR")
     group("--eval_data_path", metavar="DIR", help="class folders to test on; --data_path then holds those to train on")
     group("--nb_classes", type=int, help="checked against the data set, which knows it")
@@ -135,57 +137,24 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def read_config(path: str, parser: Parser, option: str = "--config") -> list:
-    """A YAML file of options of main.py, that ``option`` named, as command-line words for its parser.
+def read_config(path: str, parser: Parser, option: str = "--config") -> list[str]:
+    """A recipe's options as words of main.py's command line.
 
     Raises:
-        InputError: unreadable, or a key that is no option.
+        InputError: as ``read_recipe``, or the recipe has a key that is no option.
     """
     known = {action.dest for action in parser._actions} - {"help", "config"}
     words = []
-    for key, value in read_yaml(Path(path), (), option).items():
+    for key, value in read_recipe(path, option, _print_by_first_process).items():
         if key not in known:
             raise InputError(f"{option} {path}: {key} is not an option of main.py")
-        if isinstance(value, dict):
-            value = [f"{name}={item}" if isinstance(item, str) else None for name, item in value.items()]
-        value = value if isinstance(value, list) else [value]
-        if not all(isinstance(word, str) for word in value):
-            raise InputError(f"{option} {path}: {key} must be a word, a list of words, or NAME: WORD lines")
         words += [f"--{key}", *value]
     return words
 
 
-def read_yaml(path: Path, above: tuple, option: str) -> dict:
-    """The entries of a YAML file, over those of the files that its ``base`` names, relative to itself.
-
-    Args:
-        path: the file. Its ``base`` is a file or a list of them, of which a later one goes over an earlier one.
-        above: the files that led to it, each by its ``base``.
-        option: the option that named the first, for errors.
-
-    Raises:
-        InputError: unreadable, no mapping, or its own base.
-    """
-    where = f"{option} {path}" + (f", a base of {above[-1]}" if above else "")
-    try:
-        content = yaml.load(
-            read_text(path, 1 << 20), yaml.BaseLoader
-        )  # all values as the text they are on the command line
-    except Damaged as error:
-        raise InputError(f"{where}: cannot be read ({error})") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{where}: must be NAME: VALUE lines")
-    if path.resolve() in [other.resolve() for other in above]:
-        raise InputError(f"{where}: is its own base")
-    bases = content.pop("base", [])
-    merged = {}
-    for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str):
-            raise InputError(f"{where}: base must be a file or a list of files")
-        merged |= read_yaml(path.parent / base, (*above, path), option)
-    return merged | content
+def _print_by_first_process(line: str) -> None:
+    if find_launch(os.environ).rank == 0:
+        print(line, file=sys.stderr)
 
 
 def parse_args(argv=None):
@@ -274,9 +243,9 @@ def check_options(args, given: set) -> None:
         )
     if args.overwrite and args.resume:
         raise InputError(f"--overwrite true: would delete what --resume {args.resume} continues; leave one out")
-    if SOURCES[args.data_set].layout is None and args.data_path is not None:
+    if DATA_SETS[args.data_set].layout is None and args.data_path is not None:
         raise InputError(f"--data_path {args.data_path}: has no effect with --data_set {args.data_set}; leave it out")
-    if args.eval_data_path is not None and not SOURCES[args.data_set].folders:
+    if args.eval_data_path is not None and not DATA_SETS[args.data_set].folders:
         raise InputError(f"--eval_data_path {args.eval_data_path}: has no effect with --data_set {args.data_set}")
 
     if args.enable_wandb and importlib.util.find_spec("wandb") is None:
