@@ -172,8 +172,7 @@ def main():
         words += f" --batch_size {ours.batch} --use_amp true --compile {ours.compile}"
         words += f" --channels_last {ours.channels_last} --augment_device {ours.device == 'cuda'}"
         args = parse_args(words.split())
-        device, dtype = check_hardware(args, 0)
-        share_batch(args, 1)
+        args, device, dtype = check_hardware(share_batch(args, 1), 0)
         loops = {
             "plain": plain_loop(args, device, ours.steps),
             "real": our_loop(args, device, dtype, ours.steps, real=True),

@@ -79,7 +79,7 @@ def interrupted(train, monkeypatch):
             return train_one_epoch(trainer, loader, figures, after_step)
 
         with monkeypatch.context() as patch:
-            patch.setattr(training, "train_one_epoch", until)
+            patch.setattr(training.run, "train_one_epoch", until)
             with pytest.raises(Interrupted):
                 train(*options)
 

@@ -40,16 +40,17 @@ from weight_selection.sources.timm_models import check_input_size, create_model
 
 
 def check_hardware(args, local_rank: int) -> tuple:
-    """The device and the dtype of mixed precision (None without), after making sure that they work here.
+    """Options complete for this machine, the device and the dtype of mixed precision (None without).
 
     Raises:
         InputError: there is no such device, or it has no such arithmetic.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first call
     torch.use_deterministic_algorithms(args.deterministic)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args = args.replace(device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.num_workers is None:
-        args.num_workers = max(1, min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        workers = max(1, min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        args = args.replace(num_workers=workers)
     local_processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if args.device == "cuda" and local_processes > torch.cuda.device_count():
         raise InputError(
@@ -58,15 +59,15 @@ def check_hardware(args, local_rank: int) -> tuple:
         )
     device = torch.device("cuda", local_rank) if args.device == "cuda" else torch.device("cpu")
     if not args.use_amp:
-        return device, None
-    args.amp_dtype = args.amp_dtype or ("float16" if args.device == "cuda" else "bfloat16")
+        return args, device, None
+    args = args.replace(amp_dtype=args.amp_dtype or ("float16" if args.device == "cuda" else "bfloat16"))
     if args.device == "cpu" and args.amp_dtype == "float16":
         raise InputError("--amp_dtype float16: needs a GPU; use bfloat16 on a CPU")
     if args.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise InputError("--use_amp true: this CPU has no bfloat16 arithmetic; leave it out")
     if args.device == "cuda" and args.amp_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(False):
         raise InputError("--amp_dtype bfloat16: this GPU has none; use float16")
-    return device, getattr(torch, args.amp_dtype)
+    return args, device, getattr(torch, args.amp_dtype)
 
 
 def build_model(args, classes: int) -> nn.Module:
@@ -88,9 +89,9 @@ def build_model(args, classes: int) -> nn.Module:
             for parameter in model.get_classifier().parameters():
                 parameter.mul_(args.head_init_scale)
     if args.initialize:
-        args.initialize = str(find_weights(args.initialize, model, "--initialize"))
-        kept = load_initial(model, args.initialize, "--initialize")
-        print_main(f"initialised from {args.initialize}; random: {', '.join(kept) or 'nothing'}")
+        path = find_weights(args.initialize, model, "--initialize")
+        kept = load_initial(model, path, "--initialize")
+        print_main(f"initialised from {path}; random: {', '.join(kept) or 'nothing'}")
     elif args.finetune:
         kept = load_finetune(model, args.finetune, "--finetune", args.model_key.split("|"))
         print_main(f"fine-tuning {args.finetune}; random: {', '.join(kept) or 'nothing'}")
@@ -305,7 +306,7 @@ def write_results(path: Path, record: dict) -> None:
 
 def run(args, launch: Launch) -> None:
     """Train or evaluate as checked options say, in the process that ``launch`` tells apart."""
-    device, dtype = check_hardware(args, launch.local_rank)
+    args, device, dtype = check_hardware(args, launch.local_rank)
     set_fused_attn(device.type == "cuda")  # on a CPU the fused kernel is no faster, and slower in bfloat16
     init_distributed(launch, device, args.dist_url, args.timeout)
     with StopCoordinator(args.timeout) as consensus:
@@ -341,6 +342,8 @@ def train_or_evaluate(args, launch: Launch, device, dtype, consensus: StopCoordi
     if args.log_dir:
         check_writable(args.log_dir, "--log_dir")
     model = build_model(args, classes)
+    if args.initialize:  # the file, where a directory was named
+        args = args.replace(initialize=str(find_weights(args.initialize, model, "--initialize")))
     teacher = None if args.eval or args.distillation == "none" else build_teacher(args, classes)
     images_of = {"test": test_set} if args.eval else {"train": train_set, "test": test_set}
     pipelines = {part: build_pipeline(args, part == "train") for part in images_of}

@@ -458,7 +458,7 @@ def in_float16(monkeypatch):
     """float16 with loss scaling, which main.py leaves to GPUs, on the CPU; its first scale."""
 
     def prepare(scale):
-        monkeypatch.setattr(training, "check_hardware", lambda args, rank: (torch.device("cpu"), torch.float16))
+        monkeypatch.setattr(training, "check_hardware", lambda args, rank: (args, torch.device("cpu"), torch.float16))
         monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=scale))
 
     return prepare

@@ -29,7 +29,7 @@ def refused(tiny_run, monkeypatch):
         raise AssertionError("trained instead of refusing the options")
 
     def run(options, *more):
-        monkeypatch.setattr(training, "train_one_epoch", no_training)
+        monkeypatch.setattr(training.run, "train_one_epoch", no_training)
         with pytest.raises(InputError) as caught:
             main.main([*tiny_run, *options.split(), *map(str, more)])
         return " ".join(str(caught.value).split())  # as run_program prints it
@@ -146,16 +146,14 @@ def test_mixup_needs_pairs(refused):
     ],
 )
 def test_total_batch_is_shared_out_whatever_the_number_of_processes(options, processes, shares):
-    args = parse_args(options.split())
-    total = args.total_batch_size
-    share_batch(args, processes)
+    given = parse_args(options.split())
+    args = share_batch(given, processes)
     assert (args.batch_size, args.update_freq) == shares
-    assert args.total_batch_size == total
+    assert args.total_batch_size == given.total_batch_size
 
 
 def test_total_batch_follows_from_micro_batch_and_accumulation():
-    args = parse_args(["--batch_size", "4", "--update_freq", "3"])
-    share_batch(args, 5)
+    args = share_batch(parse_args(["--batch_size", "4", "--update_freq", "3"]), 5)
     assert args.total_batch_size == 60
 
 
