@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks" / "README.md"]
 ROOMS = "weight_selection|training|distributed|input_pipeline|models|recipes|scripts|experiments|benchmarks|tests|docs"
 FILE = re.compile(rf"(?<![\w./-])((?:{ROOMS})/[\w./-]*\w\.(?:py|sh|yaml|md|png))(?!\w)")
-OTHERS = re.compile(r"tableNN|bench_NAME|recipes/vit_tiny/cifar100\.yaml")  # patterns, and a path of earlier versions
+OTHERS = re.compile(r"tableNN|recipes/vit_tiny/cifar100\.yaml")  # a pattern, and a path of earlier versions
 
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -32,6 +32,8 @@ def test_links_lead_somewhere(document):
 
 @documents
 def test_files_that_are_named_exist(document):
+    if document.name == "CHANGELOG.md":
+        pytest.skip("names files of earlier versions")
     names = set(FILE.findall(OTHERS.sub("", document.read_text())))
     assert not [name for name in sorted(names) if not (ROOT / name).exists()]
 
