@@ -64,7 +64,7 @@ def find(name, *modules):
         except (ImportError, AttributeError):
             pass
     sys.exit(f"none of {modules} has {name}")
-parse_main = find("parse_args", "training.options", "options")
+parse_main = find("parse_args", "options", "training.options")
 make_parser = find("get_args_parser", "weight_selection.cli", "weight_selection")
 check_options = find("check_options", "weight_selection.cli", "weight_selection")
 parsed = []
@@ -74,9 +74,12 @@ for program, *words in json.load(sys.stdin):
         args.config = None
     else:
         args = make_parser().parse_args(words)
-        file, args.pretrained_path = args.pretrained_path, None  # it does not exist in a dry run
+        absent = {"pretrained_path": args.pretrained_path}  # files that a dry run does not have
+        if args.calibration:
+            absent["calibration"], args.calibration = args.calibration, "noise"
+        args.pretrained_path = None
         check_options(args)
-        args.pretrained_path, args.student_config = file, None
+        vars(args).update(absent, student_config=None)
     parsed.append(vars(args))
 print(json.dumps(parsed, sort_keys=True))
 """
@@ -319,7 +322,7 @@ def compare_training(work: Workplace) -> None:
         "plain": "",
         "mixing": MIXING,
         "schedules": "--layer_decay 0.8 --weight_decay_end 0.1 --init mimetic --clip_grad 1 --batch_size 50",
-        "half_precision": "--use_amp true --augment_device true --cache_images true --aa original",
+        "on_device": "--augment_device true --cache_images true --aa original",
         "feature": f"--distillation feature {TEACHER}",
         "logit": f"--distillation logit {TEACHER}",
     }
@@ -346,45 +349,49 @@ def compare_training(work: Workplace) -> None:
     work.compare_commands(commands)
 
 
-def planned_commands(work: Workplace, side: str, script: str, smoke: bool) -> list:
-    """What a script of tables or figures would run: (program, words or parsed options) in order."""
-    nowhere = "/nowhere"
-    environment = {"PATH": os.environ["PATH"], "PYTHON": "python", "OUT": nowhere, "DATA": nowhere, "DRY_RUN": "1"}
-    environment |= {"SMOKE": "1"} if smoke else {}
-    dry_run = subprocess.run(
-        ["bash", work.program(side, script)], env=environment, cwd=work.trees[side], capture_output=True, text=True
-    )
-    commands, to_parse = [[script, dry_run.returncode, dry_run.stderr]], []
-    for line in dry_run.stdout.splitlines():
-        words = [re.sub(r"^(scripts|experiments)/", "", word) for word in shlex.split(line)]
-        start = next((n for n, word in enumerate(words) if word in ("main.py", "weight_selection.py")), None)
-        if "ablate_projection.py" in words:
-            start = (
-                words.index("ablate_projection.py") + 1
-            )  # behind it stand the part, and options of weight_selection.py
-        if start is None:
-            commands.append(words)
-        else:
-            commands.append(words[: start + 1])
-            to_parse.append((commands[-1], words[start:]))
+def planned_commands(work: Workplace, side: str, scripts: list) -> dict:
+    """{script: what it would run, a list of words for each command, of which options are parsed}."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHON": "python",
+        "OUT": "/nowhere",
+        "DATA": "/nowhere",
+        "DRY_RUN": "1",
+    }
+    plans, to_parse = {}, []
+    for script in scripts:
+        name, *smoke = script.split()
+        words = ["env", *smoke, "bash", work.program(side, name)]
+        dry_run = subprocess.run(words, env=environment, cwd=work.trees[side], capture_output=True, text=True)
+        plans[script] = [[dry_run.returncode, dry_run.stderr]]
+        for line in dry_run.stdout.splitlines():
+            words = [re.sub(r"^(scripts|experiments)/", "", word) for word in shlex.split(line)]
+            programs = (
+                {"main.py": 0, "weight_selection.py": 0, "ablate_projection.py": 1} if words[:1] == ["python"] else {}
+            )
+            start = next((n + programs[word] for n, word in enumerate(words) if word in programs), None)
+            plans[script].append(words if start is None else words[: start + 1])
+            if start is not None:
+                to_parse.append((plans[script][-1], words[start:]))
     parsed = work.ask(side, PARSE_COMMANDS, [words for _, words in to_parse], work.trees[side])
     for (command, _), options in zip(to_parse, parsed, strict=True):
         command.append(options)
-    return commands
+    return plans
 
 
 def compare_options(work: Workplace) -> None:
     """The parsed options of every command of the scripts of tables, figures and experiments, in order."""
-    scripts = []
+    names = []
     for tree in work.trees.values():
         paths = [*tree.glob("scripts/*.sh"), *tree.glob("experiments/*.sh")]
-        scripts.append(sorted(p.name for p in paths if re.search(r"^source .*experiment\.sh", p.read_text(), re.M)))
-    work.report("options/scripts", find_difference(*scripts))
-    for script in sorted(set(scripts[0]) & set(scripts[1])):
-        for smoke in (False, True):
-            commands = both(functools.partial(planned_commands, work, script=script, smoke=smoke))
-            name = f"options/{script}{' SMOKE=1' * smoke}"
-            work.report(name, find_difference(*commands), f"({len(commands[0]) - 1} commands)")
+        names.append(sorted(p.name for p in paths if re.search(r"^source .*experiment\.sh", p.read_text(), re.M)))
+    work.report("options/scripts", find_difference(*names))
+    scripts = [name + smoke for name in names[0] if name in names[1] for smoke in ("", " SMOKE=1")]
+    then, now = both(functools.partial(planned_commands, work, scripts=scripts))
+    for script in scripts:
+        work.report(
+            f"options/{script}", find_difference(then[script], now[script]), f"({len(then[script]) - 1} commands)"
+        )
 
 
 def compare_help(work: Workplace) -> None:
