@@ -98,12 +98,7 @@ MODELS = {
         "depths=(2,1,3,1) dims=(16,24,32,48)",
         "depths=(1,1,2,1) dims=(8,12,16,24)",
     ),
-    "resnet": (
-        "resnet18",
-        "num_classes=7",
-        "channels=(24,32,48,64) layers=(2,3,2,1)",
-        "channels=(12,16,24,32) layers=(1,2,1,1)",
-    ),
+    "resnet": ("resnet18", "num_classes=7", "channels=(24,32,48,64)", "channels=(12,16,24,32) layers=(1,2,1,1)"),
     "swin": (
         "swin_tiny_patch4_window7_224",
         "img_size=32 window_size=4 num_classes=7",
@@ -235,7 +230,7 @@ def read(path: Path):
 def find_difference(then, now, where="") -> str | None:
     """The first difference between two structures, in keys, order of keys, types, values or any bit of a tensor."""
     if type(then) is not type(now):
-        return f"{where}: {type(then).__name__}, now {type(now).__name__}"
+        return f"{where}: {then!r:.200}, now {now!r:.300}"
     if isinstance(then, dict):
         if list(then) != list(now):
             gone, new = [str(key) for key in then if key not in now], [str(key) for key in now if key not in then]
