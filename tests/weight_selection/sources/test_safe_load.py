@@ -283,7 +283,7 @@ def _files():
     }
 
 
-FILES = _files()
+FILES, MODEL = _files(), tiny()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -293,11 +293,11 @@ FILES = _files()
 def test_mutated_weights_are_read_or_refused(name, data):
     Path(name).write_bytes(mutate(data, FILES[name]))
     try:
-        weights, _ = read_teacher(Path(name), tiny(), VIT, "--pretrained_path")
+        weights, _ = read_teacher(Path(name), MODEL, VIT, "--pretrained_path")
     except InputError as error:
         assert "\n" not in str(error)
         return
-    assert weights.keys() <= tiny().state_dict().keys()
+    assert weights.keys() <= MODEL.state_dict().keys()
 
 
 @given(data=st.data())
