@@ -109,13 +109,13 @@ def interrupted(train, monkeypatch):
     def run(epoch, *options):
         train_one_epoch = training.run.train_one_epoch
 
-        def until(trainer, loader, figures, after_step):
-            if figures.epoch == epoch:
+        def until(*arguments):
+            if any(getattr(argument, "epoch", None) == epoch for argument in arguments):
                 raise Interrupted
-            return train_one_epoch(trainer, loader, figures, after_step)
+            return train_one_epoch(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(training, "train_one_epoch", until)
+            patch.setattr(training.run, "train_one_epoch", until)
             with pytest.raises(Interrupted):
                 train(*options)
 

@@ -1,5 +1,6 @@
 """Every family: what is coupled keeps the same neurons, and a student hidden in a larger teacher is found again."""
 
+import copy
 import re
 
 import numpy as np
@@ -46,11 +47,16 @@ def hidden(plan, teacher, student):
     return state
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_student_hidden_in_a_teacher_is_what_the_teacher_computes_and_is_found_again(name):
-    teacher, student = models(name)
+@pytest.fixture(scope="module", params=MODELS)
+def planned(request):
+    """Name, teacher, student and the plan of everything, of one pair after another."""
+    teacher, student = models(request.param)
+    return request.param, teacher, student, make_plan(teacher, student, include_head=True)
+
+
+def test_a_student_hidden_in_a_teacher_is_what_the_teacher_computes_and_is_found_again(planned):
+    _, teacher, student, plan = copy.deepcopy(planned)
     lively(student)
-    plan = make_plan(teacher, student, include_head=True)
     teacher.double().eval().load_state_dict(hidden(plan, teacher, student))
     images = torch.randn(2, *input_size(student), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -60,17 +66,17 @@ def test_a_student_hidden_in_a_teacher_is_what_the_teacher_computes_and_is_found
     assert_same(apply_plan(plan, teacher.state_dict(), element_selection="consecutive"), student.state_dict())
 
 
-@pytest.mark.parametrize("method", ["uniform", "random"])
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "vgg"])  # whose layers have streams of their own
-def test_all_that_meets_in_a_sum_or_a_product_keeps_the_same_neurons(name, method):
-    teacher, student = models(name)
-    plan = make_plan(teacher, student, include_head=True)
-    check_neurons(plan, teacher, student, method)
-
-
-def check_neurons(plan, teacher, student, method):
-    """Select from a teacher whose elements are their own places, and compare with what meets in a forward pass."""
+def test_all_that_meets_in_a_sum_or_a_product_keeps_the_same_neurons(planned):
+    name, teacher, student, plan = planned
+    if name == "vgg":
+        pytest.skip("its layers have streams of their own")
     large, small = trace(teacher), trace(student)
+    for method in ("uniform", "random"):
+        check_neurons(plan, teacher, large, small, method)
+
+
+def check_neurons(plan, teacher, large, small, method):
+    """Select from a teacher whose elements are their own places, and compare with what meets in a forward pass."""
     shapes = {key: value.shape for key, value in teacher.state_dict().items()}
     places = {key: torch.arange(shape.numel(), dtype=torch.float64).view(shape) for key, shape in shapes.items()}
     chosen = apply_plan(plan, places, element_selection=method)
