@@ -19,7 +19,7 @@ def main(argv=None) -> None:
     launch = find_launch(os.environ, args.dist_on_itp)
     if args.world_size not in (None, launch.world_size):
         raise InputError(f"--world_size {args.world_size}: the launcher started {launch.world_size} processes")
-    share_batch(args, launch.world_size)
+    args = share_batch(args, launch.world_size)
     from training.run import run
 
     run(args, launch)

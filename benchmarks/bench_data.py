@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""Images per second and core of the input pipeline, against timm's transforms and PyTorch's default loader, in one run.
+"""Images per second and core of the input pipeline, compared with timm's transforms in PyTorch's default loader.
 
-    python benchmarks/data.py
+    python benchmarks/bench_data.py
 
-All work of an image is on one core: reading or decoding, transform, collation, normalisation, up to a batch of float32
-at 224 pixels. Both go through the recipe's training and test transforms, in turns; of each the median. Images are
-noise over smooth colours: as small as CIFAR's, in memory, and as JPEG files of 500 x 375 pixels, decoded each time or
-once (--cache_images). "worker" is what a loader worker does, which is all that a CPU has to do beside a GPU. "read" is
-reading or decoding alone. --device cuda measures --augment_device there instead, from images resident on it.
+One core does all the work on an image: reading or decoding, the transform, collation and normalisation, up to a batch
+of float32 at 224 pixels. Both loaders run the recipe's transforms of training and of the test, in turns; each number
+is a median. The images are noise over smooth colours: in memory and as small as CIFAR's, or JPEG files of 500 x 375
+pixels, which are decoded each time or once (--cache_images).
+
+    worker   only what a loader worker does, which is all that is left to a CPU beside a GPU
+    read     only reading or decoding
+
+--device cuda measures --augment_device instead, with images that are resident on the GPU.
 """
 
 import argparse
@@ -27,23 +31,22 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from datasets import (  # noqa: E402
-    ImageFiles,  # noqa: E402
-    build_dataset,
-    to_pixels,
-)
+from datasets import ImageFiles, build_dataset, to_pixels  # noqa: E402
+from distributed.stop_coordinator import StopCoordinator  # noqa: E402
+from input_pipeline.bad_images import BadImages, BadTestImages  # noqa: E402
 from input_pipeline.cache import CachedDataset  # noqa: E402
-from input_pipeline.loader import TrainBatchSampler, eval_loader, train_loader  # noqa: E402
-from input_pipeline.pipeline import OnDevice, build_pipeline  # noqa: E402
+from input_pipeline.loader import eval_loader, train_loader  # noqa: E402
+from input_pipeline.placement import Batch, build_pipeline  # noqa: E402
+from input_pipeline.samplers import EvalSampler, TrainBatchSampler  # noqa: E402
 from input_pipeline.transforms import build_transform  # noqa: E402
 from training.options import parse_args  # noqa: E402
 
 BATCH = 64
-GOAL, DEVICE_GOAL = 2.0, 20_000  # times the baseline's; images/s of one GPU
+GOAL, DEVICE_GOAL = 2.0, 20_000  # a multiple of the baseline's speed; images/s of one GPU
 
 
 class Small:
-    """Images of 32 x 32 pixels in memory, as CIFAR's."""
+    """Images in memory of 32 x 32 pixels, the size of CIFAR's."""
 
     def __init__(self, images, transform):
         rng = np.random.default_rng(0)
@@ -74,42 +77,35 @@ def write_jpegs(root: Path, images: int):
 
 def options(root, *more):
     words = ["--data_set", "image_folder", "--data_path", str(root), "--num_workers", "0", "--batch_size", str(BATCH)]
-    args = parse_args([*words, "--eval_batch_size", str(BATCH), *more])
-    args.device = "cpu"
-    return args
+    return parse_args([*words, "--eval_batch_size", str(BATCH), "--device", "cpu", *more])
 
 
 def plain(dataset, train):
-    """timm's transform image by image, and PyTorch's default collation."""
+    """PyTorch's default loader; its dataset applies timm's transform to each image."""
     return DataLoader(dataset, batch_size=BATCH, shuffle=train, drop_last=True)
 
 
 def ours(args, dataset, train, device):
-    pipeline = build_pipeline(args, train)
-    if isinstance(pipeline, OnDevice):
-        pipeline.resident = dataset.data.to(device)
+    pipeline, coordinator = build_pipeline(args, train), StopCoordinator(args.timeout)
     if train:
-        batches = TrainBatchSampler(len(dataset), BATCH, len(dataset) // BATCH, 1, 0, 1, seed=0)
-        return train_loader(dataset, pipeline, batches, args)
-    return eval_loader(dataset, pipeline, args, 0, 1)
+        sampler = TrainBatchSampler(len(dataset), BATCH, len(dataset) // BATCH, 1, 0, 1, seed=0)
+        return train_loader(dataset, pipeline, sampler, args, device, BadImages(0, coordinator))
+    sampler = EvalSampler(len(dataset), 0, 1)
+    return eval_loader(dataset, pipeline, sampler, args, device, BadTestImages(coordinator))
 
 
-def images_per_second(loader, device, finish=True) -> float:
-    """Of one pass, up to what a model takes, on the device; without ``finish`` up to what a worker gives."""
+def images_per_second(loader, device) -> float:
+    """The speed of one pass over a loader whose batches are (images, labels) or a worker's ``Batch``."""
     start, images = time.perf_counter(), 0
     for batch in loader:
-        if not finish:
-            images += len(batch.labels)
-            continue
-        plain = isinstance(batch, list)
-        images += len(batch[0].to(device) if plain else loader.dataset.pipeline.inputs(batch, device))
+        images += len(batch.labels if isinstance(batch, Batch) else batch[0].to(device))
     if device.type == "cuda":
         torch.cuda.synchronize()
     return images / (time.perf_counter() - start)
 
 
 def reads_per_second(dataset) -> float:
-    """Of images, reading or decoding alone."""
+    """The speed of reading or decoding alone."""
     start = time.perf_counter()
     for index in range(len(dataset)):
         dataset[index]
@@ -117,7 +113,7 @@ def reads_per_second(dataset) -> float:
 
 
 def medians(measures: dict, turns: int) -> dict:
-    """{name: median of what a function gives}, called in turns; the first turn warms up."""
+    """{name: median of the function's values}; the functions are called in turns, and the first turn only warms up."""
     found = {name: [] for name in measures}
     for turn in range(turns + 1):
         for name, measure in measures.items():
@@ -152,12 +148,10 @@ def main():
                 if on_device or kind.endswith("cached"):
                     dataset = CachedDataset(dataset, "images")
                 loaders = plain(baseline, train), ours(args, dataset, train, device)
-                if train:
-                    loaders[1].batch_sampler.set_position(0, 0)
                 passes = {
                     "timm": partial(images_per_second, loaders[0], device),
                     "ours": partial(images_per_second, loaders[1], device),
-                    "worker": partial(images_per_second, loaders[1], device, finish=False),
+                    "worker": partial(images_per_second, loaders[1].workers, device),
                     "read": partial(reads_per_second, dataset),
                 }
                 timm, own, worker, read = medians(passes, arguments.turns).values()

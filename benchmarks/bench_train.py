@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Images per second of main.py's training loop at 224 pixels, against its ceiling and a plain loop, in one run.
 
-    python benchmarks/train.py                                    # on a CPU
-    python benchmarks/train.py --device cuda --compile true --batch 1024 --steps 40
+    python benchmarks/bench_train.py                                    # on a CPU
+    python benchmarks/bench_train.py --device cuda --compile true --batch 1024 --steps 40
 
 Rows, of the recipe of CIFAR-100 (RandAugment, erasing, mixup and cutmix) on random images of 32 x 32 pixels:
 
@@ -10,8 +10,9 @@ Rows, of the recipe of CIFAR-100 (RandAugment, erasing, mixup and cutmix) on ran
     real      mixed precision: what main.py runs, with its input pipeline
     ceiling   the same loop, fed with one batch that lies on the device
 
-in turns, of each the median. The last columns put the model's operations (forward, and twice as many backward) beside
-what a product of large matrices reaches on the same device in the same precision. --profile prints where time goes.
+The three run in turns; a row is a median. The last columns compare the rate of the model's operations (forward, and
+twice as many backward) with that of a product of large matrices on the same device in the same precision. --profile
+prints where the time goes.
 """
 
 import argparse
@@ -21,7 +22,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from timm.layers import set_fused_attn
@@ -31,15 +31,16 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from data import Small, medians  # noqa: E402
-
+from bench_data import Small, medians  # noqa: E402
 from datasets import to_pixels  # noqa: E402
 from distributed.launch import Launch  # noqa: E402
 from distributed.stop_coordinator import StopCoordinator  # noqa: E402
 from engine import EpochMetrics, train_one_epoch  # noqa: E402
+from input_pipeline.bad_images import BadImages  # noqa: E402
 from input_pipeline.cache import CachedDataset  # noqa: E402
-from input_pipeline.loader import BadImages, TrainBatchSampler, train_loader  # noqa: E402
-from input_pipeline.pipeline import OnDevice, build_pipeline  # noqa: E402
+from input_pipeline.loader import train_loader  # noqa: E402
+from input_pipeline.placement import TransformOnDevice, build_pipeline  # noqa: E402
+from input_pipeline.samplers import TrainBatchSampler  # noqa: E402
 from input_pipeline.transforms import build_transform  # noqa: E402
 from training.options import parse_args, share_batch  # noqa: E402
 from training.run import build_model, build_trainer, check_hardware  # noqa: E402
@@ -53,9 +54,7 @@ class Constant:
     """A loader that gives one batch, already on the device."""
 
     def __init__(self, images, labels):
-        self.batch = SimpleNamespace(labels=labels, problems=[])
-        self.dataset = SimpleNamespace(pipeline=SimpleNamespace(inputs=lambda batch, device: images))
-        self.batch_sampler = SimpleNamespace(batch_size=len(labels))
+        self.batch, self.batch_size = (images, labels), len(labels)
 
     def __iter__(self):
         while True:
@@ -68,7 +67,7 @@ def synchronize(device):
 
 
 def warm_up(args) -> int:
-    """Steps whose batches loader workers have ready, or half done, when the first step ends."""
+    """Number of steps for which loader workers have already made a batch, or half of it, when the first step ends."""
     return 1 + 2 * args.num_workers
 
 
@@ -96,7 +95,7 @@ def plain_loop(args, device, steps):
 
 
 def our_loop(args, device, dtype, steps, real):
-    """The same, of main.py's loop; ``real``: with its input pipeline."""
+    """Like ``plain_loop``, but main.py's loop; with its input pipeline if ``real``, else with one batch."""
     warm = warm_up(args)
     model = build_model(args, CLASSES)
     consensus = StopCoordinator(args.timeout)
@@ -105,14 +104,14 @@ def our_loop(args, device, dtype, steps, real):
     labels = torch.randint(CLASSES, (args.batch_size,), device=device)
     if args.compile:
         trainer.compile(images, labels, images)
+    bad = BadImages(0, consensus)
     if real:
         dataset = Small(steps * args.batch_size, to_pixels)
         pipeline = build_pipeline(args, True)
-        if isinstance(pipeline, OnDevice):
+        if isinstance(pipeline, TransformOnDevice):
             dataset = CachedDataset(dataset, "images")
-            pipeline.resident = dataset.data.to(device)
         batches = TrainBatchSampler(len(dataset), args.batch_size, steps, 1, 0, 1, args.seed)
-        loader = train_loader(dataset, pipeline, batches, args)
+        loader = train_loader(dataset, pipeline, batches, args, device, bad)
     else:
         loader = Constant(images, labels)
 
@@ -124,7 +123,7 @@ def our_loop(args, device, dtype, steps, real):
                 synchronize(device)
                 moments.append(time.perf_counter())
 
-        figures = EpochMetrics(trainer, 0, BadImages(0, consensus))
+        figures = EpochMetrics(trainer, 0, bad)
         with contextlib.redirect_stdout(io.StringIO()):
             train_one_epoch(trainer, loader, figures, after_step)
         return (steps - warm) * args.batch_size / (moments[1] - moments[0])
@@ -133,14 +132,14 @@ def our_loop(args, device, dtype, steps, real):
 
 
 def multiply_adds(model, size) -> int:
-    """Of an image, forward."""
+    """Multiplications and additions in the forward pass of one image."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.zeros(1, 3, size, size))
     return counter.get_total_flops() // 2
 
 
 def peak(device, dtype, size=2048) -> float:
-    """10^12 multiplications and additions per second, of products of large matrices."""
+    """10^12 multiplications and additions per second that a product of large matrices reaches."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     speeds = []
     for _ in range(12):
@@ -173,8 +172,7 @@ def main():
         words += f" --batch_size {ours.batch} --use_amp true --compile {ours.compile}"
         words += f" --channels_last {ours.channels_last} --augment_device {ours.device == 'cuda'}"
         args = parse_args(words.split())
-        device, dtype = check_hardware(args, 0)
-        share_batch(args, 1)
+        args, device, dtype = check_hardware(share_batch(args, 1), 0)
         loops = {
             "plain": plain_loop(args, device, ours.steps),
             "real": our_loop(args, device, dtype, ours.steps, real=True),

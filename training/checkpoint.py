@@ -16,26 +16,13 @@ from distributed.process_group import main_only
 from distributed.program import RunError
 from engine import TrainState
 from training.metric_log import read_log
-from training.options import get_args_parser
+from training.options import MAY_CHANGE_ON_RESUME, default_options
 from utils import print_main
 from weight_selection import files
 from weight_selection.errors import InputError, printable
 from weight_selection.files import Damaged
 from weight_selection.sources import safe_load
 from weight_selection.sources.weight_files import first_mismatch, save_torch
-
-# What may change when a run goes on: where things lie, how they are computed, what is kept of them. The total batch
-# must stay; how it is shared out may change with the machine.
-# fmt: off
-FREE_OPTIONS = (
-    "config", "data_path", "eval_data_path", "num_workers", "pin_mem", "output_dir", "log_dir", "device", "eval",
-    "disable_eval", "eval_interval", "dist_eval", "resume", "auto_resume", "overwrite", "save_ckpt",
-    "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num", "start_epoch", "enable_wandb", "project", "wandb_ckpt",
-    "world_size", "local_rank", "dist_on_itp", "dist_url", "batch_size", "update_freq", "amp_dtype",
-    "model_ema_force_cpu", "skip_bad_images", "timeout", "deterministic",
-    "augment_device", "cache_images", "eval_batch_size", "compile", "channels_last",
-)
-# fmt: on
 
 VERSION = 2  # of what is in a checkpoint. 1, which did not say so, had no position within an epoch.
 WAYS_OUT = "choose another directory, or add --overwrite true to delete it"
@@ -45,7 +32,7 @@ NAME = re.compile(r"checkpoint-(\d+)(?:-step-(\d+))?\.pth")
 
 def plain(args) -> dict:
     """All options as a dict of plain types, for checkpoints and JSON."""
-    return json.loads(json.dumps(vars(args), sort_keys=True))
+    return args.plain()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -222,10 +209,10 @@ def read_options(path: Path) -> dict:
 
 def check_same_run(args, other: dict, name: str) -> None:
     """Refuse to go on with a run that was started with other options; those it did not know had their defaults."""
-    mine, defaults = plain(args), plain(get_args_parser().parse_args([]))
+    mine, defaults = plain(args), default_options().plain()
     for key in mine:
         theirs = other.get(key, defaults[key])
-        if key not in FREE_OPTIONS and mine[key] != theirs:
+        if key not in MAY_CHANGE_ON_RESUME and mine[key] != theirs:
             theirs = theirs if isinstance(theirs, (str, int, float)) else reprlib.repr(theirs)
             raise InputError(
                 f"--output_dir {args.output_dir}: {name} is of a run with --{key} {theirs}, not {mine[key]}; {WAYS_OUT}"

@@ -19,9 +19,11 @@ from distributed.process_group import init_distributed, main_only
 from distributed.program import RunError, Stopped
 from distributed.stop_coordinator import StopCoordinator
 from engine import EpochMetrics, TrainState, evaluate, train_one_epoch
+from input_pipeline.bad_images import BadImages, BadTestImages
 from input_pipeline.cache import CachedDataset, check_memory
-from input_pipeline.loader import BadImages, TrainBatchSampler, eval_loader, train_loader
-from input_pipeline.pipeline import build_pipeline
+from input_pipeline.loader import eval_loader, train_loader
+from input_pipeline.placement import build_pipeline
+from input_pipeline.samplers import EvalSampler, TrainBatchSampler
 from models.distillation import Loss, WithProjector, build_teacher
 from models.initialization import initialize
 from models.linear_probe import make_linear_probe
@@ -32,23 +34,23 @@ from training.options import get_args_parser, mixes
 from utils import print_main
 from weight_selection.errors import InputError
 from weight_selection.files import check_writable, sha256, write_json
-from weight_selection.sources.families import CONVNEXT
-from weight_selection.sources.membership import family_by_class
+from weight_selection.sources.architectures import CONVNEXT, declared_architecture
+from weight_selection.sources.initial_weights import find_weights, load_finetune, load_initial
 from weight_selection.sources.timm_models import check_input_size, create_model
-from weight_selection.sources.weight_files import find_weights, load_finetune, load_initial
 
 
 def check_hardware(args, local_rank: int) -> tuple:
-    """The device and the dtype of mixed precision (None without), after making sure that they work here.
+    """Options complete for this machine, the device and the dtype of mixed precision (None without).
 
     Raises:
         InputError: there is no such device, or it has no such arithmetic.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first call
     torch.use_deterministic_algorithms(args.deterministic)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args = args.replace(device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.num_workers is None:
-        args.num_workers = max(1, min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        workers = max(1, min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        args = args.replace(num_workers=workers)
     local_processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if args.device == "cuda" and local_processes > torch.cuda.device_count():
         raise InputError(
@@ -57,15 +59,15 @@ def check_hardware(args, local_rank: int) -> tuple:
         )
     device = torch.device("cuda", local_rank) if args.device == "cuda" else torch.device("cpu")
     if not args.use_amp:
-        return device, None
-    args.amp_dtype = args.amp_dtype or ("float16" if args.device == "cuda" else "bfloat16")
+        return args, device, None
+    args = args.replace(amp_dtype=args.amp_dtype or ("float16" if args.device == "cuda" else "bfloat16"))
     if args.device == "cpu" and args.amp_dtype == "float16":
         raise InputError("--amp_dtype float16: needs a GPU; use bfloat16 on a CPU")
     if args.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise InputError("--use_amp true: this CPU has no bfloat16 arithmetic; leave it out")
     if args.device == "cuda" and args.amp_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(False):
         raise InputError("--amp_dtype bfloat16: this GPU has none; use float16")
-    return device, getattr(torch, args.amp_dtype)
+    return args, device, getattr(torch, args.amp_dtype)
 
 
 def build_model(args, classes: int) -> nn.Module:
@@ -73,7 +75,7 @@ def build_model(args, classes: int) -> nn.Module:
     utils.seed_everything(args.seed)
     kwargs = {"num_classes": classes, "drop_path_rate": args.drop_path, **args.model_kwargs}
     model = create_model(args.model, input_size=args.input_size, device="meta", **kwargs)
-    if family_by_class(model) is CONVNEXT:
+    if declared_architecture(model) is CONVNEXT:
         kwargs.setdefault("ls_init_value", args.layer_scale_init_value)
     elif args.layer_scale_init_value != get_args_parser().get_default("layer_scale_init_value"):
         raise InputError(
@@ -87,9 +89,9 @@ def build_model(args, classes: int) -> nn.Module:
             for parameter in model.get_classifier().parameters():
                 parameter.mul_(args.head_init_scale)
     if args.initialize:
-        args.initialize = str(find_weights(args.initialize, model, "--initialize"))
-        kept = load_initial(model, args.initialize, "--initialize")
-        print_main(f"initialised from {args.initialize}; random: {', '.join(kept) or 'nothing'}")
+        path = find_weights(args.initialize, model, "--initialize")
+        kept = load_initial(model, path, "--initialize")
+        print_main(f"initialised from {path}; random: {', '.join(kept) or 'nothing'}")
     elif args.finetune:
         kept = load_finetune(model, args.finetune, "--finetune", args.model_key.split("|"))
         print_main(f"fine-tuning {args.finetune}; random: {', '.join(kept) or 'nothing'}")
@@ -174,7 +176,7 @@ def train(args, trainer: TrainState, loaders: tuple, progress: dict, board: Metr
     """
     training, testing = loaders
     first, before, start = progress["epoch"] + 1, progress["seconds"], time.monotonic()
-    bad = BadImages(args.skip_bad_images, trainer.consensus, progress.get("bad_images", ()))
+    bad = training.bad_images
     keeps = args.output_dir and args.save_ckpt
     unless = "--overwrite" if args.overwrite else "" if args.auto_resume else "--auto_resume false"
 
@@ -211,7 +213,7 @@ def train(args, trainer: TrainState, loaders: tuple, progress: dict, board: Metr
         figures = EpochMetrics(trainer, epoch, bad, progress.get("partial"))
         done, begun = figures.step, time.monotonic()
         if done < trainer.steps:
-            training.batch_sampler.set_position(epoch, done)
+            training.sampler.set_position(epoch, done)
             train_one_epoch(trainer, training, figures, after_step)
             average_batch_statistics(trainer)
         speed = (trainer.steps - done) * args.total_batch_size / (time.monotonic() - begun)
@@ -304,7 +306,7 @@ def write_results(path: Path, record: dict) -> None:
 
 def run(args, launch: Launch) -> None:
     """Train or evaluate as checked options say, in the process that ``launch`` tells apart."""
-    device, dtype = check_hardware(args, launch.local_rank)
+    args, device, dtype = check_hardware(args, launch.local_rank)
     set_fused_attn(device.type == "cuda")  # on a CPU the fused kernel is no faster, and slower in bfloat16
     init_distributed(launch, device, args.dist_url, args.timeout)
     with StopCoordinator(args.timeout) as consensus:
@@ -340,6 +342,8 @@ def train_or_evaluate(args, launch: Launch, device, dtype, consensus: StopCoordi
     if args.log_dir:
         check_writable(args.log_dir, "--log_dir")
     model = build_model(args, classes)
+    if args.initialize:  # the file, where a directory was named
+        args = args.replace(initialize=str(find_weights(args.initialize, model, "--initialize")))
     teacher = None if args.eval or args.distillation == "none" else build_teacher(args, classes)
     images_of = {"test": test_set} if args.eval else {"train": train_set, "test": test_set}
     pipelines = {part: build_pipeline(args, part == "train") for part in images_of}
@@ -355,10 +359,9 @@ def train_or_evaluate(args, launch: Launch, device, dtype, consensus: StopCoordi
         if args.cache_images:
             for part in pipelines:
                 images_of[part] = CachedDataset(images_of[part], f"{part} images")
-                if args.augment_device:
-                    pipelines[part].resident = images_of[part].data.to(device)
         place = (launch.rank, launch.world_size) if args.dist_eval else (0, 1)
-        testing = eval_loader(images_of["test"], pipelines["test"], args, *place)
+        shard = EvalSampler(len(test_set), *place)
+        testing = eval_loader(images_of["test"], pipelines["test"], shard, args, device, BadTestImages(consensus))
         consensus.patient = True
         if args.eval:
             print_main(f"{args.model}: {utils.describe(test(args, trainer, testing))}")
@@ -379,7 +382,8 @@ def train_or_evaluate(args, launch: Launch, device, dtype, consensus: StopCoordi
             images, args.batch_size, steps, args.update_freq, launch.rank, launch.world_size, args.seed
         )
         with MetricLog(args, progress["epoch"] + 1, checkpoint.plain(args)) as board:
-            training = train_loader(images_of["train"], pipelines["train"], batches, args)
+            bad = BadImages(args.skip_bad_images, consensus, progress.get("bad_images", ()))
+            training = train_loader(images_of["train"], pipelines["train"], batches, args, device, bad)
             train(args, trainer, (training, testing), progress, board)
         if args.output_dir:
             record = results(args, progress, facts)

@@ -178,7 +178,7 @@ def test_checkpoints_within_an_epoch_are_kept_until_it_is_over(train, at_call, i
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Kills. benchmarks/faults.py has many more of them.
+# Kills. benchmarks/bench_faults.py has many more of them.
 
 
 def test_run_killed_while_it_writes_a_checkpoint_ends_as_if_it_had_not_been(tiny_run, train, whole, tmp_path):
@@ -458,7 +458,7 @@ def in_float16(monkeypatch):
     """float16 with loss scaling, which main.py leaves to GPUs, on the CPU; its first scale."""
 
     def prepare(scale):
-        monkeypatch.setattr(training, "check_hardware", lambda args, rank: (torch.device("cpu"), torch.float16))
+        monkeypatch.setattr(training, "check_hardware", lambda args, rank: (args, torch.device("cpu"), torch.float16))
         monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=scale))
 
     return prepare

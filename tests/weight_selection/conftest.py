@@ -5,7 +5,8 @@ import torch
 
 from helpers import random_weights
 from pairs import PAIRS
-from weight_selection.plan import apply_plan, make_plan
+from weight_selection.apply import apply_plan
+from weight_selection.plan import make_plan
 
 
 @pytest.fixture(scope="session")

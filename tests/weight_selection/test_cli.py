@@ -14,12 +14,13 @@ import torch
 
 from helpers import assert_same, meta, random_weights, read, words, written
 from pairs import CONVNEXT, PAIRS, RESNET, VIT
-from weight_selection import ELEMENT_SELECTION
+from weight_selection.apply import apply_plan
 from weight_selection.cli import main as select_main
 from weight_selection.errors import InputError
-from weight_selection.plan import apply_plan, make_plan
+from weight_selection.options import ELEMENT_SELECTION
+from weight_selection.plan import make_plan
+from weight_selection.sources.initial_weights import load_initial
 from weight_selection.sources.timm_models import create_model
-from weight_selection.sources.weight_files import load_initial
 
 EXCLUDED = {  # which keys a component has, in words of the models rather than of the declarations
     ("vit", "patch_embed"): lambda key: key.startswith("patch_embed."),
@@ -162,8 +163,9 @@ def test_every_element_rule_gives_a_file_the_student_loads(family, method, cli, 
 def test_dry_run_prints_every_key_and_touches_nothing(model_type, teacher, student, cli, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["--dry_run", "--model_type", model_type, "--pretrained_model", teacher, "--output_dir", "out"]
-    assert cli(select_main, *command) is None
+    assert cli(select_main, *command, "--verbose") is None
     lines = capsys.readouterr().out.splitlines()
+    lines = lines[next(number for number, line in enumerate(lines) if line.startswith("student key")) :]
     first_words = [line.split()[0] for line in lines]
     expected = {key: "x".join(map(str, value.shape)) for key, value in meta(student).state_dict().items()}
     assert first_words[1 : 1 + len(expected)] == list(expected)
@@ -173,7 +175,7 @@ def test_dry_run_prints_every_key_and_touches_nothing(model_type, teacher, stude
 
 def test_dry_run_says_where_each_tensor_comes_from_and_by_which_rule(cli, capsys):
     named = f"--pretrained_model deit_small_distilled_patch16_224 --teacher_kwargs {' '.join(words(VIT.large))}"
-    options = "img_size=48 --layer_selection last_n --exclude mlp --allow_unused --dry_run --student vit_tiny"
+    options = "img_size=48 --layer_selection last_n --exclude mlp --allow_unused --dry_run --verbose --student vit_tiny"
     command = f"{named} {options} --student_kwargs {' '.join(words(VIT.small))}".split()
     assert cli(select_main, *command) is None
     rows = {line.split()[0]: re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()}
@@ -186,6 +188,17 @@ def test_dry_run_says_where_each_tensor_comes_from_and_by_which_rule(cli, capsys
     assert rows["pos_embed"][4] == "first 1 of 2 prefix tokens, resample 3x3 to 2x2, uniform"
     assert rows["blocks.0.mlp.fc1.weight"][2:] == ["-", "-", "excluded: student's own initialisation"]
     assert rows["head.bias"][4] == "classifier: student's own initialisation"
+
+
+def test_dry_run_shows_neuron_groups_layers_and_totals_first(cli, capsys):
+    command = ["--dry_run", "--student", "vit_a", "--pretrained_model", "vit_small", "--layer_selection", "uniform"]
+    assert cli(select_main, *command) is None
+    lines = capsys.readouterr().out.splitlines()
+    assert "stream: 384 -> 192, every 2nd, in 66 tensors" in lines
+    assert "blocks.{0..5}.mlp: 1536 -> 768, every 2nd, in 3 tensors each" in lines
+    assert "blocks.{0..5} from 0, 2, 4, 6, 8, 10" in lines
+    assert lines[-1] == "vit_a from vit_small: 78 selected, 2 classifier; nothing written"
+    assert not any(line.startswith("blocks.0.attn.qkv.weight") for line in lines)
 
 
 def test_existing_files_are_kept_unless_told_otherwise(cli, files, selected, tmp_path):

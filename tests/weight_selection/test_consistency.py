@@ -7,8 +7,9 @@ import torch
 
 from helpers import meta
 from pairs import IMAGE, PAIRS, VIT, numbered, origins
-from weight_selection import ELEMENT_SELECTION
-from weight_selection.plan import apply_plan, make_plan
+from weight_selection.apply import apply_plan
+from weight_selection.options import CONSISTENT, ELEMENT_SELECTION
+from weight_selection.plan import make_plan
 
 
 def vit_spaces():
@@ -64,24 +65,24 @@ WIDTHS = {  # of the teacher; of a student that divides it and of one that does 
 def kept_neurons(family, method, teacher, student):
     """{set of neurons: all the different choices that were made in it}, over all the tensors of a student."""
     source = numbered(teacher)
-    plan = make_plan(teacher, student, include_head=True)
-    chosen = apply_plan(plan, source, element_selection=method)
+    plan = make_plan(teacher, student, include_head=True, element_selection=method)
+    chosen = apply_plan(plan, source)
     found = {}
-    for entry in plan:
+    for entry in plan.entries:
         covered = [
             (dim, space)
             for pattern, dim, space in SPACES[family]
             if re.search(pattern, entry.key) and dim < len(entry.shape)
         ]
-        shrunk = {dim for dim, (t, s) in enumerate(zip(entry.source_shape, entry.shape, strict=True)) if t != s}
+        shrunk = {dim for dim, (t, s) in enumerate(zip(entry.teacher_shape, entry.shape, strict=True)) if t != s}
         assert shrunk == {dim for dim, _ in covered}, f"{entry.key}: the test knows {covered}"
         parts = 3 if ".qkv." in entry.key else 1
         for part, values in enumerate(chosen[entry.key].chunk(parts)):
-            indices = origins(source[entry.source], values)
+            indices = origins(source[entry.teacher_key], values)
             for dim, space in covered:
                 lines = indices[dim].movedim(dim, 0).reshape(values.shape[dim], -1)
                 assert (lines == lines[:, :1]).all(), f"{entry.key}: another choice in every row"
-                first = part * entry.source_shape[0] // parts if dim == 0 else 0
+                first = part * entry.teacher_shape[0] // parts if dim == 0 else 0
                 found.setdefault(space, set()).add(tuple((lines[:, 0] - first).tolist()))
     return found
 
@@ -90,6 +91,25 @@ def widths(family, which):
     large, half, other = WIDTHS[family]
     pair = PAIRS[family]
     return meta(pair.teacher, **large), meta(pair.student, **{**half, **other}[which])
+
+
+@pytest.mark.parametrize("method", CONSISTENT)
+def test_the_plan_holds_the_kept_neurons_of_every_group_and_all_its_tensors_keep_them(method):
+    teacher, student = VIT.models()
+    source = numbered(teacher)
+    plan = make_plan(teacher, student, element_selection=method, seed=3)
+    chosen = apply_plan(plan, source)
+    stream = next(group for group in plan.groups.values() if "norm.bias" in group.keys)
+    assert stream.teacher.size == 48 and len(stream.kept) == 24
+    for key in ("norm.bias", "blocks.0.norm1.weight", "blocks.1.mlp.fc2.bias"):
+        assert key in stream.keys
+        assert origins(source[key], chosen[key])[0].tolist() == stream.kept.tolist()
+
+
+@pytest.mark.parametrize("method", ["l1", "magnitude", "random_inconsistent"])
+def test_rules_that_choose_per_tensor_keep_nothing_in_a_group(method):
+    plan = make_plan(*VIT.models(), element_selection=method)
+    assert all(group.kept is None for group in plan.groups.values())
 
 
 @pytest.mark.parametrize("which", ["half", "other"])
@@ -117,7 +137,7 @@ def test_stream_of_a_width_that_does_not_divide_is_the_rounded_grid():
 def test_query_key_and_value_are_each_selected_inside_their_own_part(method):
     teacher, student = VIT.models()
     source = numbered(teacher)
-    chosen = apply_plan(make_plan(teacher, student), source, element_selection=method)
+    chosen = apply_plan(make_plan(teacher, student, element_selection=method), source)
     for key in ("blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.bias"):
         rows = origins(source[key], chosen[key])[0]
         for part, found in enumerate(rows.chunk(3)):
@@ -127,7 +147,7 @@ def test_query_key_and_value_are_each_selected_inside_their_own_part(method):
 def test_random_inconsistent_draws_anew_for_query_key_and_value():
     teacher, student = VIT.models()
     source = numbered(teacher)
-    chosen = apply_plan(make_plan(teacher, student), source, element_selection="random_inconsistent")
+    chosen = apply_plan(make_plan(teacher, student, element_selection="random_inconsistent"), source)
     rows = origins(source["blocks.0.attn.qkv.bias"], chosen["blocks.0.attn.qkv.bias"])[0]
     assert len({tuple((rows.chunk(3)[part] - 48 * part).tolist()) for part in range(3)}) == 3
 
@@ -137,8 +157,8 @@ def test_attention_pooling_keeps_the_neurons_of_the_stream_and_parts_keys_from_v
     sizes = {"depth": 1, "num_heads": 3, "img_size": 32}
     teacher = meta("vit_base_patch16_siglip_224", embed_dim=48, **sizes)
     source = numbered(teacher)
-    plan = make_plan(teacher, meta("vit_base_patch16_siglip_224", embed_dim=24, **sizes))
-    chosen = apply_plan(plan, source, element_selection=method)
+    plan = make_plan(teacher, meta("vit_base_patch16_siglip_224", embed_dim=24, **sizes), element_selection=method)
+    chosen = apply_plan(plan, source)
     places = {key: origins(source[key], value) for key, value in chosen.items()}
     stream = places["norm.bias"][0]
     assert torch.equal(places["attn_pool.latent"][2].flatten(), stream)

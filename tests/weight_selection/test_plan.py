@@ -7,9 +7,10 @@ from timm.layers import resample_patch_embed
 from helpers import assert_same, meta, random_weights, read, words
 from pairs import CONVNEXT, VIT
 from weight_selection import select_weights
+from weight_selection.apply import apply_plan
 from weight_selection.cli import main as select_main
 from weight_selection.errors import InputError
-from weight_selection.plan import apply_plan, make_plan
+from weight_selection.plan import make_plan
 from weight_selection.sources.timm_models import create_model
 
 
@@ -70,8 +71,11 @@ def test_deit3_teacher_needs_a_student_with_its_layer_scale_and_positions():
 
 def test_clip_teacher_needs_a_student_that_normalises_first():
     plan = make_plan(meta("vit_base_clip"), meta("vit_tiny_clip"))
-    assert [entry.key for entry in plan if entry.role != "selected"] == ["head.weight", "head.bias"]
-    assert {entry.source for entry in plan if "norm_pre" in entry.key} == {"norm_pre.weight", "norm_pre.bias"}
+    assert [entry.key for entry in plan.entries if entry.role != "selected"] == ["head.weight", "head.bias"]
+    assert {entry.teacher_key for entry in plan.entries if "norm_pre" in entry.key} == {
+        "norm_pre.weight",
+        "norm_pre.bias",
+    }
     with pytest.raises(InputError, match=r"norm_pre\.weight"):
         make_plan(meta("vit_base_clip"), meta("vit_tiny"))
 
@@ -120,7 +124,7 @@ def test_kernels_for_grey_images_are_not_made_for_colours(cli, tmp_path):
 )
 def test_layer_selection_for_the_shallow_student_of_the_paper(rule, layers):
     plan = make_plan(meta("vit_small"), meta("vit_a"), layer_selection=rule)
-    moved = [(entry.key, entry.source) for entry in plan if entry.key.startswith("blocks.")]
+    moved = [(entry.key, entry.teacher_key) for entry in plan.entries if entry.key.startswith("blocks.")]
     assert len(moved) == 6 * 12
     for key, source in moved:
         _, layer, name = key.split(".", 2)
@@ -129,7 +133,7 @@ def test_layer_selection_for_the_shallow_student_of_the_paper(rule, layers):
 
 def test_layer_selection_is_made_in_every_stage():
     plan = make_plan(meta("convnext_tiny"), meta("convnext_femto"), layer_selection="last_n")
-    sources = {entry.key: entry.source for entry in plan}
+    sources = {entry.key: entry.teacher_key for entry in plan.entries}
     layers = [sources[f"stages.{stage}.blocks.0.gamma"] for stage in range(4)]
     assert layers == [f"stages.{stage}.blocks.{first}.gamma" for stage, first in enumerate((1, 1, 3, 1))]
     assert sources["stages.2.downsample.1.weight"] == "stages.2.downsample.1.weight"

@@ -25,10 +25,10 @@ REFUSED_OPTIONS = {
     "other family": (
         "vit",
         ["--student", "convnext_femto", "--student_kwargs", *words(CONVNEXT.small)],
-        ["teacher is of family vit", "convnext"],
+        ["teacher is a vit model", "convnext"],
     ),
     "other model type": ("vit", ["--model_type", "convnext"], ["--model_type convnext", "--student vit_tiny"]),
-    "undeclared family": ("vit", ["--student", "resnet18", "--student_kwargs"], ["family vit", "resnet"]),
+    "undeclared family": ("vit", ["--student", "resnet18", "--student_kwargs"], ["a vit model", "resnet"]),
     "seed without effect": ("vit", ["--seed", "3"], ["--seed 3", "uniform"]),
     "negative seed": ("vit", ["--seed", "-1", "--element_selection", "random"], ["--seed -1"]),
     "no such component": ("convnext", ["--exclude", "pos_embed"], ["--exclude pos_embed", "convnext", "patch_embed"]),
@@ -98,7 +98,7 @@ def test_a_student_can_be_that_of_a_configuration_of_main(cli, files, selected, 
 
 def test_a_configuration_without_a_size_has_that_of_main(cli, tmp_path, capsys):
     (tmp_path / "student.yaml").write_text("model: test_vit\n")  # which timm builds for 160 pixels
-    given = ["--dry_run", "--pretrained_model", "test_vit", "--student_config", tmp_path / "student.yaml"]
+    given = ["--dry_run", "--verbose", "--pretrained_model", "test_vit", "--student_config", tmp_path / "student.yaml"]
     assert cli(select_main, *given) is None
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("pos_embed"))
     assert line.split()[1] == "1x197x64"
@@ -109,7 +109,7 @@ def test_a_configuration_without_a_size_has_that_of_main(cli, tmp_path, capsys):
     [
         ("model: vit_tiny", ["--student", "vit_tiny"], ["student.yaml", "leave --student out"]),
         ("epochs: 3", [], ["student.yaml", "has no model"]),
-        ("model: vit_tiny\nwidth: 3", [], ["--student_config", "width is not an option"]),
+        ("model: vit_tiny\ninput_sise: 3", [], ["--student_config", "input_sise is not an option"]),
         ("model: [", [], ["--student_config", "not YAML"]),
         ("model: vit_teeny", [], ["--student vit_teeny: no such model"]),
     ],

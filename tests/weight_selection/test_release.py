@@ -13,8 +13,8 @@ import torch
 from helpers import assert_same, meta, random_weights, read, written
 from pairs import PAIRS
 from weight_selection.cli import main as select_main
+from weight_selection.sources.initial_weights import load_initial
 from weight_selection.sources.timm_models import create_model
-from weight_selection.sources.weight_files import load_initial
 
 
 def release_vit(teacher):

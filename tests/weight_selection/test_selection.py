@@ -8,11 +8,12 @@ import torch
 
 from helpers import assert_same, meta, read, written
 from pairs import PAIRS, RESNET, VIT
-from weight_selection import ELEMENT_SELECTION, select_weights
+from weight_selection import select_weights
 from weight_selection.cli import main as select_main
 from weight_selection.errors import InputError
+from weight_selection.options import ELEMENT_SELECTION
+from weight_selection.sources.initial_weights import find_weights, load_initial
 from weight_selection.sources.timm_models import create_model
-from weight_selection.sources.weight_files import find_weights, load_initial
 
 
 @pytest.mark.parametrize("family", PAIRS)

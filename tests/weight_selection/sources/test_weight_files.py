@@ -13,7 +13,7 @@ from helpers import assert_same, jax_names, meta, prefixed, random_weights, read
 from pairs import CONVNEXT, PAIRS, VIT
 from weight_selection.cli import main as select_main
 from weight_selection.errors import InputError
-from weight_selection.sources.weight_files import load_initial
+from weight_selection.sources.initial_weights import load_initial
 
 TEACHER_FILES = {
     "nested under model, beside plain values": ("x.pth", lambda w: {"model": w, "epoch": 3, "args": {"lr": 0.1}}),
