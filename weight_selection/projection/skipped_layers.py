@@ -6,7 +6,7 @@ and goes on with j has lost m. Its layer i therefore gets a second term beside t
     W_student = Q W_teacher B + V        V = argmin E|Q m - V z~|^2                                                 (10)
 
 with z the input of its last dense layer, and the ridge of (7), towards zero. We do this only between layers that are
-kept. We do not approximate layers dropped at the end; doing so gave worse features (RESULTS.md).
+kept. We do not approximate layers dropped at the end; doing so gave worse features (docs/results.md).
 """
 
 import copy
