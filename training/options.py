@@ -338,12 +338,8 @@ def read_config(path: str, parser: Parser, option: str = "--config") -> list[str
         InputError: as ``read_recipe``, or the recipe has a key that is no option.
     """
     known = {action.dest for action in parser._actions} - {"help", "config"}
-    words = []
-    for key, value in read_recipe(path, option, _print_by_first_process).items():
-        if key not in known:
-            raise InputError(f"{option} {path}: {key} is not an option of main.py")
-        words += [f"--{key}", *value]
-    return words
+    recipe = read_recipe(path, option, _print_by_first_process, known)
+    return [word for key, words in recipe.items() for word in (f"--{key}", *words)]
 
 
 def _print_by_first_process(line: str) -> None:

@@ -3,9 +3,9 @@
 import json
 import sys
 from concurrent.futures import Future
+from importlib.metadata import version
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn as nn
 
@@ -51,7 +51,7 @@ def write(path: Path, state_dict: dict, student: nn.Module, provenance: dict) ->
         teacher = {
             key: value.result() if isinstance(value, Future) else value for key, value in provenance["teacher"].items()
         }
-        versions = {"torch": torch.__version__, "timm": timm.__version__, "python": sys.version.split()[0]}
+        versions = {"torch": torch.__version__, "timm": version("timm"), "python": sys.version.split()[0]}
         content = {
             "file": path.name,
             "sha256": sha256(temporary),

@@ -93,7 +93,7 @@ def rotation(normalised: Tensor, frame: Tensor) -> Tensor:
     s = E U' x then has mean zero, and its own LayerNorm only scales it.                                            (2)
 
     Any such E gives the same function. This one brings Q nearest to the selection S of the coordinates ``frame``: it
-    makes |E U' - S| smallest. Students trained from it are a little better than from a random E (docs/results.md), and it
+    makes |E U' - S| smallest. Students trained from it are a little better than from a random E (docs/results.md). It
     depends only on the space that U spans, not on the basis that eigh happens to return.
 
     Args:

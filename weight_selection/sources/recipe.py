@@ -34,7 +34,9 @@ def _print_to_stderr(line):
     print(line, file=sys.stderr)
 
 
-def read_recipe(path: str, option: str, on_moved: Callable[[str], object] = _print_to_stderr) -> dict[str, list[str]]:
+def read_recipe(
+    path: str, option: str, on_moved: Callable[[str], object] = _print_to_stderr, known: set | None = None
+) -> dict[str, list[str]]:
     """Read a recipe over all that it is based on.
 
     Args:
@@ -42,15 +44,18 @@ def read_recipe(path: str, option: str, on_moved: Callable[[str], object] = _pri
             such file, ``moved.yaml`` may say where it is now, and ``A/B.yaml`` is read as ``A.yaml:B``.
         option: the command-line option that named it, for errors.
         on_moved: is called with one line of text for each path that is read from somewhere else.
+        known: names of main.py's options, to refuse others; None: whether main.py has such options is not checked.
 
     Returns:
-        {name of an option: its words as on the command line}. Whether main.py has such an option is not checked.
+        {name of an option: its words as on the command line}.
 
     Raises:
         InputError: a file cannot be read or is no recipe, a section is unknown or missing, a recipe is its own base.
     """
     words = {}
     for key, value in _Reader(option, on_moved).read(Path(path), ()).items():
+        if known is not None and key not in known:
+            raise InputError(f"{option} {path}: {key} is not an option of main.py")
         if isinstance(value, dict):
             value = [f"{name}={item}" if isinstance(item, str) else None for name, item in value.items()]
         words[key] = value if isinstance(value, list) else [value]
