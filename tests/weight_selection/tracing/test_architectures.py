@@ -136,8 +136,9 @@ def check_places(plan, teacher, student, method, pair):
     count = max(dim.max() for dims in student.values() for dim in dims) + 1
     kept, index = np.full(count, -1), np.full((count, 2), -1)
     for entry in plan.entries:
-        for dim, parts in (entry.slices or {}).items():
-            for theirs, ours in parts:
+        for dim, slices in entry.slices.items():
+            for one in slices:
+                theirs, ours = one.teacher, one.student
                 shape = torch.empty(theirs.shape, device="meta")
                 chosen = [element_indices(method, shape, axis, size).numpy() for axis, size in enumerate(ours.shape)]
                 large = teacher[entry.teacher_key][dim][theirs[np.ix_(*chosen)]].flatten()
