@@ -8,26 +8,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from weight_selection.errors import InputError, printable
-
-# What files of images are read as. Pillow would also run Ghostscript on PostScript that is called an image.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-
-
-class BadImage(Exception):
-    """An image that cannot be read; the message says which and why."""
+from weight_selection.errors import InputError
+from weight_selection.image_files import read_image
 
 
 class ImageFiles:
-    """Images in files of any mode, converted to RGB as timm does (their EXIF orientation is not applied either).
+    """Images that lie in files; items are (transformed image, label).
 
     Args:
-        samples: (path, label) of each.
-        transform: of an RGB image.
-        classes: names of the labels from 0 on, if they are known.
+        samples: the (path, label) of each image.
+        transform: applied to each image as a PIL image in RGB.
+        classes: the class names in the order of their labels, if they are known.
 
     Raises:
-        BadImage: by an item that cannot be decoded.
+        BadImage: when an item is asked for whose file cannot be read.
     """
 
     def __init__(self, samples, transform, classes=None):
@@ -38,12 +32,7 @@ class ImageFiles:
 
     def __getitem__(self, index):
         path, label = self.samples[index]
-        try:
-            with Image.open(path, formats=FORMATS) as file:
-                image = file.convert("RGB")
-        except Exception as error:  # a damaged image makes Pillow raise nearly anything; only it runs here
-            raise BadImage(printable(f"{path} cannot be read ({str(error) or type(error).__name__})")) from error
-        return self.transform(image), label
+        return self.transform(read_image(path)), label
 
 
 class Digits:

@@ -14,7 +14,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from distributed.program import RunError, Stopped
 from distributed.stop_coordinator import StopCoordinator
-from input_pipeline.loader import BadImages
+from input_pipeline.bad_images import BadImages
+from input_pipeline.loader import DeviceLoader
 from models.distillation import Loss
 from utils import Progress, print_main, seed_everything
 from weight_selection.errors import printable
@@ -238,7 +239,7 @@ class EpochMetrics:
         return row
 
 
-def train_one_epoch(trainer: TrainState, loader, figures: EpochMetrics, after_step: Callable) -> None:
+def train_one_epoch(trainer: TrainState, loader: DeviceLoader, figures: EpochMetrics, after_step: Callable) -> None:
     """Train through an epoch, or the rest of it.
 
     Args:
@@ -252,7 +253,7 @@ def train_one_epoch(trainer: TrainState, loader, figures: EpochMetrics, after_st
     """
     trainer.forward.train()
     start, first, epoch = time.monotonic(), figures.step, figures.epoch
-    step_images = loader.batch_sampler.batch_size * trainer.update_freq * trainer.world_size
+    step_images = loader.batch_size * trainer.update_freq * trainer.world_size
 
     def describe():
         speed = (figures.step - first) * step_images / (time.monotonic() - start)
@@ -265,12 +266,9 @@ def train_one_epoch(trainer: TrainState, loader, figures: EpochMetrics, after_st
             trainer.set_schedule(epoch * trainer.steps + step)
             losses = 0
             for part in range(trainer.update_freq):
-                batch = next(batches)
-                figures.bad.add(batch.problems)
+                images, targets = next(batches)
                 number = (step * trainer.update_freq + part) * trainer.world_size + trainer.rank
                 seed_everything(trainer.seed, epoch, number, 1)  # the 1: not the numbers that image `number` gets
-                images = loader.dataset.pipeline.inputs(batch, trainer.device)
-                targets = batch.labels.to(trainer.device, non_blocking=True)
                 losses += trainer.backward(images, targets, last=part == trainer.update_freq - 1)
             figures.add(losses / trainer.update_freq, trainer.update())
             progress.step(describe)
@@ -280,7 +278,7 @@ def train_one_epoch(trainer: TrainState, loader, figures: EpochMetrics, after_st
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, trainer: TrainState, shared: bool = True) -> dict:
+def evaluate(model: nn.Module, loader: DeviceLoader, trainer: TrainState, shared: bool = True) -> dict:
     """Cross-entropy and accuracy over a test set.
 
     Args:
@@ -300,16 +298,12 @@ def evaluate(model: nn.Module, loader, trainer: TrainState, shared: bool = True)
     device = next(model.parameters()).device
     dtype = trainer.autocast if device == trainer.device else None
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    batches, longest = iter(loader), loader.sampler.batches(loader.batch_size)
+    batches, longest = iter(loader.on(device)), loader.sampler.most_batches(loader.batch_size)
     with Progress("test", longest, lines=0) as progress:
         for _ in range(longest):  # as often in every process, though the last batch may be missing in some
             batch = next(batches, None)
-            if batch is not None and batch.problems:
-                problem = f"test image {batch.problems[0]}; repair it: accuracy is over all test images"
-                trainer.consensus.fail(problem)
             if batch is not None:
-                images = loader.dataset.pipeline.inputs(batch, device)
-                targets = batch.labels.to(device, non_blocking=True)
+                images, targets = batch
                 with autocast(device, dtype):
                     logits = model(images)
                 logits = logits.float()

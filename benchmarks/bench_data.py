@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Images per second and core of the input pipeline, against timm's transforms and PyTorch's default loader, in one run.
 
-    python benchmarks/data.py
+    python benchmarks/bench_data.py
 
 All work of an image is on one core: reading or decoding, transform, collation, normalisation, up to a batch of float32
 at 224 pixels. Both go through the recipe's training and test transforms, in turns; of each the median. Images are
@@ -27,14 +27,13 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from datasets import (  # noqa: E402
-    ImageFiles,  # noqa: E402
-    build_dataset,
-    to_pixels,
-)
+from datasets import ImageFiles, build_dataset, to_pixels  # noqa: E402
+from distributed.stop_coordinator import StopCoordinator  # noqa: E402
+from input_pipeline.bad_images import BadImages, BadTestImages  # noqa: E402
 from input_pipeline.cache import CachedDataset  # noqa: E402
-from input_pipeline.loader import TrainBatchSampler, eval_loader, train_loader  # noqa: E402
-from input_pipeline.pipeline import OnDevice, build_pipeline  # noqa: E402
+from input_pipeline.loader import eval_loader, train_loader  # noqa: E402
+from input_pipeline.placement import Batch, build_pipeline  # noqa: E402
+from input_pipeline.samplers import EvalSampler, TrainBatchSampler  # noqa: E402
 from input_pipeline.transforms import build_transform  # noqa: E402
 from training.options import parse_args  # noqa: E402
 
@@ -83,24 +82,19 @@ def plain(dataset, train):
 
 
 def ours(args, dataset, train, device):
-    pipeline = build_pipeline(args, train)
-    if isinstance(pipeline, OnDevice):
-        pipeline.resident = dataset.data.to(device)
+    pipeline, coordinator = build_pipeline(args, train), StopCoordinator(args.timeout)
     if train:
-        batches = TrainBatchSampler(len(dataset), BATCH, len(dataset) // BATCH, 1, 0, 1, seed=0)
-        return train_loader(dataset, pipeline, batches, args)
-    return eval_loader(dataset, pipeline, args, 0, 1)
+        sampler = TrainBatchSampler(len(dataset), BATCH, len(dataset) // BATCH, 1, 0, 1, seed=0)
+        return train_loader(dataset, pipeline, sampler, args, device, BadImages(0, coordinator))
+    sampler = EvalSampler(len(dataset), 0, 1)
+    return eval_loader(dataset, pipeline, sampler, args, device, BadTestImages(coordinator))
 
 
-def images_per_second(loader, device, finish=True) -> float:
-    """Of one pass, up to what a model takes, on the device; without ``finish`` up to what a worker gives."""
+def images_per_second(loader, device) -> float:
+    """The speed of one pass over a loader whose batches are (images, labels) or a worker's ``Batch``."""
     start, images = time.perf_counter(), 0
     for batch in loader:
-        if not finish:
-            images += len(batch.labels)
-            continue
-        plain = isinstance(batch, list)
-        images += len(batch[0].to(device) if plain else loader.dataset.pipeline.inputs(batch, device))
+        images += len(batch.labels if isinstance(batch, Batch) else batch[0].to(device))
     if device.type == "cuda":
         torch.cuda.synchronize()
     return images / (time.perf_counter() - start)
@@ -150,12 +144,10 @@ def main():
                 if on_device or kind.endswith("cached"):
                     dataset = CachedDataset(dataset, "images")
                 loaders = plain(baseline, train), ours(args, dataset, train, device)
-                if train:
-                    loaders[1].batch_sampler.set_position(0, 0)
                 passes = {
                     "timm": partial(images_per_second, loaders[0], device),
                     "ours": partial(images_per_second, loaders[1], device),
-                    "worker": partial(images_per_second, loaders[1], device, finish=False),
+                    "worker": partial(images_per_second, loaders[1].workers, device),
                     "read": partial(reads_per_second, dataset),
                 }
                 timm, own, worker, read = medians(passes, arguments.turns).values()

@@ -21,7 +21,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from timm.layers import set_fused_attn
@@ -37,9 +36,11 @@ from datasets import to_pixels  # noqa: E402
 from distributed.launch import Launch  # noqa: E402
 from distributed.stop_coordinator import StopCoordinator  # noqa: E402
 from engine import EpochMetrics, train_one_epoch  # noqa: E402
+from input_pipeline.bad_images import BadImages  # noqa: E402
 from input_pipeline.cache import CachedDataset  # noqa: E402
-from input_pipeline.loader import BadImages, TrainBatchSampler, train_loader  # noqa: E402
-from input_pipeline.pipeline import OnDevice, build_pipeline  # noqa: E402
+from input_pipeline.loader import train_loader  # noqa: E402
+from input_pipeline.placement import TransformOnDevice, build_pipeline  # noqa: E402
+from input_pipeline.samplers import TrainBatchSampler  # noqa: E402
 from input_pipeline.transforms import build_transform  # noqa: E402
 from training.options import parse_args, share_batch  # noqa: E402
 from training.run import build_model, build_trainer, check_hardware  # noqa: E402
@@ -53,9 +54,7 @@ class Constant:
     """A loader that gives one batch, already on the device."""
 
     def __init__(self, images, labels):
-        self.batch = SimpleNamespace(labels=labels, problems=[])
-        self.dataset = SimpleNamespace(pipeline=SimpleNamespace(inputs=lambda batch, device: images))
-        self.batch_sampler = SimpleNamespace(batch_size=len(labels))
+        self.batch, self.batch_size = (images, labels), len(labels)
 
     def __iter__(self):
         while True:
@@ -105,14 +104,14 @@ def our_loop(args, device, dtype, steps, real):
     labels = torch.randint(CLASSES, (args.batch_size,), device=device)
     if args.compile:
         trainer.compile(images, labels, images)
+    bad = BadImages(0, consensus)
     if real:
         dataset = Small(steps * args.batch_size, to_pixels)
         pipeline = build_pipeline(args, True)
-        if isinstance(pipeline, OnDevice):
+        if isinstance(pipeline, TransformOnDevice):
             dataset = CachedDataset(dataset, "images")
-            pipeline.resident = dataset.data.to(device)
         batches = TrainBatchSampler(len(dataset), args.batch_size, steps, 1, 0, 1, args.seed)
-        loader = train_loader(dataset, pipeline, batches, args)
+        loader = train_loader(dataset, pipeline, batches, args, device, bad)
     else:
         loader = Constant(images, labels)
 
@@ -124,7 +123,7 @@ def our_loop(args, device, dtype, steps, real):
                 synchronize(device)
                 moments.append(time.perf_counter())
 
-        figures = EpochMetrics(trainer, 0, BadImages(0, consensus))
+        figures = EpochMetrics(trainer, 0, bad)
         with contextlib.redirect_stdout(io.StringIO()):
             train_one_epoch(trainer, loader, figures, after_step)
         return (steps - warm) * args.batch_size / (moments[1] - moments[0])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from datasets import BadImage
 from utils import Progress
 from weight_selection.errors import InputError
+from weight_selection.image_files import BadImage
 
 SAMPLE = 64  # images that tell how much memory all will take
 

@@ -15,15 +15,19 @@ import torchvision.datasets as tv
 from PIL import Image
 
 from datasets import SOURCES, Digits, build_dataset
+from distributed.stop_coordinator import StopCoordinator
 from fabricate import FABRICATE, number_of
-from input_pipeline.loader import TrainBatchSampler, eval_loader, train_loader
-from input_pipeline.pipeline import build_pipeline
+from input_pipeline.bad_images import BadImages, BadTestImages
+from input_pipeline.loader import eval_loader, train_loader
+from input_pipeline.placement import build_pipeline
+from input_pipeline.samplers import EvalSampler, TrainBatchSampler
 from input_pipeline.transforms import build_transform
 from training.options import parse_args
 from utils import seed_everything
 from weight_selection.errors import InputError
 
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 
 
 def options(text, data_path=None):
@@ -77,10 +81,11 @@ def test_augmentation_of_an_image_depends_on_no_worker(image_folder):
         batches.set_position(epoch, 0)
         order = [index for batch in batches for index, _ in batch]
         torch.manual_seed(workers)
-        loaded = list(train_loader(dataset, pipeline, batches, args.replace(num_workers=workers)))
-        labels = torch.cat([batch.labels for batch in loaded]).tolist()
-        assert labels == [dataset.samples[index][1] for index in order]
-        images = torch.cat([pipeline.inputs(batch, torch.device("cpu")) for batch in loaded])
+        loader = train_loader(
+            dataset, pipeline, batches, args.replace(num_workers=workers), CPU, BadImages(0, StopCoordinator(1))
+        )
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        assert labels.tolist() == [dataset.samples[index][1] for index in order]
         return dict(zip(order, images, strict=True))
 
     here, elsewhere, later = epoch_of_images(0, 0), epoch_of_images(2, 0), epoch_of_images(0, 1)
@@ -95,8 +100,10 @@ def test_processes_share_test_images_out_without_duplicates(images, world_size):
     args = options("--data_set digits --num_workers 0 --batch_size 2")
     dataset = [(torch.zeros(8, 8, 3, dtype=torch.uint8), index) for index in range(images)]
     pipeline = build_pipeline(args, train=False)
-    shards = [eval_loader(dataset, pipeline, args, rank, world_size) for rank in range(world_size)]
-    seen = [[index for batch in shard for index in batch.labels.tolist()] for shard in shards]
+    samplers = [EvalSampler(images, rank, world_size) for rank in range(world_size)]
+    bad = BadTestImages(StopCoordinator(1))
+    shards = [eval_loader(dataset, pipeline, sampler, args, CPU, bad) for sampler in samplers]
+    seen = [[index for _, labels in shard for index in labels.tolist()] for shard in shards]
     assert sorted(sum(seen, [])) == list(range(images))
     assert max(map(len, seen)) - min(map(len, seen)) <= 1, "fair shares"
 

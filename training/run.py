@@ -19,9 +19,11 @@ from distributed.process_group import init_distributed, main_only
 from distributed.program import RunError, Stopped
 from distributed.stop_coordinator import StopCoordinator
 from engine import EpochMetrics, TrainState, evaluate, train_one_epoch
+from input_pipeline.bad_images import BadImages, BadTestImages
 from input_pipeline.cache import CachedDataset, check_memory
-from input_pipeline.loader import BadImages, TrainBatchSampler, eval_loader, train_loader
-from input_pipeline.pipeline import build_pipeline
+from input_pipeline.loader import eval_loader, train_loader
+from input_pipeline.placement import build_pipeline
+from input_pipeline.samplers import EvalSampler, TrainBatchSampler
 from models.distillation import Loss, WithProjector, build_teacher
 from models.initialization import initialize
 from models.linear_probe import make_linear_probe
@@ -175,7 +177,7 @@ def train(args, trainer: TrainState, loaders: tuple, progress: dict, board: Metr
     """
     training, testing = loaders
     first, before, start = progress["epoch"] + 1, progress["seconds"], time.monotonic()
-    bad = BadImages(args.skip_bad_images, trainer.consensus, progress.get("bad_images", ()))
+    bad = training.bad_images
     keeps = args.output_dir and args.save_ckpt
     unless = "--overwrite" if args.overwrite else "" if args.auto_resume else "--auto_resume false"
 
@@ -212,7 +214,7 @@ def train(args, trainer: TrainState, loaders: tuple, progress: dict, board: Metr
         figures = EpochMetrics(trainer, epoch, bad, progress.get("partial"))
         done, begun = figures.step, time.monotonic()
         if done < trainer.steps:
-            training.batch_sampler.set_position(epoch, done)
+            training.sampler.set_position(epoch, done)
             train_one_epoch(trainer, training, figures, after_step)
             average_batch_statistics(trainer)
         speed = (trainer.steps - done) * args.total_batch_size / (time.monotonic() - begun)
@@ -358,10 +360,9 @@ def train_or_evaluate(args, launch: Launch, device, dtype, consensus: StopCoordi
         if args.cache_images:
             for part in pipelines:
                 images_of[part] = CachedDataset(images_of[part], f"{part} images")
-                if args.augment_device:
-                    pipelines[part].resident = images_of[part].data.to(device)
         place = (launch.rank, launch.world_size) if args.dist_eval else (0, 1)
-        testing = eval_loader(images_of["test"], pipelines["test"], args, *place)
+        shard = EvalSampler(len(test_set), *place)
+        testing = eval_loader(images_of["test"], pipelines["test"], shard, args, device, BadTestImages(consensus))
         consensus.patient = True
         if args.eval:
             print_main(f"{args.model}: {utils.describe(test(args, trainer, testing))}")
@@ -382,7 +383,8 @@ def train_or_evaluate(args, launch: Launch, device, dtype, consensus: StopCoordi
             images, args.batch_size, steps, args.update_freq, launch.rank, launch.world_size, args.seed
         )
         with MetricLog(args, progress["epoch"] + 1, checkpoint.plain(args)) as board:
-            training = train_loader(images_of["train"], pipelines["train"], batches, args)
+            bad = BadImages(args.skip_bad_images, consensus, progress.get("bad_images", ()))
+            training = train_loader(images_of["train"], pipelines["train"], batches, args, device, bad)
             train(args, trainer, (training, testing), progress, board)
         if args.output_dir:
             record = results(args, progress, facts)

@@ -18,11 +18,12 @@ from timm.data import ImageDataset
 
 import engine
 from bench_faults import differences
-from datasets import BadImage, ImageFiles
+from datasets import ImageFiles
 from distributed.program import RunError, Stopped
 from helpers import read_log, read_results
 from processes import start_together
 from weight_selection.errors import InputError
+from weight_selection.image_files import BadImage
 
 
 @pytest.fixture

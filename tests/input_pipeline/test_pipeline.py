@@ -9,16 +9,20 @@ import torch
 from PIL import Image
 
 from bench_faults import differences
-from datasets import BadImage, build_dataset
+from datasets import build_dataset
 from distributed.program import RunError
+from distributed.stop_coordinator import StopCoordinator
 from helpers import read_log
 from input_pipeline import cache
+from input_pipeline.bad_images import BadImages, BadTestImages
 from input_pipeline.cache import CachedDataset
-from input_pipeline.loader import TrainBatchSampler, eval_loader, train_loader
-from input_pipeline.pipeline import OneByOne, build_pipeline
+from input_pipeline.loader import eval_loader, train_loader
+from input_pipeline.placement import TransformOneByOne, build_pipeline
+from input_pipeline.samplers import EvalSampler, TrainBatchSampler
 from input_pipeline.transforms import build_transform
 from training.options import parse_args
 from weight_selection.errors import InputError
+from weight_selection.image_files import BadImage
 
 CPU = torch.device("cpu")
 
@@ -62,13 +66,15 @@ def args_of(image_folder, *more):
 def test_fast_way_gives_what_timm_gives_one_by_one(image_folder, train):
     args = args_of(image_folder, "--reprob", "0")
     dataset, _ = build_dataset(args, train)
-    values = []
-    for pipeline in (build_pipeline(args, train), OneByOne(build_transform(args, train))):
+    values, coordinator = [], StopCoordinator(1)
+    for pipeline in (build_pipeline(args, train), TransformOneByOne(build_transform(args, train))):
         if train:
-            loader = train_loader(dataset, pipeline, TrainBatchSampler(len(dataset), 16, 3, 1, 0, 1, seed=2), args)
+            sampler = TrainBatchSampler(len(dataset), 16, 3, 1, 0, 1, seed=2)
+            loader = train_loader(dataset, pipeline, sampler, args, CPU, BadImages(0, coordinator))
         else:
-            loader = eval_loader(dataset, pipeline, args, 0, 1)
-        values.append(torch.cat([pipeline.inputs(batch, CPU) for batch in loader]))
+            sampler = EvalSampler(len(dataset), 0, 1)
+            loader = eval_loader(dataset, pipeline, sampler, args, CPU, BadTestImages(coordinator))
+        values.append(torch.cat([images for images, _ in loader]))
     fast, plain = values
     assert fast.shape == plain.shape and fast.dtype == plain.dtype
     levels = (fast - plain).abs() * 0.226 * 255

@@ -12,10 +12,11 @@ from timm.data import create_transform
 from torch.overrides import TorchFunctionMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datasets import BadImage, ImageFiles
+from datasets import ImageFiles
 from weight_selection import CALIBRATION_IMAGES, NOISE, check_calibration
 from weight_selection.errors import InputError
 from weight_selection.files import sha256
+from weight_selection.image_files import BadImage
 
 BATCH_SIZE = 16
 DENSE = {F.linear, F.conv2d, torch.conv2d}

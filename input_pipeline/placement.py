@@ -1,4 +1,8 @@
-"""From images of a data set to a model's input: what loader workers do with them, and what the device does."""
+"""Where images are transformed: one by one or in batches, in the loader's workers or on the device.
+
+A pipeline has three steps. A worker calls ``sample`` for each image and ``collate`` for each batch; the process that
+trains calls ``to_device`` for each batch.
+"""
 
 from typing import NamedTuple
 
@@ -12,13 +16,13 @@ from weight_selection.errors import InputError
 
 
 class Batch(NamedTuple):
-    """What a loader gives: ``len(labels)`` images, not yet on the device that computes.
+    """What a worker hands over: ``len(labels)`` images, on the host and not necessarily transformed yet.
 
     Attributes:
-        images: as the pipeline that collated them left them.
-        packed: what its ``Augmentation`` drew for them, if it has one.
+        images: as the pipeline's ``collate`` returned them.
+        packed: the random draws of an ``Augmentation`` for these images; None if the pipeline has none.
         labels: (images,) int64.
-        problems: what is wrong with those that could not be read.
+        problems: one message for each image that could not be read.
     """
 
     images: torch.Tensor | Pixels
@@ -27,29 +31,29 @@ class Batch(NamedTuple):
     problems: list[str]
 
 
-class OneByOne:
-    """timm's transform in a worker, for what has no batched form. Batches are of float32, normalised."""
+class TransformOneByOne:
+    """A worker applies timm's transform to each image: for transforms that have no batched form."""
 
     def __init__(self, transform):
         self.transform = transform
 
     def sample(self, image: torch.Tensor) -> torch.Tensor:
-        """What becomes of an image, (height, width, 3) uint8, with randomness from the global generators."""
+        """Transform an image, uint8 (height, width, 3), with randomness from the global generators."""
         return self.transform(Image.fromarray(image.numpy()))
 
     def collate(self, samples) -> tuple:
-        """``images`` and ``packed`` of a ``Batch``."""
+        """The ``images`` and ``packed`` of a ``Batch`` of these samples."""
         return torch.stack(samples), None
 
-    def inputs(self, batch: Batch, device: torch.device) -> torch.Tensor:
-        """(images, 3, size, size) float32 on the device, normalised."""
+    def to_device(self, batch: Batch, device: torch.device) -> torch.Tensor:
+        """A model's input: float32 (images, 3, size, size) on the device, normalised. It draws no random numbers."""
         return batch.images.to(device, non_blocking=True)
 
 
-class InWorkers:
-    """The transform in batches of uint8 in a worker; normalised and erased on the device.
+class TransformInWorkers:
+    """A worker transforms a batch in uint8; the device normalises it and erases boxes.
 
-    A quarter of the bytes goes from worker to device.
+    Only a quarter of the bytes of float32 go from the worker to the device.
     """
 
     def __init__(self, augmentation: Augmentation):
@@ -63,15 +67,15 @@ class InWorkers:
         packed = self.augmentation.pack(draws)
         return self.augmentation.apply(images, packed, batched=False), packed
 
-    def inputs(self, batch, device):
+    def to_device(self, batch, device):
         return self.augmentation.finish(batch.images.to(device, non_blocking=True), batch.packed)
 
 
-class OnDevice(InWorkers):
-    """The transform in batches on the device; a worker only reads images and draws what they undergo.
+class TransformOnDevice(TransformInWorkers):
+    """The device transforms a batch; a worker only reads the images and draws random numbers for them.
 
     Attributes:
-        resident: flat uint8 of all images on the device, or None when each batch brings its own.
+        resident: flat uint8 on the device, all images of a ``CachedDataset``; None if each batch brings its own pixels.
     """
 
     def __init__(self, augmentation):
@@ -80,13 +84,13 @@ class OnDevice(InWorkers):
 
     def collate(self, samples):
         images, draws = zip(*samples, strict=True)
-        pixels = _side_by_side(images) if self.resident is None else _within_store(images)
+        pixels = _side_by_side(images) if self.resident is None else _places_in_cache(images)
         return pixels, self.augmentation.pack(draws)
 
-    def inputs(self, batch, device):
+    def to_device(self, batch, device):
         data = batch.images.data.to(device, non_blocking=True) if self.resident is None else self.resident
         images = self.augmentation.apply(batch.images._replace(data=data), batch.packed, batched=True)
-        return self.augmentation.finish(images, batch.packed).to(device)  # a moving average may be on the CPU
+        return self.augmentation.finish(images, batch.packed).to(device)  # the resident images may be on another device
 
 
 def _side_by_side(images):
@@ -95,16 +99,17 @@ def _side_by_side(images):
     return Pixels(data, lengths.cumsum(0) - lengths, torch.tensor([image.shape[:2] for image in images]))
 
 
-def _within_store(images):
+def _places_in_cache(images):
+    """Where the images lie in the buffer of their ``CachedDataset``, without their pixels."""
     offsets = torch.tensor([image.storage_offset() for image in images])
     return Pixels(torch.empty(0, dtype=torch.uint8), offsets, torch.tensor([image.shape[:2] for image in images]))
 
 
 def build_pipeline(args, train: bool):
-    """The pipeline that the options ask for, of training or of the test.
+    """The pipeline that the options ask for, for training or for the test.
 
     Raises:
-        InputError: ``--augment_device`` and a transform that has no batched form.
+        InputError: ``--augment_device`` is given and the transform has no batched form.
     """
     transform = build_transform(args, train)
     try:
@@ -113,5 +118,5 @@ def build_pipeline(args, train: bool):
         if args.augment_device:
             raise InputError(f"--augment_device true: no batched form of {reason}; leave the option out") from reason
         print_main(f"images are transformed one by one in loader workers: no batched form of {reason}")
-        return OneByOne(transform)
-    return OnDevice(augmentation) if args.augment_device else InWorkers(augmentation)
+        return TransformOneByOne(transform)
+    return TransformOnDevice(augmentation) if args.augment_device else TransformInWorkers(augmentation)
