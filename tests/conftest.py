@@ -73,10 +73,10 @@ def interrupted(train, monkeypatch):
     def run(epoch, *options):
         train_one_epoch = training.run.train_one_epoch
 
-        def until(trainer, loader, figures, after_step):
-            if figures.epoch == epoch:
+        def until(state, loader, metrics):
+            if metrics.epoch == epoch:
                 raise Interrupted
-            return train_one_epoch(trainer, loader, figures, after_step)
+            return train_one_epoch(state, loader, metrics)
 
         with monkeypatch.context() as patch:
             patch.setattr(training.run, "train_one_epoch", until)

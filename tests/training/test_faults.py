@@ -110,7 +110,7 @@ def test_signal_within_an_epoch_saves_and_the_run_ends_as_if_there_had_been_none
 
 def test_signal_in_the_evaluation_saves_the_epoch_before_it(train, whole, at_call):
     calls = at_call(engine.TrainState, "update", 99, None)
-    at_call(training, "test", 2, send(signal.SIGTERM))
+    at_call(training.run, "evaluate_with_ema", 2, send(signal.SIGTERM))
     with pytest.raises(Stopped, match="run/checkpoint-1-step-2.pth"):
         train(everything())
     train(everything())
@@ -135,14 +135,14 @@ def test_second_ctrl_c_does_not_wait_for_an_evaluation(train, at_call):
         send(signal.SIGINT)()
         send(signal.SIGINT)()
 
-    at_call(training, "test", 1, twice)
+    at_call(training.run, "evaluate_with_ema", 1, twice)
     with pytest.raises(Stopped, match="nothing was saved"):
         train("--output_dir run")
     assert not list(Path("run").glob("*.pth"))
 
 
 def test_signal_before_training_ends_at_once_and_leaves_nothing(train, at_call):
-    at_call(training, "build_model", 1, send(signal.SIGTERM))
+    at_call(training.run, "build_model", 1, send(signal.SIGTERM))
     with pytest.raises(Stopped, match="nothing was saved"):
         train("--output_dir run")
     assert not Path("run").exists()
@@ -437,7 +437,7 @@ def loss_times(monkeypatch):
 
 @pytest.mark.parametrize("interval", [1, 50])
 def test_loss_that_is_not_finite_is_named_by_its_step_and_not_saved(train, loss_times, monkeypatch, interval):
-    monkeypatch.setattr(engine, "READ_INTERVAL", interval)
+    monkeypatch.setattr(engine, "SYNCHRONIZE_INTERVAL", interval)
     loss_times(math.nan, first=11)  # 6 steps an epoch
     named = r"loss is nan and the gradient's norm nan at step 5 of epoch 1, at lr \d\.\d\de-0\d;"
     with pytest.raises(RunError, match=named):

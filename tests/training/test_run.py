@@ -120,7 +120,7 @@ def test_finished_run_is_left_as_it_is(finished, train, monkeypatch, capsys):
         raise AssertionError("trained a finished run")
 
     files = {path.name: path.read_bytes() for path in (finished / "run").iterdir()}
-    monkeypatch.setattr(training, "train_one_epoch", no_training)
+    monkeypatch.setattr(training.run, "train_one_epoch", no_training)
     train(
         "--epochs 4 --warmup_steps -1 --warmup_epochs 1 --save_ckpt_num 2 --seed 5",
         "--model_ema true --model_ema_decay 0.9 --model_ema_eval true",
@@ -285,11 +285,11 @@ def test_mixed_precision_on_cpu_computes_in_bfloat16_and_keeps_float32_weights(
 ):
     computed, train_one_epoch = [], training.run.train_one_epoch
 
-    def observed(trainer, *args):
-        trainer.model.blocks[1].mlp.fc1.register_forward_hook(lambda module, args, out: computed.append(out.dtype))
-        return train_one_epoch(trainer, *args)
+    def observed(state, *args):
+        state.model.blocks[1].mlp.fc1.register_forward_hook(lambda module, args, out: computed.append(out.dtype))
+        return train_one_epoch(state, *args)
 
-    monkeypatch.setattr(training, "train_one_epoch", observed)
+    monkeypatch.setattr(training.run, "train_one_epoch", observed)
     train(f"{precision} --epochs 1 --output_dir {tmp_path}")
     assert set(computed) == {dtype}
     assert {value.dtype for value in read_checkpoint(tmp_path, 0)["model"].values()} == {torch.float32}
