@@ -8,11 +8,8 @@ import math
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,12 +21,12 @@ from hypothesis import strategies as st
 import engine
 import main
 import training.run
-from bench_faults import Launched, differences, partial_files
+from bench_faults import differences, partial_files
 from datasets import ImageFiles
 from distributed.program import RunError, Stopped, run_program
 from helpers import read_checkpoint, read_log
 from models import distillation
-from processes import environment, start_together
+from processes import start_launcher, start_together
 from training import checkpoint
 from weight_selection.errors import InputError
 from weight_selection.sources import safe_load
@@ -183,12 +180,10 @@ def test_checkpoints_within_an_epoch_are_kept_until_it_is_over(train, at_call, i
 
 def test_run_killed_while_it_writes_a_checkpoint_ends_as_if_it_had_not_been(tiny_run, train, whole, tmp_path):
     options = [*tiny_run, *everything("--save_ckpt_steps 1").split()]
-    run = Launched(tmp_path, 1, options)
-    assert run.wait_for(lambda: partial_files(tmp_path))
-    run.kill(None)
-    run = Launched(tmp_path, 1, options)
-    assert run.wait_for(lambda: any(Path("run").glob("checkpoint-1-step-1.pth")))
-    run.kill(None)
+    for reached in (lambda: partial_files(tmp_path), Path("run/checkpoint-1-step-1.pth").exists):
+        run = start_together(1, options, tmp_path)
+        wait_for(reached, run)
+        run.kill()
     train(everything("--save_ckpt_steps 1"))
     found = [what for what in differences(Path("run"), whole) if "save_ckpt_steps" not in what]
     assert found == []
@@ -201,7 +196,7 @@ def test_one_of_three_processes_is_killed_and_the_run_ends_as_if_it_had_not_been
     for name in ("killed", "whole"):
         (tmp_path / name).mkdir()
     three = start_together(3, options, tmp_path / "killed")
-    wait_for(Path("killed/run/checkpoint-1-step-1.pth"), three)
+    wait_for(Path("killed/run/checkpoint-1-step-1.pth").exists, three)
     three.processes[2].kill()
     assert three.wait() == [1, 1, -signal.SIGKILL]
     for name in ("killed", "whole"):
@@ -213,19 +208,19 @@ def test_one_of_three_processes_is_killed_and_the_run_ends_as_if_it_had_not_been
 
 def test_torchrun_goes_on_by_itself_after_one_process_was_killed(tiny_run, tmp_path):
     options = ["--epochs", "3", "--batch_size", "8", "--save_ckpt_steps", "1", "--output_dir", "run"]
-    run = Launched(tmp_path, 2, [*tiny_run, *options])
-    assert run.wait_for(Path("run/checkpoint-1-step-1.pth").exists)
-    run.kill(0)
-    assert run.process.wait() == 0
-    assert "resumed run/checkpoint-1" in run.printed()
+    run = start_launcher(2, [*tiny_run, *options], tmp_path)
+    wait_for(Path("run/checkpoint-1-step-1.pth").exists, run)
+    os.kill(run.workers()[0], signal.SIGKILL)
+    assert run.wait() == [0]
+    assert "resumed run/checkpoint-1" in run.printed(0)
     assert [row["epoch"] for row in read_log(Path("run"))] == [0, 1, 2]
 
 
-def wait_for(path, run, limit=60):
+def wait_for(reached, run, limit=60):
     start = time.monotonic()
-    while not path.exists():
-        assert time.monotonic() - start < limit, f"no {path}: {run.printed(0)}"
-        time.sleep(0.005)
+    while not reached():
+        assert time.monotonic() - start < limit, run.printed(0)
+        time.sleep(0.0005)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +229,7 @@ def wait_for(path, run, limit=60):
 def test_process_whose_partner_is_gone_or_hangs_ends_with_a_line(tiny_run, tmp_path, fate, says):
     options = ["--epochs", "1000", "--batch_size", "8", "--timeout", "2", "--output_dir", "run"]
     pair = start_together(2, [*tiny_run, *options], tmp_path)
-    wait_for(Path("run/checkpoint-2.pth"), pair)
+    wait_for(Path("run/checkpoint-2.pth").exists, pair)
     os.kill(pair.processes[1].pid, fate)
     pair.processes[0].join(60)
     pair.kill()
@@ -247,7 +242,7 @@ def test_process_whose_partner_is_gone_or_hangs_ends_with_a_line(tiny_run, tmp_p
 def test_signal_to_one_process_stops_both_at_the_same_step_with_a_status_to_requeue_on(tiny_run, tmp_path):
     options = [*tiny_run, *["--epochs", "1000", "--batch_size", "8", "--num_workers", "1", "--output_dir", "run"]]
     pair = start_together(2, options, tmp_path)
-    wait_for(Path("run/checkpoint-2.pth"), pair)
+    wait_for(Path("run/checkpoint-2.pth").exists, pair)
     os.kill(pair.processes[1].pid, signal.SIGTERM)
     assert pair.wait() == [75, 75]
     saved = checkpoint.numbered("run")[-1]
@@ -364,12 +359,12 @@ def test_full_disk_ends_the_run_with_a_line_and_it_goes_on_when_there_is_space(t
     """A limit of file sizes, as a full disk would: the operating system refuses to write on."""
     before = {path.name: path.read_bytes() for path in stopped.glob("*.pth")}
     size = len(before["checkpoint-1.pth"])
-    command = [sys.executable, main.__file__, *tiny_run, *["--epochs", "3", "--output_dir", "run"]]
-    limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size // 2, size // 2))
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment(), preexec_fn=limited)
-    assert ended.returncode == 1
-    assert ended.stderr.startswith("main.py: error: cannot write run/checkpoint-")
-    assert len(ended.stderr.splitlines()) == 1
+    options = [*tiny_run, "--epochs", "3", "--output_dir", "run"]
+    limited = start_together(1, options, Path.cwd(), largest_file=size // 2)
+    assert limited.wait() == [1]
+    errors = limited.printed(0, "err")
+    assert errors.startswith("main.py: error: cannot write run/checkpoint-")
+    assert len(errors.splitlines()) == 1
     assert before == {path.name: path.read_bytes() for path in stopped.glob("*.pth")}
     assert not partial_files(Path())
     train("--epochs 3 --output_dir run")
@@ -379,7 +374,7 @@ def test_full_disk_ends_the_run_with_a_line_and_it_goes_on_when_there_is_space(t
 def test_second_run_in_a_directory_is_refused_until_the_first_has_ended(tiny_run, train, tmp_path):
     options = ["--epochs", "1000", "--batch_size", "8", "--output_dir", "run"]
     first = start_together(1, [*tiny_run, *options], tmp_path)
-    wait_for(Path("run/checkpoint-0.pth"), first)
+    wait_for(Path("run/checkpoint-0.pth").exists, first)
     holder = re.escape(f"(process {first.processes[0].pid} on ")
     with pytest.raises(InputError, match="--output_dir run: another run is writing there " + holder):
         train("--epochs 1000 --batch_size 8 --output_dir run")
@@ -458,7 +453,9 @@ def in_float16(monkeypatch):
     """float16 with loss scaling, which main.py leaves to GPUs, on the CPU; its first scale."""
 
     def prepare(scale):
-        monkeypatch.setattr(training, "check_hardware", lambda args, rank: (args, torch.device("cpu"), torch.float16))
+        complete = training.run.complete_options
+        forced = {"use_amp": True, "amp_dtype": "float16"}
+        monkeypatch.setattr(training.run, "complete_options", lambda *args: complete(*args).replace(**forced))
         monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=scale))
 
     return prepare
