@@ -12,7 +12,7 @@ from weight_selection.errors import InputError
 from weight_selection.sources.timm_models import create_model
 
 # ViT-T on CIFAR-100 at batch 512: 97 steps an epoch, 300 epochs of which 50 are warm-up, peak 2e-3.
-RECIPE = {"base": 2e-3, "final": 1e-6, "steps": 300 * 97, "warmup_steps": 50 * 97}
+RECIPE = {"base": 2e-3, "final": 1e-6, "total_steps": 300 * 97, "warmup_steps": 50 * 97}
 
 SMALL_MODELS = {
     "vit": "--model vit_tiny --input_size 16 --model_kwargs embed_dim=32 depth=4 num_heads=2 patch_size=4",
@@ -45,14 +45,14 @@ def test_cosine_falls_all_the_way_and_ends_just_above_min_lr():
 
 
 def test_schedule_without_warm_up_starts_at_the_peak():
-    schedule = cosine_schedule(1.0, 0.0, steps=4)
+    schedule = cosine_schedule(1.0, 0.0, total_steps=4)
     assert schedule == pytest.approx([1.0, 0.5 + np.sqrt(0.125), 0.5, 0.5 - np.sqrt(0.125)])
 
 
 def test_warm_up_may_take_the_whole_run_but_not_more():
-    assert cosine_schedule(1.0, 0.0, steps=5, warmup_steps=5) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert cosine_schedule(1.0, 0.0, total_steps=5, warmup_steps=5) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
     with pytest.raises(InputError, match="6 warm-up steps.*only 5"):
-        cosine_schedule(1.0, 0.0, steps=5, warmup_steps=6)
+        cosine_schedule(1.0, 0.0, total_steps=5, warmup_steps=6)
 
 
 def by_name(model, optimizer, key):

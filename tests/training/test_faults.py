@@ -1,10 +1,7 @@
 """What happens to a run: signals, kills, damaged checkpoints, a full disk, losses that are not finite."""
 
-import contextlib
-import functools
 import gc
 import io
-import math
 import multiprocessing
 import os
 import re
@@ -23,9 +20,8 @@ import main
 import training.run
 from bench_faults import differences, partial_files
 from datasets import ImageFiles
-from distributed.program import RunError, Stopped, run_program
+from distributed.program import Stopped, run_program
 from helpers import read_checkpoint, read_log
-from models import distillation
 from processes import start_launcher, start_together
 from training import checkpoint
 from weight_selection.errors import InputError
@@ -61,26 +57,6 @@ def in_a_directory_of_its_own(tmp_path, monkeypatch):
         child.join()
     gc.collect()
     signal.signal(signal.SIGCHLD, handler)
-
-
-@pytest.fixture
-def at_call(monkeypatch):
-    """``at_call(owner, name, number, action)``: do something at that call of a function, counted from 1."""
-
-    def prepare(owner, name, number, action):
-        function, calls = getattr(owner, name), []
-
-        @functools.wraps(function)
-        def counted(*args, **kwargs):
-            calls.append(None)
-            if len(calls) == number:
-                action()
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, counted)
-        return calls
-
-    return prepare
 
 
 def send(number):
@@ -407,88 +383,6 @@ def test_other_number_of_images_cannot_take_over_within_an_epoch(train, at_call,
     (data / "train" / "red" / "2.png").unlink()
     with pytest.raises(InputError, match="within an epoch of 48 images, now there are 47"):
         train(f"--data_path {data} --output_dir run")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Divergence
-
-
-@pytest.fixture
-def loss_times(monkeypatch):
-    """``loss_times(factor, first)``: multiply the loss from that micro-batch on, counted from 1."""
-
-    def prepare(factor, first=1):
-        loss, calls = distillation.Loss.__call__, []
-
-        def changed(self, images, outputs, targets):
-            calls.append(None)
-            value, distance = loss(self, images, outputs, targets)
-            return value * (factor if len(calls) >= first else 1), distance
-
-        monkeypatch.setattr(distillation.Loss, "__call__", changed)
-
-    return prepare
-
-
-@pytest.mark.parametrize("interval", [1, 50])
-def test_loss_that_is_not_finite_is_named_by_its_step_and_not_saved(train, loss_times, monkeypatch, interval):
-    monkeypatch.setattr(engine, "SYNCHRONIZE_INTERVAL", interval)
-    loss_times(math.nan, first=11)  # 6 steps an epoch
-    named = r"loss is nan and the gradient's norm nan at step 5 of epoch 1, at lr \d\.\d\de-0\d;"
-    with pytest.raises(RunError, match=named):
-        train("--batch_size 8 --epochs 3 --save_ckpt_steps 2 --output_dir run")
-    for path in Path("run").glob("*.pth"):
-        assert all(value.isfinite().all() for value in torch.load(path)["model"].values()), path
-    assert checkpoint.numbered("run")[-1].name == "checkpoint-1-step-4.pth"
-
-
-def test_gradient_that_is_not_finite_is_found_while_the_loss_still_is(train, loss_times):
-    loss_times(1e38)
-    with pytest.raises(RunError, match=r"loss is \S+e\+38 and the gradient's norm (inf|nan) at step 1 of epoch 0"):
-        train("--output_dir run")
-
-
-@pytest.fixture
-def in_float16(monkeypatch):
-    """float16 with loss scaling, which main.py leaves to GPUs, on the CPU; its first scale."""
-
-    def prepare(scale):
-        complete = training.run.complete_options
-        forced = {"use_amp": True, "amp_dtype": "float16"}
-        monkeypatch.setattr(training.run, "complete_options", lambda *args: complete(*args).replace(**forced))
-        monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=scale))
-
-    return prepare
-
-
-def test_steps_that_the_loss_scaler_skips_are_counted(train, in_float16):
-    in_float16(2.0**22)
-    train("--batch_size 4 --epochs 2 --output_dir run")
-    rows = read_log(Path("run"))
-    skipped = sum(row["train_skipped_steps"] for row in rows)
-    assert 3 < skipped < 20
-    assert rows[1]["train_loss_scale"] == 2.0 ** (22 - skipped)
-    assert all(math.isfinite(row["train_grad_norm"]) for row in rows)
-    steps = {state["step"].item() for state in read_checkpoint(Path("run"), 1)["optimizer"]["state"].values()}
-    assert steps == {24 - skipped}
-
-
-def test_float16_run_goes_on_with_the_scale_it_had(train, in_float16, at_call):
-    in_float16(2.0**22)
-    train("--batch_size 4 --output_dir run")
-    Path("run").rename("whole")
-    at_call(engine.TrainState, "update", 8, send(signal.SIGTERM))
-    for end in (pytest.raises(Stopped), contextlib.nullcontext()):
-        with end:
-            train("--batch_size 4 --output_dir run")
-    assert differences(Path("run"), Path("whole")) == []
-
-
-def test_loss_scaler_without_a_scale_ends_the_run(train, in_float16, loss_times):
-    in_float16(4.0)
-    loss_times(1e30)
-    with pytest.raises(RunError, match="loss scale is 0.5 by step 3 of epoch 0, and gradients still overflow float16"):
-        train("--output_dir run")
 
 
 # ---------------------------------------------------------------------------------------------------------

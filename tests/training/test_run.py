@@ -55,7 +55,7 @@ def finished(train, tmp_path_factory):
 def test_log_has_one_row_of_figures_per_epoch(finished):
     rows = read_log(finished / "run")
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
-    schedule = cosine_schedule(1e-3, 1e-6, steps=12, warmup_steps=3)
+    schedule = cosine_schedule(1e-3, 1e-6, total_steps=12, warmup_steps=3)
     for row in rows:
         assert row["n_parameters"] == sum(value.numel() for value in tiny_state().values())
         assert row["train_lr"] == pytest.approx(schedule[3 * row["epoch"] + 2]), "of the epoch's last step"
@@ -449,6 +449,12 @@ def test_evaluation_now_and_then_and_after_the_last_epoch(train, tmp_path):
     train(f"--epochs 3 --disable_eval true --output_dir {tmp_path}/disabled")
     assert ["test_acc1" in row for row in read_log(tmp_path / "interval")] == [False, True, False, True, True]
     assert ["test_acc1" in row for row in read_log(tmp_path / "disabled")] == [False, False, True]
+
+
+def test_time_of_a_run_without_checkpoints_is_counted(train, tmp_path):
+    train(f"--epochs 1 --save_ckpt false --output_dir {tmp_path}")
+    assert not list(tmp_path.glob("*.pth"))
+    assert read_results(tmp_path)["wall_time"] > 0
 
 
 def test_nothing_is_written_without_output_dir(train, tmp_path, monkeypatch):
