@@ -70,7 +70,7 @@ def lars_groups(model: nn.Module) -> list:
 
 
 def cosine_schedule(base: float, final: float, total_steps: int, warmup_steps: int = 0) -> np.ndarray:
-    """A value for every step, (total_steps,): in the warm-up linear from 0 to ``base``, then half a cosine to ``final``.
+    """A value for each step, (total_steps,): in the warm-up linear from 0 to ``base``, then half a cosine to ``final``.
 
     Args:
         base: value of the last warm-up step, and of the first step after it.
