@@ -1,4 +1,7 @@
-"""The data sets: a table, and how each is opened. Imports no torch, so that options can be checked before it."""
+"""The data sets: a table, and how each is opened.
+
+This file imports no torch, because main.py checks its options before it loads torch.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,9 +39,10 @@ class ImageFiles:
 
 
 class Digits:
-    """scikit-learn's handwritten digits: 1797 images of 8x8, grey, as RGB; the first 1000 train, the last 797 test.
+    """scikit-learn's handwritten digits: 1797 grey images of 8x8 pixels, as RGB.
 
-    The order of the set is kept: it was collected in rounds, so the test writers are other people.
+    The first 1000 are training images, the last 797 test images. The set lists one group of writers after the other,
+    so this split tests on other people's handwriting.
     """
 
     classes = list(range(10))
@@ -61,15 +65,17 @@ class Digits:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSet:
     """A data set that ``--data_set`` can name.
 
     Attributes:
-        build: ``build(root, train, transform, download)`` gives a map-style dataset of (RGB image, label).
-        layout: what must lie below ``--data_path``; None for a data set that needs no files.
-        classes: how many; None for class folders, which say it themselves. Labels count from 0.
-        images: training and test images of a complete copy, other numbers are warned about; None where not checked.
-        folders: class folders, so that ``--eval_data_path`` may name the test images.
+        build: ``build(root, train, transform, download)`` returns a map-style dataset of (transformed RGB image,
+            label); labels count from 0.
+        layout: the files and directories that must lie below ``--data_path``; None if the data set needs no files.
+        classes: the number of classes; None for class folders, where the directories decide it.
+        images: the numbers of training and test images in a complete copy; ``build_dataset`` warns about other
+            numbers. None where they are not checked.
+        folders: True for class folders; ``--eval_data_path`` may then name the directory of the test images.
     """
 
     build: Callable
@@ -80,7 +86,7 @@ class Source:
 
 
 def _torchvision(name):
-    """A class of torchvision's."""
+    """The class of this name in ``torchvision.datasets``."""
     import torchvision.datasets
 
     return getattr(torchvision.datasets, name)
@@ -93,7 +99,7 @@ def _cifar(name):
 
 
 def _splits(name, *train_splits):
-    """Joins the named splits of a torchvision class to train on; its split "test" tests."""
+    """A ``build`` for a torchvision class with named splits: it joins ``train_splits`` for training."""
 
     def build(root, train, transform, download):
         from torch.utils.data import ConcatDataset
@@ -106,9 +112,9 @@ def _splits(name, *train_splits):
 
 
 def _listed(name, files, *train_splits):
-    """As ``_splits``, of a class that takes the names of its images from a list and looks for none of them.
+    """A ``build`` like ``_splits``, for a class that lists its images without looking whether they exist.
 
-    ``files`` is its attribute of them.
+    ``files`` names the attribute that holds the list.
     """
 
     def build(root, train, transform, download):
@@ -122,7 +128,7 @@ def _listed(name, files, *train_splits):
 
 
 def _check_files(files):
-    folders = {file.parent for file in files}  # reading each once is much faster than asking for every file
+    folders = {file.parent for file in files}  # listing each folder once is much faster than asking for every file
     present = {file for folder in folders if folder.is_dir() for file in folder.iterdir()}
     missing = [file for file in files if file not in present]
     if missing:
@@ -130,10 +136,10 @@ def _check_files(files):
 
 
 def _eurosat(root, train, transform, download):
-    """EuroSAT has no official split. Here an image tests if its number (10 of Forest_10.jpg) is a multiple of 5."""
+    """EuroSAT has no official split. Here the images whose number (10 in Forest_10.jpg) is divisible by 5 test."""
     samples = _torchvision("EuroSAT")(root, download=download).samples
-    tests = [int(Path(file).stem.rpartition("_")[2]) % 5 == 0 for file, _ in samples]
-    return ImageFiles([sample for sample, test in zip(samples, tests, strict=True) if test != train], transform)
+    in_test = [int(Path(file).stem.rpartition("_")[2]) % 5 == 0 for file, _ in samples]
+    return ImageFiles([sample for sample, test in zip(samples, in_test, strict=True) if test != train], transform)
 
 
 def _folder(root, train, transform, download):
@@ -142,49 +148,49 @@ def _folder(root, train, transform, download):
 
 
 FOLDERS = "train/CLASS/IMAGE and val/CLASS/IMAGE"
-SOURCES = {
-    "CIFAR10": Source(_cifar("CIFAR10"), "cifar-10-batches-py/", 10, (50_000, 10_000)),
-    "CIFAR100": Source(_cifar("CIFAR100"), "cifar-100-python/", 100, (50_000, 10_000)),
-    "pets": Source(
+DATA_SETS = {
+    "CIFAR10": DataSet(_cifar("CIFAR10"), "cifar-10-batches-py/", 10, (50_000, 10_000)),
+    "CIFAR100": DataSet(_cifar("CIFAR100"), "cifar-100-python/", 100, (50_000, 10_000)),
+    "pets": DataSet(
         _listed("OxfordIIITPet", "_images", "trainval"),
         "oxford-iiit-pet/ with images/ and annotations/",
         37,
         (3_680, 3_669),
     ),
-    "flowers": Source(
+    "flowers": DataSet(
         _listed("Flowers102", "_image_files", "train", "val"),
         "flowers-102/ with jpg/, imagelabels.mat and setid.mat",
         102,
         (2_040, 6_149),
     ),
-    "stl10": Source(
+    "stl10": DataSet(
         _splits("STL10", "train"),
         "stl10_binary/ with train_X.bin, train_y.bin, test_X.bin, test_y.bin and unlabeled_X.bin",
         10,
         (5_000, 8_000),
     ),
-    "food101": Source(
+    "food101": DataSet(
         _listed("Food101", "_image_files", "train"),
         "food-101/ with images/ and meta/",
         101,
         (75_750, 25_250),
     ),
-    "dtd": Source(  # torchvision's default: the first of ten partitions
+    "dtd": DataSet(  # torchvision's default: the first of ten partitions
         _listed("DTD", "_image_files", "train", "val"),
         "dtd/dtd/ with images/ and labels/",
         47,
         (3_760, 1_880),
     ),
-    "svhn": Source(_splits("SVHN", "train"), "train_32x32.mat and test_32x32.mat", 10, (73_257, 26_032)),
-    "eurosat": Source(_eurosat, "eurosat/2750/ with CLASS/CLASS_NUMBER.jpg", 10, (21_600, 5_400)),
-    "IMNET": Source(_folder, FOLDERS, folders=True),
-    "image_folder": Source(_folder, FOLDERS, folders=True),
-    "digits": Source(lambda root, train, transform, download: Digits(train, transform), None, 10),
+    "svhn": DataSet(_splits("SVHN", "train"), "train_32x32.mat and test_32x32.mat", 10, (73_257, 26_032)),
+    "eurosat": DataSet(_eurosat, "eurosat/2750/ with CLASS/CLASS_NUMBER.jpg", 10, (21_600, 5_400)),
+    "IMNET": DataSet(_folder, FOLDERS, folders=True),
+    "image_folder": DataSet(_folder, FOLDERS, folders=True),
+    "digits": DataSet(lambda root, train, transform, download: Digits(train, transform), None, 10),
 }
 
 
 def to_pixels(image) -> "torch.Tensor":  # noqa: F821
-    """uint8 (height, width, 3) of a PIL image in RGB."""
+    """The pixels of a PIL image in RGB, uint8 (height, width, 3)."""
     import torch
 
     return torch.from_numpy(np.array(image))
@@ -197,74 +203,75 @@ def build_dataset(args, train: bool) -> tuple:
         (dataset of (uint8 (height, width, 3), label), number of classes).
 
     Raises:
-        InputError: the files are not there and cannot be downloaded; some are missing or cannot be read; class folders
-            are empty or differ.
+        InputError: files are missing and cannot be downloaded, or cannot be read; a class folder is empty; training
+            and test images have different class folders.
     """
-    source = SOURCES[args.data_set]
-    if source.layout is None:
-        return source.build(None, train, to_pixels, False), source.classes
+    data_set = DATA_SETS[args.data_set]
+    if data_set.layout is None:
+        return data_set.build(None, train, to_pixels, False), data_set.classes
     if args.data_path is None:
-        raise InputError(f"--data_path is missing: the directory that holds {source.layout} of {args.data_set}")
-    if source.folders:
-        roots = [Path(args.data_path) / "train", Path(args.data_path) / "val"]
-        if args.eval_data_path is not None:
-            roots = [Path(args.data_path), Path(args.eval_data_path)]
-        dataset = _open_folder(source, roots[not train], args.data_set)
-        if not train and not args.eval and dataset.classes != (other := _class_folders(roots[0])):
-            odd = sorted(set(dataset.classes) ^ set(other))[0]
-            raise InputError(
-                f"--data_path {args.data_path}: class folder {odd} is in only one of {roots[0]} and {roots[1]}"
-            )
+        raise InputError(f"--data_path is missing: the directory that holds {data_set.layout} of {args.data_set}")
+    if data_set.folders:
+        dataset = _open_class_folders(args, data_set, train)
         return dataset, len(dataset.classes)
     from distributed.process_group import main_first
     from utils import print_main
 
-    dataset = main_first(lambda: _open_or_download(args, source, train))
-    if len(dataset) != (complete := source.images[not train]):  # a part of the set may be meant, so it is no error
+    dataset = main_first(lambda: _open_or_download(args, data_set, train))
+    complete = data_set.images[not train]
+    if len(dataset) != complete:  # no error: the user may want only a part of the set
         part = "training" if train else "test"
         found = f"{len(dataset):,} {part} images of {args.data_set}, not {complete:,}"
         print_main(f"warning: --data_path {args.data_path}: {found}")
-    return dataset, source.classes
+    return dataset, data_set.classes
 
 
-def _class_folders(root):
-    return sorted(path.name for path in root.iterdir() if path.is_dir())
-
-
-def _open_folder(source, root, name):
+def _open_class_folders(args, data_set, train):
+    roots = [Path(args.data_path) / "train", Path(args.data_path) / "val"]
+    if args.eval_data_path is not None:
+        roots = [Path(args.data_path), Path(args.eval_data_path)]
+    root = roots[not train]
     if not root.is_dir():
-        raise InputError(f"--data_path: no directory {root}; {name} needs {source.layout}, or --eval_data_path")
+        raise InputError(
+            f"--data_path: no directory {root}; {args.data_set} needs {data_set.layout}, or --eval_data_path"
+        )
     try:
-        return source.build(root, None, to_pixels, None)
-    except FileNotFoundError as error:  # torchvision's word for no class folders and for empty ones
+        dataset = data_set.build(root, None, to_pixels, None)
+    except FileNotFoundError as error:  # torchvision raises it if there are no class folders, or empty ones
         raise InputError(f"--data_path: {root} must hold class folders with images in them: {error}") from error
+    if not train and not args.eval:
+        training_classes = [path.name for path in roots[0].iterdir() if path.is_dir()]
+        if odd := sorted({*dataset.classes} ^ {*training_classes}):
+            raise InputError(
+                f"--data_path {args.data_path}: class folder {odd[0]} is in only one of {roots[0]} and {roots[1]}"
+            )
+    return dataset
 
 
-# What torchvision raises for files that are missing, damaged or cut off, for a package that it does without until it
-# needs it (scipy) and for connections that break.
+# torchvision raises these if files are missing, damaged or cut off, if a package is missing that only some data sets
+# need (scipy), and if a connection breaks.
 UNREADABLE = (RuntimeError, OSError, ValueError, ImportError, HTTPException)
 
 
-def _open_or_download(args, source, train):
+def _open_or_download(args, data_set, train):
     if not Path(args.data_path).is_dir():
         raise InputError(
             f"--data_path {args.data_path}: no such directory; make it, and {args.data_set} is downloaded into it, "
-            f"or name the one that holds {source.layout}"
+            f"or name the one that holds {data_set.layout}"
         )
-
     try:
-        return source.build(args.data_path, train, to_pixels, False)
-    except RuntimeError:  # torchvision's word for files that are not there or fail their check sum
+        return data_set.build(args.data_path, train, to_pixels, False)
+    except RuntimeError:  # torchvision raises it if files are missing or fail their check sum
         pass
-    except UNREADABLE as error:  # there, but torchvision would take it for complete and download nothing
+    except UNREADABLE as error:  # files exist, so torchvision would take the set for complete and download nothing
         raise InputError(
-            f"--data_path {args.data_path}: cannot read {source.layout} of {args.data_set} ({error}); "
+            f"--data_path {args.data_path}: cannot read {data_set.layout} of {args.data_set} ({error}); "
             "if it is incomplete, unpack it again, or remove it to have it downloaded"
         ) from error
     try:
-        return source.build(args.data_path, train, to_pixels, True)
+        return data_set.build(args.data_path, train, to_pixels, True)
     except UNREADABLE as error:
         raise InputError(
-            f"--data_path {args.data_path}: holds no complete {source.layout} of {args.data_set}, and downloading "
+            f"--data_path {args.data_path}: holds no complete {data_set.layout} of {args.data_set}, and downloading "
             f"and reading it failed ({error})"
         ) from error

@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""Images per second and core of the input pipeline, against timm's transforms and PyTorch's default loader, in one run.
+"""Images per second and core of the input pipeline, compared with timm's transforms in PyTorch's default loader.
 
     python benchmarks/bench_data.py
 
-All work of an image is on one core: reading or decoding, transform, collation, normalisation, up to a batch of float32
-at 224 pixels. Both go through the recipe's training and test transforms, in turns; of each the median. Images are
-noise over smooth colours: as small as CIFAR's, in memory, and as JPEG files of 500 x 375 pixels, decoded each time or
-once (--cache_images). "worker" is what a loader worker does, which is all that a CPU has to do beside a GPU. "read" is
-reading or decoding alone. --device cuda measures --augment_device there instead, from images resident on it.
+One core does all the work on an image: reading or decoding, the transform, collation and normalisation, up to a batch
+of float32 at 224 pixels. Both loaders run the recipe's transforms of training and of the test, in turns; each number
+is a median. The images are noise over smooth colours: in memory and as small as CIFAR's, or JPEG files of 500 x 375
+pixels, which are decoded each time or once (--cache_images).
+
+    worker   only what a loader worker does, which is all that is left to a CPU beside a GPU
+    read     only reading or decoding
+
+--device cuda measures --augment_device instead, with images that are resident on the GPU.
 """
 
 import argparse
@@ -38,11 +42,11 @@ from input_pipeline.transforms import build_transform  # noqa: E402
 from training.options import parse_args  # noqa: E402
 
 BATCH = 64
-GOAL, DEVICE_GOAL = 2.0, 20_000  # times the baseline's; images/s of one GPU
+GOAL, DEVICE_GOAL = 2.0, 20_000  # a multiple of the baseline's speed; images/s of one GPU
 
 
 class Small:
-    """Images of 32 x 32 pixels in memory, as CIFAR's."""
+    """Images in memory of 32 x 32 pixels, the size of CIFAR's."""
 
     def __init__(self, images, transform):
         rng = np.random.default_rng(0)
@@ -77,7 +81,7 @@ def options(root, *more):
 
 
 def plain(dataset, train):
-    """timm's transform image by image, and PyTorch's default collation."""
+    """PyTorch's default loader; its dataset applies timm's transform to each image."""
     return DataLoader(dataset, batch_size=BATCH, shuffle=train, drop_last=True)
 
 
@@ -101,7 +105,7 @@ def images_per_second(loader, device) -> float:
 
 
 def reads_per_second(dataset) -> float:
-    """Of images, reading or decoding alone."""
+    """The speed of reading or decoding alone."""
     start = time.perf_counter()
     for index in range(len(dataset)):
         dataset[index]
@@ -109,7 +113,7 @@ def reads_per_second(dataset) -> float:
 
 
 def medians(measures: dict, turns: int) -> dict:
-    """{name: median of what a function gives}, called in turns; the first turn warms up."""
+    """{name: median of the function's values}; the functions are called in turns, and the first turn only warms up."""
     found = {name: [] for name in measures}
     for turn in range(turns + 1):
         for name, measure in measures.items():

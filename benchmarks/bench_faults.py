@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Kill training runs at random moments, let them go on, and compare them with one that was never interrupted.
 
-    python benchmarks/faults.py --kills 50
+    python benchmarks/bench_faults.py --kills 50
 
-Half of the kills are aimed: they hit while a checkpoint is being written. With several processes, about half of the
-kills take one of them only, and torchrun restarts the run; all others take every process, and the same command is given
-again. A run has all that could be lost: accumulation, mixed precision, a moving average, mixup, drop path, loader
-workers and checkpoints within an epoch. Compared are all that the last and the best checkpoint hold (weights, moving
-average, optimiser, accuracies), log.txt byte by byte, and results.json; not compared is what a clock says (seconds,
-wall_time). "while writing" counts the kills at which a checkpoint was half written. Exits with status 1 if anything
-differs.
+Half of the kills are aimed at a moment at which a checkpoint is being written. With several processes, about half of
+the kills hit one process only, and torchrun restarts the run; the other kills hit every process, and the benchmark
+gives the same command again. The run uses everything whose state could be lost: accumulation, mixed precision, a moving
+average, mixup, drop path, loader workers and checkpoints within an epoch.
+
+The benchmark compares all that the last and the best checkpoint hold (weights, moving average, optimiser, accuracies),
+log.txt byte by byte, and results.json without its times (seconds, wall_time). "while writing" counts the kills at which
+a checkpoint was half written. The exit status is 1 if anything differs.
 """
 
 import argparse

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Images per second of training now, against an earlier revision of this repository, in the same run.
 
-    python benchmarks/overhead.py --before 17a8c24
+    python benchmarks/bench_overhead.py --before 17a8c24
 
-The default revision is the last one without agreement between processes, checked gradients, checkpoints within an epoch
-and images that may be replaced. Both train ViT-T on small images on the CPU, in turns; of each start the median epoch
-counts, and of the starts the median. Now is measured twice: as it is, and with a checkpoint every 25 steps.
+By default it compares with the last revision without agreement between processes, checked gradients, checkpoints within
+an epoch and replaced images. The other revision may be laid out in any way, as long as it has a main.py with these
+options that prints its progress; it must be in this clone's history. Both train ViT-T on small images on the CPU, in
+turns. A start counts with its median epoch, a variant with its median start. The present revision is measured twice: as
+it is, and with a checkpoint every 25 steps.
 """
 
 import argparse
@@ -28,7 +30,7 @@ VARIANTS = {"before": (), "now": (), "now, --save_ckpt_steps 25": ("--save_ckpt_
 
 
 def images_per_second(code: Path, directory: Path, processes: int, options) -> float:
-    """Of a run of main.py: the median over its epochs but the first, each from its first line of progress on."""
+    """Train once. Each epoch but the first counts from its first line of progress on; the result is their median."""
     directory.mkdir()
     launcher = [sys.executable]
     if processes > 1:
@@ -53,7 +55,7 @@ def images_per_second(code: Path, directory: Path, processes: int, options) -> f
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", default="17a8c24", metavar="REVISION", help="to compare with")
+    parser.add_argument("--before", default="17a8c24", metavar="COMMIT", help="to compare with")
     parser.add_argument("--starts", type=int, default=5, help="of each variant")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
@@ -61,7 +63,9 @@ def main():
         root = Path(root)
         make_images(root / "data")
         (root / "before").mkdir()
-        archive = subprocess.run(["git", "-C", str(ROOT), "archive", args.before], check=True, capture_output=True)
+        archive = subprocess.run(["git", "-C", str(ROOT), "archive", args.before], capture_output=True)
+        if archive.returncode:
+            sys.exit(f"--before {args.before}: no commit of this clone; if it is shallow, git fetch --unshallow")
         subprocess.run(["tar", "-x", "-C", str(root / "before")], input=archive.stdout, check=True)
         print(f"{'processes':9}  {'':26}  images/s  to before", flush=True)
         for processes in args.processes:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Seconds and memory of weight_selection.py --element_selection project and greedy, against uniform, in the same run.
 
-    python benchmarks/projection.py
+    python benchmarks/bench_projection.py
 
 The teacher is ViT-S/16 at 224 pixels with random values, the student ViT-T, the images are noise: 64 and 256 of them
 show what a pass over images costs, and whether memory grows with their number. Of each, the median of some starts.

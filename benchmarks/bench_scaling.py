@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Images per second against processes and total batch, and what an epoch spends beside training.
 
-    python benchmarks/scaling.py                                                   # on a CPU
-    python benchmarks/scaling.py --device cuda --processes 1 2 4 8 --batches 512 1024 4096
+    python benchmarks/bench_scaling.py                                                   # on a CPU
+    python benchmarks/bench_scaling.py --device cuda --processes 1 2 4 8 --batches 512 1024 4096
 
-Runs main.py under torchrun on random images at 224 pixels, in mixed precision; a process computes with as many threads
-as it has cores to itself. Speeds are those that main.py prints for its second epoch. Shares are of one process, in
-seconds and in percent of three epochs, each with an evaluation, a checkpoint and its log.
+Runs main.py under torchrun on random images at 224 pixels, in mixed precision. A process computes with as many threads
+as it has cores to itself. The speed is what main.py prints for its second epoch. The last lines say what one process
+spends in three epochs, each with an evaluation, a checkpoint and its log: seconds, and percent of all.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Seconds and memory of weight_selection.py as a whole process, against the plain way, in the same run.
 
-    python benchmarks/selection.py
+    python benchmarks/bench_selection.py
 
-Teachers have random values: ViT-L/16 with 21,843 classes (1.3 GB) and ConvNeXt-B. The plain way builds
-the whole teacher, loads it, clones and indexes every tensor, and writes the same tensors, which is checked. The limit
-is Python with torch imported, and the bytes of the selected tensors read once. ViT-L with half its layers shows whether
-memory grows with depth. Of each, the median of some starts.
+The teachers are ViT-L/16 with 21,843 classes (1.3 GB) and ConvNeXt-B, with random values. The plain way builds the
+whole teacher, loads it, clones and indexes every tensor, and writes them; the benchmark checks that both ways write the
+same. The limit imports torch and reads the bytes of the selected tensors once. ViT-L with half its layers shows whether
+memory grows with depth. Each row has the medians of some starts.
 """
 
 import argparse
@@ -62,16 +62,6 @@ with open(sys.argv[1], "rb", buffering=0) as file:
     while left > 0:
         left -= len(file.read(min(left, 1 << 24)))
 """
-COUNT = """
-import json, sys
-sys.path.insert(0, sys.argv[4])
-from models.create import create_model
-from selection.plan import make_plan
-teacher = create_model(sys.argv[1], device="meta", **json.loads(sys.argv[2]))
-weights = teacher.state_dict()
-plan = make_plan(teacher, create_model(sys.argv[3], device="meta"))
-print(sum(weights[entry.source].nbytes for entry in plan if entry.role == "selected"))
-"""
 
 
 def measure(words) -> tuple:
@@ -94,7 +84,9 @@ def main():
             path, plain, ours = (Path(directory, name) for name in ("teacher.pth", "plain.pth", "ours.pth"))
             text = json.dumps(kwargs)
             measure(["-c", MAKE, teacher, text, path])
-            count = subprocess.check_output([sys.executable, "-c", COUNT, teacher, text, student, str(ROOT)], text=True)
+            measure(["-c", PLAIN, teacher, text, path, student, plain])
+            whole, selected = (torch.load(file, weights_only=True, mmap=True) for file in (path, plain))
+            count = sum(whole[key].nbytes for key in selected)  # of the teacher's tensors that are selected from
             options = ["--pretrained_model", teacher, "--pretrained_path", path, "--student", student, "--overwrite"]
             options += ["--teacher_kwargs", *(f"{key}={value}" for key, value in kwargs.items())]
             variants = {
@@ -105,9 +97,9 @@ def main():
             found = {name: [] for name in variants}
             for start in range(args.starts + 1):
                 for name, words in variants.items():
-                    figures = measure(words)
+                    metrics = measure(words)
                     if start > 0:  # the first warms up the file's pages and Python's byte code
-                        found[name].append(figures)
+                        found[name].append(metrics)
             expected, written = (torch.load(file, weights_only=True) for file in (plain, ours))
             assert expected.keys() == written.keys()
             assert all(torch.equal(expected[key], value) for key, value in written.items())
@@ -115,7 +107,7 @@ def main():
             name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()
         }
         for name, (seconds, memory) in medians.items():
-            ratios = [figure / base for figure, base in zip((seconds, memory), medians["plain"], strict=True)]
+            ratios = [metric / base for metric, base in zip((seconds, memory), medians["plain"], strict=True)]
             print(f"{pair:28}{name:10}  {seconds:7.2f}  {ratios[0]:8.2f}  {memory:7.0f}  {ratios[1]:8.2f}", flush=True)
     print("goals: " + ", ".join(f"{name} at most {ratio} of the plain way's" for name, ratio in GOALS.items()))
 

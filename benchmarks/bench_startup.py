@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Seconds that a user waits for main.py and weight_selection.py to say something, as whole processes.
 
-    python benchmarks/startup.py
+    python benchmarks/bench_startup.py
 
-Help and mistakes in options, against the import of torch and timm, which they do without; and from the command to the
-end of the first step of training, of a model and images so small that the step is nothing. Of each, the median.
+Help and mistakes in options need no torch; they are compared with the seconds that its import and timm's take. The last
+row is from the command to the end of the first training step, with a model and images so small that the step itself
+takes no time. Each row is a median.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Images per second of main.py's training loop at 224 pixels, against its ceiling and a plain loop, in one run.
 
-    python benchmarks/train.py                                    # on a CPU
-    python benchmarks/train.py --device cuda --compile true --batch 1024 --steps 40
+    python benchmarks/bench_train.py                                    # on a CPU
+    python benchmarks/bench_train.py --device cuda --compile true --batch 1024 --steps 40
 
 Rows, of the recipe of CIFAR-100 (RandAugment, erasing, mixup and cutmix) on random images of 32 x 32 pixels:
 
@@ -10,8 +10,9 @@ Rows, of the recipe of CIFAR-100 (RandAugment, erasing, mixup and cutmix) on ran
     real      mixed precision: what main.py runs, with its input pipeline
     ceiling   the same loop, fed with one batch that lies on the device
 
-in turns, of each the median. The last columns put the model's operations (forward, and twice as many backward) beside
-what a product of large matrices reaches on the same device in the same precision. --profile prints where time goes.
+The three run in turns; a row is a median. The last columns compare the rate of the model's operations (forward, and
+twice as many backward) with that of a product of large matrices on the same device in the same precision. --profile
+prints where the time goes.
 """
 
 import argparse
@@ -30,8 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from data import Small, medians  # noqa: E402
-
+from bench_data import Small, medians  # noqa: E402
 from datasets import to_pixels  # noqa: E402
 from distributed.launch import Launch  # noqa: E402
 from distributed.stop_coordinator import StopCoordinator  # noqa: E402
@@ -68,7 +68,7 @@ def synchronize(device):
 
 
 def warm_up(args) -> int:
-    """Steps whose batches loader workers have ready, or half done, when the first step ends."""
+    """Number of steps for which loader workers have already made a batch, or half of it, when the first step ends."""
     return 1 + 2 * args.num_workers
 
 
@@ -96,7 +96,7 @@ def plain_loop(args, device, steps):
 
 
 def our_loop(args, device, steps, real):
-    """The same, of main.py's loop; ``real``: with its input pipeline."""
+    """Like ``plain_loop``, but main.py's loop; with its input pipeline if ``real``, else with one batch."""
     warm = warm_up(args)
     model = build_model(args, CLASSES)
     stop_coordinator = StopCoordinator(args.timeout)
@@ -131,14 +131,14 @@ def our_loop(args, device, steps, real):
 
 
 def multiply_adds(model, size) -> int:
-    """Of an image, forward."""
+    """Multiplications and additions in the forward pass of one image."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.zeros(1, 3, size, size))
     return counter.get_total_flops() // 2
 
 
 def peak(device, dtype, size=2048) -> float:
-    """10^12 multiplications and additions per second, of products of large matrices."""
+    """10^12 multiplications and additions per second that a product of large matrices reaches."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     speeds = []
     for _ in range(12):

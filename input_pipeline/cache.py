@@ -1,8 +1,9 @@
-"""Images of a data set, decoded once and kept in memory."""
+"""A data set whose images are decoded once and kept in memory."""
 
 import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,17 +12,18 @@ from utils import Progress
 from weight_selection.errors import InputError
 from weight_selection.image_files import BadImage
 
-SAMPLE = 64  # images that tell how much memory all will take
+SAMPLE = 64  # this many images are read to estimate the memory for all
 
 
 class CachedDataset:
-    """A data set whose items, (image, label), are those of another, with all images in one buffer.
+    """A data set with the items of another one, (image, label), and all images in one buffer.
 
-    Loader workers share the buffer, as they are forked from the process that has it; processes of a run do not.
+    A process's loader workers share the buffer, because they are forked from it. The processes of a run do not share
+    it: each has its own.
 
     Args:
-        dataset: gives (uint8 (height, width, 3), label).
-        name: of the images, for messages.
+        dataset: items are (uint8 (height, width, 3), label). An item that raises ``BadImage`` goes on doing so.
+        name: what to call the images while they are read.
 
     Attributes:
         data: flat uint8, the images one after the other.
@@ -29,17 +31,12 @@ class CachedDataset:
 
     def __init__(self, dataset, name: str):
         self.bad, self.labels, self.shapes, parts = {}, [], [], []
-
-        def read(index):
-            try:
-                return dataset[index]
-            except BadImage as error:
-                self.bad[index] = str(error)
-                return torch.empty(0, 1, 3, dtype=torch.uint8), 0
-
         with ThreadPoolExecutor(os.cpu_count()) as threads, Progress(f"reading {name}", len(dataset), 1) as progress:
-            for start in range(0, len(dataset), SAMPLE):
-                for image, label in threads.map(read, range(start, min(start + SAMPLE, len(dataset)))):
+            for start in range(0, len(dataset), SAMPLE):  # in small groups, so that few images wait their turn
+                indices = range(start, min(start + SAMPLE, len(dataset)))
+                for index, (image, label) in zip(indices, threads.map(partial(_read, dataset), indices), strict=True):
+                    if isinstance(image, BadImage):
+                        self.bad[index], image = str(image), torch.empty(0, 1, 3, dtype=torch.uint8)
                     parts.append(image.reshape(-1))
                     self.shapes.append(tuple(image.shape))
                     self.labels.append(label)
@@ -62,20 +59,29 @@ class CachedDataset:
         return self.data[offset : offset + 3 * height * width].view(height, width, 3), self.labels[index]
 
 
+def _read(dataset, index):
+    """An item of a data set, or (BadImage, 0)."""
+    try:
+        return dataset[index]
+    except BadImage as error:
+        return error, 0
+
+
 def check_memory(datasets, device: torch.device | None) -> None:
-    """Estimate from a few images how much memory ``CachedDataset`` takes: on this machine, and on a device if any.
+    """Estimate from a few images whether all fit into the memory of this machine, and of a device if one is given.
 
     Raises:
-        InputError: more than there is.
+        InputError: they need more memory than is free.
     """
     size = sum(_estimate(dataset) for dataset in datasets)
     if device is not None and device.type == "cuda":
         _compare(size, torch.cuda.mem_get_info(device)[0], "GPU")
-    # While a store is filled, images are in memory twice; and each process has its own.
+    # Every process has its own images, and has them twice while it fills its buffer.
     _compare(2 * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), _free_memory(), "machine")
 
 
 def _estimate(dataset):
+    """The bytes of all images of a data set."""
     sizes = []
     for index in range(0, len(dataset), max(1, len(dataset) // SAMPLE)):
         with contextlib.suppress(BadImage):
@@ -92,7 +98,7 @@ def _compare(needed, free, where):
 
 
 def _free_memory():
-    """Bytes that this machine, or the container or job that the process is in, can still give to it."""
+    """The bytes that this machine can still give to the process, or the container or job that it runs in."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")

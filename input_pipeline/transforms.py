@@ -1,16 +1,19 @@
-"""timm's transforms, of training and of the test."""
+"""timm's image transforms, for training and for the test."""
 
 from timm.data import auto_augment, create_transform
 
 from weight_selection.errors import InputError
-from weight_selection.sources.weight_files import normalization
+from weight_selection.sources.teachers import normalization
 
 
 def build_transform(args, train: bool):
     """timm's transform from a PIL image to a normalised (3, input_size, input_size) tensor.
 
-    Training: random resized crop, flip, RandAugment, random erasing (Table 13). Test: resize to 256/224 of the input
-    size and crop the centre; from 384 pixels on, squash the whole image, as ConvNeXt does.
+    Training: random resized crop, flip, RandAugment, random erasing (Table 13 of the paper). Test: resize the shorter
+    side to 256/224 of the input size and crop the centre; from 384 pixels on, squash the whole image, as ConvNeXt does.
+
+    Raises:
+        InputError: timm knows no policy of the name in ``--aa``.
     """
     mean, std = normalization(args.imagenet_default_mean_and_std)
     common = {"input_size": args.input_size, "mean": mean, "std": std}
@@ -28,7 +31,7 @@ def build_transform(args, train: bool):
                 re_mode=args.remode,
                 re_count=args.recount,
             )
-        except (AssertionError, ValueError, KeyError) as error:  # timm's ways of refusing a policy
+        except (AssertionError, ValueError, KeyError) as error:  # timm refuses a policy with any of these
             raise InputError(f"--aa {args.aa}: no policy of timm's; such as rand-m9-mstd0.5-inc1, or none") from error
         return _with_posterize_to_black(transform)
     squash = args.crop_pct is None and args.input_size >= 384
@@ -42,7 +45,7 @@ def build_transform(args, train: bool):
 
 
 def _with_posterize_to_black(transform):
-    """Let RandAugment posterize to 0 bits, which the paper's policy draws and Pillow refuses from some version on."""
+    """Let RandAugment posterize to 0 bits: the paper's policy asks for that, and newer versions of Pillow refuse it."""
     for step in transform.transforms:
         operations = getattr(step, "ops", None) or [op for group in getattr(step, "policy", ()) for op in group]
         for operation in operations:
@@ -52,5 +55,5 @@ def _with_posterize_to_black(transform):
 
 
 def _posterize(image, bits, **_):
-    """timm's operation; no bits leave a black image, as they always did."""
+    """timm's operation; 0 bits give a black image, as older versions of Pillow did."""
     return image.point(lambda value: 0) if bits == 0 else auto_augment.posterize(image, bits)

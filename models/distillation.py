@@ -7,8 +7,8 @@ from timm.layers import Mlp
 
 from input_pipeline.transforms import normalization
 from weight_selection.errors import InputError
+from weight_selection.sources.teachers import create_pretrained, load_into_teacher, trained_config
 from weight_selection.sources.timm_models import check_input_size, create_model
-from weight_selection.sources.weight_files import create_pretrained, load_into_teacher, trained_config
 
 
 class Teacher(nn.Module):

@@ -3,8 +3,8 @@
 
 python scripts/calibration_images.py flowers data/ flowers_256/ --count 256
 
-They are drawn at random, the same ones for a seed, and written as they are: OUT/NNNNN.png. Of a data set in class
-folders give --calibration the folder of its training images instead.
+The seed decides which images are drawn. They are written unchanged, as OUT/NNNNN.png. For a data set in class folders
+this is not needed: give --calibration the folder of its training images.
 """
 
 import argparse
@@ -12,18 +12,18 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
-from datasets import SOURCES, UNREADABLE
-from weight_selection import CALIBRATION_IMAGES
+from datasets import DATA_SETS, UNREADABLE
 from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
 from weight_selection.files import check_directory, new_directory
+from weight_selection.options import CALIBRATION_IMAGES
 from weight_selection.projection.images import draw
 
 
 def get_args_parser() -> Parser:
     parser = Parser("calibration_images.py", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    names = [name for name, source in SOURCES.items() if not source.folders]
+    names = [name for name, data_set in DATA_SETS.items() if not data_set.folders]
     parser.add_argument("data_set", metavar="DATA_SET", choices=names, help=", ".join(names))
     parser.add_argument("data", metavar="DATA", type=Path, help="what main.py takes as --data_path")
     parser.add_argument("out", metavar="OUT", type=Path, help="must not exist")
@@ -40,7 +40,7 @@ def main(argv=None) -> None:
     if args.out.exists():
         raise InputError(f"OUT {args.out}: exists; remove it or name another directory")
     try:
-        dataset = SOURCES[args.data_set].build(args.data, True, lambda image: image, False)
+        dataset = DATA_SETS[args.data_set].build(args.data, True, lambda image: image, False)
     except UNREADABLE as error:
         raise InputError(f"DATA {args.data}: cannot read {args.data_set} ({error})") from error
     if not 1 <= args.count <= len(dataset):

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Put measured accuracies beside those of a table of the paper: Markdown on the terminal, and CSV.
+"""Print a table of the paper with the measured accuracies beside its own, as Markdown; also write it as CSV.
 
 python scripts/collect_results.py table03 results/ --csv table03.csv
 
-Reads results/SETTING/DATA/NAME/SEED/results.json. What the tables hold is in scripts/paper.yaml.
+It reads results/SETTING/DATA/NAME/SEED/results.json. scripts/paper.yaml says what each table holds.
 """
 
 import csv
@@ -20,32 +20,32 @@ from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
 from weight_selection.files import new_file
 
-FIGURES = ("mean", "std", "median")
+METRICS = ("mean", "std", "median")
 LEGEND = "Test accuracy in %: mean, or median where it says so, ± sample standard deviation over seeds (their number)."
 COLUMNS = ["table", "row", "column", "run", "seeds"]
-COLUMNS += [f"{epoch}_{name}" for epoch in ("best", "last") for name in FIGURES]
+COLUMNS += [f"{epoch}_{name}" for epoch in ("best", "last") for name in METRICS]
 COLUMNS += ["statistic", "paper", "difference", "deviations", "command"]
 
 
 class Measured:
-    """A cell of a table with the runs that were found for it.
+    """The runs that measure one cell of a table.
 
     Attributes:
-        cell: what it is of.
-        runs: the finished runs, by seed.
-        figures: for ``best`` and ``last`` epoch: (mean, standard deviation, median); empty without runs.
-        difference: measured minus paper, for runs of the paper's recipe; else None.
-        deviations: one line for each way in which runs are not of the paper's recipe.
-        command: measures the cell.
+        cell: the cell.
+        runs: the finished runs, ordered by seed.
+        metrics: (mean, standard deviation, median) in percent of the "best" and the "last" epoch; empty without runs.
+        difference: measured minus paper, in points; None unless all runs follow the paper's recipe.
+        deviations: one line for each way in which runs deviate from the paper's recipe.
+        command: the command that measures the cell.
     """
 
     def __init__(self, table: paper.Table, cell: paper.Cell, out: Path):
         self.cell = cell
         self.runs = [read_run(directory) for directory in seed_directories(out / cell.run)]
-        self.figures = {}
+        self.metrics = {}
         for epoch in ("best", "last") if self.runs else ():
             accuracies = [run.accuracy(epoch) for run in self.runs]
-            self.figures[epoch] = *spread(accuracies), statistics.median(accuracies)
+            self.metrics[epoch] = *spread(accuracies), statistics.median(accuracies)
         self.deviations = _deviations(table, cell, self.runs)
         self.difference = None
         if self.runs and cell.paper is not None and not self.deviations:
@@ -53,8 +53,8 @@ class Measured:
         self.command = f"OUT={shlex.quote(str(out))} bash {table.script} {cell.run.replace('/', ' ')}"
 
     def value(self, epoch: str) -> float:
-        """What the table shows of the ``best`` or the ``last`` epoch."""
-        mean, _, median = self.figures[epoch]
+        """The accuracy that the table shows for the ``best`` or the ``last`` epoch, in percent."""
+        mean, _, median = self.metrics[epoch]
         return median if self.cell.statistic == "median" else mean
 
     @property
@@ -75,7 +75,11 @@ def _deviations(table, cell, runs) -> list:
 
 
 def measure(table: paper.Table, out: Path) -> list:
-    """Every cell of the table with the runs in ``out``."""
+    """Look up the runs of every cell in ``out``.
+
+    Raises:
+        InputError: there is no such directory.
+    """
     if not out.is_dir():
         raise InputError(f"OUT {out}: no such directory; name the one that holds SETTING/DATA/NAME/SEED")
     return [Measured(table, cell, out) for cell in table.cells]
@@ -85,7 +89,7 @@ def _accuracy(measured, epoch) -> str:
     """``81.2 ± 0.3 (3)``: mean, standard deviation and number of seeds, as far as they exist."""
     if not measured.runs:
         return "-"
-    std, count = measured.figures[epoch][1], len(measured.runs)
+    std, count = measured.metrics[epoch][1], len(measured.runs)
     deviation = "" if math.isnan(std) else f" ± {std:.1f}"
     of = "median of " if measured.cell.statistic == "median" else ""
     return f"{measured.value(epoch):.1f}{deviation} ({of}{count})"
@@ -96,7 +100,7 @@ def _difference(measured) -> str:
 
 
 def markdown(table: paper.Table, cells: list) -> str:
-    """The table with up to four lines a row, what has to be said about it, and the commands for what is missing."""
+    """The table with up to four lines a row, notes on it, and the commands that measure its missing cells."""
     columns = list(dict.fromkeys(measured.cell.column for measured in cells))
     footnotes = [line for measured in cells for line in measured.deviations]
     lines = [["", "", *columns]]
@@ -145,7 +149,7 @@ def _grid(lines: list) -> str:
 
 
 def _protocols(cells: list) -> list:
-    """What the runs of a table without the paper's values were trained on and for how long, alike ones together."""
+    """One line for each protocol (epochs, data set, optimiser, batch) with the runs that were trained by it."""
     names = {}
     for measured in cells:
         for run in measured.runs:
@@ -159,14 +163,14 @@ def _protocols(cells: list) -> list:
 
 
 def csv_row(table: paper.Table, measured: Measured) -> dict:
-    """A cell as values of COLUMNS; None where there is none."""
+    """The line of a cell: {column: value}, None for a value that does not exist."""
     cell = measured.cell
-    figures = {
+    metrics = {
         f"{epoch}_{name}": None if math.isnan(value) else round(value, 3)
-        for epoch, values in measured.figures.items()
-        for name, value in zip(FIGURES, values, strict=True)
+        for epoch, values in measured.metrics.items()
+        for name, value in zip(METRICS, values, strict=True)
     }
-    return figures | {
+    return metrics | {
         "table": table.name,
         "row": cell.row,
         "column": cell.column,
@@ -181,7 +185,7 @@ def csv_row(table: paper.Table, measured: Measured) -> dict:
 
 
 def write_csv(path: Path, table: paper.Table, cells: list) -> None:
-    """One line per cell."""
+    """Write a CSV file with one line per cell."""
     with new_file(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -189,7 +193,7 @@ def write_csv(path: Path, table: paper.Table, cells: list) -> None:
 
 
 def get_args_parser() -> Parser:
-    parser = Parser("collect_results.py", "Put measured accuracies beside those of a table of the paper.")
+    parser = Parser("collect_results.py", "Print a table of the paper with the measured accuracies beside its own.")
     parser.add_argument("table", metavar="TABLE", help="such as table03, or 3; or one of our own, evidence_elements")
     parser.add_argument("out", metavar="OUT", type=Path, help="directory of the runs, SETTING/DATA/NAME/SEED")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write the table as CSV too")

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
 from weight_selection.files import check_writable, new_file
-from weight_selection.plan import anatomy, plan_selection
-from weight_selection.sources.membership import family_of
+from weight_selection.options import SelectionOptions
+from weight_selection.plan import plan_selection, structure_of
+from weight_selection.sources.architectures import architecture_of
 from weight_selection.sources.timm_models import create_model
 
 # Kinds of refusals, by what their messages say; the first that matches.
@@ -84,12 +85,12 @@ def reason_of(message: str) -> str:
 
 
 def describe(names: list) -> list:
-    """[(number of parameters, name, anatomy or the refusal to take it apart)] of architectures, smallest first."""
+    """[(number of parameters, name, structure or the refusal to take it apart)] of architectures, smallest first."""
     models = []
     for name in names:
         model = create_model(name, device="meta")
         try:
-            found = anatomy(model, name)
+            found = structure_of(model, name)
         except InputError as refusal:
             found = refusal
         models.append((sum(parameter.numel() for parameter in model.parameters()), name, found))
@@ -97,7 +98,7 @@ def describe(names: list) -> list:
 
 
 def pairs(models: list):
-    """Of what ``describe`` gives, every two of different sizes: ((name, anatomy) of the student, of the teacher)."""
+    """Of what ``describe`` gives, every two of different sizes: ((name, structure) of the student, of the teacher)."""
     for small, large in combinations(models, 2):
         if small[0] < large[0]:
             yield small[1:], large[1:]
@@ -108,7 +109,7 @@ def plan_pair(teacher, student, **options) -> list:
     for found in (student, teacher):
         if isinstance(found, InputError):
             raise found
-    return plan_selection(teacher, student, **options)
+    return plan_selection(teacher, student, SelectionOptions(**options))
 
 
 def count(name: str, architectures: list) -> Family:
@@ -138,7 +139,7 @@ def architectures_by_family() -> dict:
     """{family: names of all of timm's architectures in it}, the largest family first."""
     families = {}
     for name in timm.list_models():
-        families.setdefault(family_of(create_model(name, device="meta"), name).name, []).append(name)
+        families.setdefault(architecture_of(create_model(name, device="meta"), name).name, []).append(name)
     return dict(sorted(families.items(), key=lambda item: -len(item[1])))
 
 

@@ -13,15 +13,18 @@ TEACHER, STUDENT, REST = "#8ecae6", "#fb8500", "#e9eef2"
 
 
 def box(axes, x, y, width, height, color, text="", size=8):
+    """A filled rectangle with its text in the middle."""
     axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="#44546a", linewidth=0.8))
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size)
 
 
 def arrow(axes, start, end):
+    """An arrow from one point to another."""
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=8, linewidth=0.9, color="#44546a"))
 
 
 def panel(axes, title):
+    """Set up the axes of one step."""
     axes.set(xlim=(0, 10), ylim=(0, 10), aspect="equal")
     axes.set_title(title, fontsize=10)
     axes.axis("off")
@@ -30,6 +33,7 @@ def panel(axes, title):
 
 
 def layers(axes):
+    """Step 1: the first layers of the teacher are selected."""
     panel(axes, "1. Select layers: the first N")
     for i in range(6):
         y = 0.6 + 1.45 * i
@@ -40,6 +44,7 @@ def layers(axes):
 
 
 def components(axes):
+    """Step 2: each component of a layer is matched with the one of the same name."""
     panel(axes, "2. Match components by name")
     for i, name in enumerate(("fc2", "fc1", "norm2", "proj", "qkv", "norm1")):
         y = 0.6 + 1.45 * i
@@ -49,6 +54,7 @@ def components(axes):
 
 
 def elements(axes):
+    """Step 3: evenly spaced elements of each tensor are selected."""
     panel(axes, "3. Select elements: evenly spaced")
     rows, columns, side = 8, 6, 0.72
     for row in range(rows):

@@ -1,12 +1,13 @@
-# What the scripts of tables and figures share; each sources it with its arguments and then lists its runs.
+# What the scripts of tables, figures and experiments share: each sources it with its arguments, then lists its runs.
 #
-# A run is SETTING DATA NAME and a seed: the recipe recipes/SETTING/DATA.yaml, and a name for what is different about
+# A run is SETTING DATA NAME and a seed: the recipe recipes/SETTING.yaml:DATA, and a name for what is different about
 # it. Its results are in $OUT/SETTING/DATA/NAME/SEED, so tables share runs. A finished run is skipped, an interrupted
 # one goes on. Arguments choose runs by setting, data set or name: bash scripts/table02.sh vit_tiny flowers pets
 #
 # Variables before a call change it: teacher=NAME selects from another teacher, init=NAME starts from the selection of
-# that name, distill="logit|feature TEACHER" distills, recipe=NAME takes recipes/SETTING/NAME.yaml, data_path=DIR,
-# selector="SCRIPT WORD ..." makes the first weights in place of weight_selection.py.
+# that name, distill="logit|feature TEACHER" distills, recipe=SECTION or FILE:SECTION takes another recipe, data_path=DIR
+# names other data, selector="SCRIPT WORD ..." makes the first weights in place of weight_selection.py. A script that sets
+# recipes=DIR takes all its recipes from there.
 #
 # From the environment, relative paths from the root of the repository:
 #
@@ -28,7 +29,7 @@ fail() {
   exit 2
 }
 
-list_chosen() { # WORD...: of the runs SETTING DATA NAME on stdin, those that the words ask for
+list_chosen() { # WORD...: print those of the runs SETTING DATA NAME on stdin that the words ask for
   awk -v words="$*" '
     { line[NR] = $0; for (c = 1; c <= 3; c++) { field[NR, c] = $c; values[c, $c] } }
     END {
@@ -51,7 +52,7 @@ list_chosen() { # WORD...: of the runs SETTING DATA NAME on stdin, those that th
     }'
 }
 
-script=scripts/$(basename "$0")
+script=$(basename "$(cd "$(dirname "$0")" && pwd)")/$(basename "$0")
 NPROC=${NPROC:-1}
 case $NPROC in 0 | *[!0-9]*) fail "NPROC=$NPROC: give the number of processes" ;; esac
 if [ $# -gt 0 ]; then
@@ -59,7 +60,7 @@ if [ $# -gt 0 ]; then
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-unset teacher init distill recipe data_path selector # those of a user's own environment
+unset teacher init distill recipe recipes data_path selector # the user's environment may have some of these names
 OUT=${OUT:-results}
 DATA=${DATA:-data}
 SEEDS=${SEEDS:-0}
@@ -77,7 +78,7 @@ if [ -n "${SMOKE:-}" ]; then
   TEACHERS=$OUT/teachers
   export OMP_NUM_THREADS=1
 fi
-made=() # in a dry run: files that would be there by now
+made=() # in a dry run: the files that a real run would have made by now
 
 wanted() { # SETTING DATA NAME: do the arguments ask for it?
   if [ -n "${LISTING:-}" ]; then
@@ -92,7 +93,7 @@ run() {
   [ -n "${DRY_RUN:-}" ] || "$@"
 }
 
-make_once() { # PATH COMMAND...: run the command that makes it, unless it is there or another script makes it right now
+make_once() { # PATH COMMAND...: make a file by a command, unless it is there; wait if another script is making it
   local path
   if [ -n "${DRY_RUN:-}" ]; then
     for path in ${made[@]+"${made[@]}"}; do
@@ -110,7 +111,7 @@ make_once() { # PATH COMMAND...: run the command that makes it, unless it is the
   ) 9>"$(dirname "$1")/.$(basename "$1").lock"
 }
 
-teacher_file() { # NAME: its file in TEACHERS, nothing without TEACHERS
+teacher_file() { # NAME: print the teacher's file in TEACHERS; nothing without TEACHERS
   [ -n "${TEACHERS:-}" ] || return 0
   if [ -n "${SMOKE:-}" ]; then
     echo "$TEACHERS/$1.pth"
@@ -126,7 +127,7 @@ teacher_file() { # NAME: its file in TEACHERS, nothing without TEACHERS
   fail "TEACHERS=$TEACHERS: holds no $1.safetensors, .pth or .npz; put it there, or unset TEACHERS to take it from the hub"
 }
 
-describe() { # SETTING: sets student, and teacher unless the caller has
+describe() { # SETTING: set student, and teacher unless the caller has set it
   case $1 in
     vit_tiny | vit_a)
       student=(--student "$1")
@@ -166,13 +167,14 @@ select_weights() { # SETTING NAME [options of weight_selection.py]: into $OUT/in
 }
 
 train_seed() { # SETTING DATA NAME SEED [options of main.py]
-  local directory=$OUT/$1/$2/$3/$4 setting=$1 data_path=${data_path:-$DATA} options kind name file tiny=()
+  local directory=$OUT/$1/$2/$3/$4 setting=$1 data_path=${data_path:-$DATA} recipe=${recipe:-$2} options kind name file tiny=()
   case $2 in imagenet*) data_path=${IMAGENET:-$DATA/imagenet} ;; esac
   if [ -f "$directory/results.json" ]; then
     echo "done: $directory"
     return
   fi
-  options=(--config "recipes/$1/${recipe:-$2}.yaml" --data_path "$data_path" --seed "$4" --output_dir "$directory")
+  case $recipe in *:*) ;; *) recipe=${recipes:-recipes}/$1.yaml:$recipe ;; esac
+  options=(--config "$recipe" --data_path "$data_path" --seed "$4" --output_dir "$directory")
   shift 4
   if [ -n "${SMOKE:-}" ]; then
     smoke_made "$OUT/images"
@@ -194,7 +196,7 @@ train_seed() { # SETTING DATA NAME SEED [options of main.py]
   run "${launch[@]}" main.py "${options[@]}" "$@" ${main_args[@]+"${main_args[@]}"} ${tiny[@]+"${tiny[@]}"}
 }
 
-train() { # SETTING DATA NAME [options of main.py]
+train() { # SETTING DATA NAME [options of main.py]: one run per seed
   wanted "$1" "$2" "$3" || return 0
   local seed
   for seed in $SEEDS; do
@@ -202,7 +204,7 @@ train() { # SETTING DATA NAME [options of main.py]
   done
 }
 
-selected() { # SETTING DATA NAME [options of weight_selection.py] [-- options of main.py]
+selected() { # SETTING DATA NAME [options of weight_selection.py] [-- options of main.py]: select, then train from it
   wanted "$1" "$2" "$3" || return 0
   local setting=$1 data=$2 name=$3 seed selection=()
   shift 3
@@ -217,14 +219,14 @@ selected() { # SETTING DATA NAME [options of weight_selection.py] [-- options of
   done
 }
 
-drawn() { # as selected, with a random selection of its own for each of three seeds: the paper takes their median
+drawn() { # like selected, but each of three seeds draws a random selection of its own; the paper has their median
   local seed
   for seed in 0 1 2; do
     SEEDS=$seed init=$3-$seed selected "$1" "$2" "$3" --seed $seed "${@:4}"
   done
 }
 
-finish() { # [TABLE ...]: print the tables from what is there
+finish() { # [TABLE ...]: print the tables from the runs that are finished
   [ -z "${LISTING:-}" ] || exit 0
   local table
   for table in "$@"; do
@@ -232,14 +234,14 @@ finish() { # [TABLE ...]: print the tables from what is there
   done
 }
 
-there() { # PATTERN: are there such files, or is it a dry run?
+there() { # PATTERN: do such files exist, or is it a dry run?
   [ -n "${DRY_RUN:-}" ] || compgen -G "$1" >/dev/null
 }
 
 # ---------------------------------------------------------------------------------------------------------
-# SMOKE=1: what is made small. These options come last, and so win.
+# SMOKE=1 makes models and images small by these options, which come last and so win.
 
-smoke_sizes() { # teacher|student MODEL: model arguments of a tiny one
+smoke_sizes() { # teacher|student MODEL or SETTING: print the arguments of a tiny model
   case $1:$2 in
     *:convnext) echo "depths=(1,1,1,1) dims=(16,32,48,64)" ;;
     teacher:convnext*) echo "depths=(2,2,2,2) dims=(16,32,48,64)" ;;
@@ -254,6 +256,6 @@ smoke_sizes() { # teacher|student MODEL: model arguments of a tiny one
   esac
 }
 
-smoke_made() { # what scripts/smoke.py makes: once, and not in a dry run
+smoke_made() { # PATH [options of scripts/smoke.py]: make it once
   make_once "$1" "$PYTHON" scripts/smoke.py "$@"
 }

@@ -18,9 +18,9 @@ class Cell:
 
     Attributes:
         row, column: their labels.
-        run: SETTING/DATA/NAME of the runs that measure it.
+        run: SETTING/DATA/NAME of the runs that measure this cell.
         paper: the paper's accuracy in percent; None for a table of our own.
-        statistic: ``mean`` or ``median`` of the runs.
+        statistic: whether the cell is the ``mean`` or the ``median`` of the runs.
     """
 
     row: str
@@ -32,7 +32,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper, or of our own. ``recipe``: options that take the place of the data set's recipe."""
+    """A table of the paper, or of our own. Its ``recipe``, if any, replaces the recipes of its data sets."""
 
     name: str
     title: str
@@ -48,15 +48,15 @@ class Table:
 
 @cache
 def contents() -> dict:
-    """All of paper.yaml."""
+    """The content of paper.yaml."""
     return yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text())
 
 
 def read_table(name: str) -> Table:
-    """A table by its name: table03, table3, 03 and 3 are the same.
+    """The table of a name; table03, table3, 03 and 3 all name Table 3.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is no such table.
     """
     tables = contents()["tables"]
     number = name.removeprefix("table")
@@ -82,13 +82,19 @@ def _cells(columns: dict, row: dict):
 
 
 def recipe(setting: str, data: str) -> dict:
-    """The paper's options of main.py for a setting on a data set."""
+    """The options of main.py with which the paper trains a setting on a data set."""
     changes = contents()["recipes"][setting]
     return contents()["basic_recipe"] | changes["all"] | changes[data]
 
 
 def deviations(path: str, run: Run, options: dict) -> list:
-    """How a run at SETTING/DATA/NAME differs from ``options`` and from DATA, in words: ``epochs 3 (paper: 300)``."""
+    """How a run deviates from the paper, in words such as ``epochs 3 (paper: 300)``.
+
+    Args:
+        path: SETTING/DATA/NAME of the run; its data set must be DATA's.
+        run: the run.
+        options: the paper's options of main.py.
+    """
     data = path.split("/")[1]
     wanted = {"data_set": contents()["data_sets"].get(data, data)} | options
     pairs = [(name, run.options.get(name), value) for name, value in wanted.items()]

@@ -12,8 +12,9 @@ columns p_h of the projection after it, (embed_dim, head_dim). Both products are
   W_q W_k^T  = q_h^T k_h    tokens x, y have the attention logit x W_q W_k^T y^T / sqrt(head_dim), biases aside
   W_v W_proj = v_h^T p_h^T  a token x that is attended to adds x W_v W_proj
 
-Drawn are those of the first head in the first block. How diagonal a product is: the mean of its diagonal over the
-standard deviation of its other elements. Of independent random weights this is 0 ± 1 / sqrt(embed_dim).
+The figure shows the products of the first head in the first block. The script measures how diagonal a product is by
+the mean of its diagonal, divided by the standard deviation of its other elements. For independent random weights this
+is 0 ± 1 / sqrt(embed_dim).
 """
 
 import argparse
@@ -33,21 +34,16 @@ from models.initialization import initialize
 from utils import seed_everything
 from weight_selection.arguments import Kwargs, Parser, check_kwargs
 from weight_selection.errors import InputError, run_program
-from weight_selection.sources.membership import family_by_class
+from weight_selection.files import provenance_path
+from weight_selection.sources.initial_weights import find_weights, load_initial
+from weight_selection.sources.teachers import create_pretrained, read_teacher
 from weight_selection.sources.timm_models import create_model
-from weight_selection.sources.weight_files import (
-    create_pretrained,
-    find_weights,
-    load_initial,
-    provenance_path,
-    read_teacher,
-)
 
 PRODUCTS = {"W_q W_k^T": r"$W_q\,W_k^\top$", "W_v W_proj": r"$W_v\,W_{\mathrm{proj}}$"}  # as printed, as drawn
 
 
 class Panels(Kwargs):
-    """Collects ``LABEL MODEL WEIGHTS [K=V ...]`` of an option that may be repeated."""
+    """Collects the ``LABEL MODEL WEIGHTS [K=V ...]`` of each time that the option is given."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         panels = getattr(namespace, self.dest) or []
@@ -58,18 +54,18 @@ class Panels(Kwargs):
 
 
 def load_model(name: str, weights: str, kwargs: dict, seed: int, option: str) -> nn.Module:
-    """A model with the weights to show.
+    """Create a model with the weights of a panel.
 
     Args:
-        name: as in ``create_model``.
-        weights: one of ``SCHEMES``, drawn with ``seed``; "pretrained" for timm's published ones; else what
-            weight_selection.py wrote, file or directory, or any other file that would do for its teacher.
+        name: a model that ``create_model`` knows.
+        weights: one of ``SCHEMES``, which draws them with ``seed``; "pretrained" for those that timm publishes; or a
+            path: a file or directory that weight_selection.py wrote, or a file that it would take for a teacher.
         kwargs: the model's arguments.
-        seed: of weights drawn at random.
-        option: the command-line option they came from, for errors.
+        seed: the seed of weights that are drawn at random.
+        option: the command-line option that names the panel, for errors.
 
     Raises:
-        InputError: unknown model, or weights that are missing or another model's.
+        InputError: the model is unknown, or the weights are missing or belong to another model.
     """
     check_kwargs(kwargs, option, {})
     if weights == "pretrained":
@@ -84,12 +80,16 @@ def load_model(name: str, weights: str, kwargs: dict, seed: int, option: str) ->
         load_initial(model, path, option)
     else:
         model.reset_classifier(0)  # the file's may be of another size, or absent
-        model.load_state_dict(read_teacher(path, model, family_by_class(model), option)[0])
+        model.load_state_dict(read_teacher(path, model, option)[0])
     return model
 
 
 def attention_layers(model: nn.Module, option: str) -> list:
-    """The self-attention of every block, first to last."""
+    """The self-attention of every block, from the first to the last.
+
+    Raises:
+        InputError: the model has none.
+    """
     layers = [module for module in model.modules() if isinstance(module, timm.layers.Attention)]
     if not layers:
         raise InputError(f"{option}: a {type(model).__name__} has no self-attention like a ViT's; name a ViT")
@@ -97,7 +97,7 @@ def attention_layers(model: nn.Module, option: str) -> list:
 
 
 def attention_products(layer: timm.layers.Attention, head: int) -> list:
-    """W_q W_k^T and W_v W_proj of a head, in the order of ``PRODUCTS``; see the top of this file."""
+    """W_q W_k^T and W_v W_proj of a head, each (embed_dim, embed_dim), in the order of ``PRODUCTS``."""
     own = slice(head * layer.head_dim, (head + 1) * layer.head_dim)
     q, k, v = layer.qkv.weight.detach().unflatten(0, (3, -1))[:, own]
     return [q.T @ k, v.T @ layer.proj.weight.detach()[:, own].T]
@@ -110,19 +110,19 @@ def diagonal_and_rest(product: torch.Tensor) -> tuple:
 
 
 def diagonality(product: torch.Tensor) -> float:
-    """How many standard deviations of the other elements a matrix's mean diagonal element is above 0, or below it."""
+    """The mean of a square matrix's diagonal, in standard deviations of its other elements."""
     mean, std = diagonal_and_rest(product)
     return mean / std
 
 
 def summary(layer: timm.layers.Attention, product: int) -> str:
-    """``0.41 (-0.10 to 0.83)``: mean and range of diagonality over a layer's heads, for one of ``PRODUCTS``."""
+    """Mean and range over a layer's heads of how diagonal a product is, as ``0.41 (-0.10 to 0.83)``."""
     values = [diagonality(attention_products(layer, head)[product]) for head in range(layer.num_heads)]
     return f"{statistics.fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def print_table(models: dict, product: int) -> None:
-    """How diagonal one of ``PRODUCTS`` is in every block (rows) of all models (columns), as Markdown."""
+    """Print how diagonal a product is, as Markdown: a row per block and a column per model."""
     print(f"{list(PRODUCTS)[product]}: mean of the diagonal / std of the rest, as mean over heads (and range)\n")
     print(f"| block | {' | '.join(models)} |")
     print("|" + "---|" * (1 + len(models)))
@@ -133,7 +133,7 @@ def print_table(models: dict, product: int) -> None:
 
 
 def draw(models: dict, crop: int | None):
-    """The figure: a row for each of ``PRODUCTS``, a column for each model."""
+    """The figure, which has a row for each of ``PRODUCTS`` and a column for each model."""
     figure, axes = style.new_images(len(PRODUCTS), len(models))
     for column, (label, layers) in zip(axes.T, models.items(), strict=True):
         column[0].set_title(label)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Compare groups of runs that differ in their seed: accuracies as a table, and accuracy against epochs as a figure.
+"""Compare groups of runs over their seeds: print their accuracies, and draw accuracy against epochs.
 
 python scripts/plot_curves.py --output curves.png random runs/random-0 runs/random-1 selected runs/selected-0 ...
 
-A word that is no directory starts a group of that name; the directories after it are its runs, or hold them in
-directories named by their seeds. Figure 3 (a) of the paper:
+A word that is no directory starts a group of that name. Each directory after it is a run of the group, or holds runs in
+directories that are named by their seeds. Figure 3 (a) of the paper:
 
 python scripts/plot_curves.py --output figure03a.png --title "ViT-T on ImageNet-1K" \\
   "random init" results/vit_tiny/imagenet/random "weight selection" results/vit_tiny/imagenet/selected
@@ -23,7 +23,11 @@ from weight_selection.errors import InputError, run_program
 
 
 def read_groups(words: list) -> list:
-    """[(name, directories of runs)] from the command line's words."""
+    """Sort the words of the command line into groups: [(name, directories of its runs)].
+
+    Raises:
+        InputError: a directory comes before any name, or a group has no runs.
+    """
     groups = []
     for word in words:
         if not Path(word).is_dir():
@@ -39,7 +43,7 @@ def read_groups(words: list) -> list:
 
 
 def curve(directories: list) -> tuple:
-    """Epochs (from 1) after which every run was evaluated, and the accuracies of all runs after each."""
+    """The epochs, from 1, after which every run was evaluated; and for each of them the accuracies of all runs."""
     curves = [read_curve(directory) for directory in directories]
     epochs = sorted(set.intersection(*map(set, curves)))
     if not epochs:
@@ -48,7 +52,7 @@ def curve(directories: list) -> tuple:
 
 
 def summary(accuracies: list) -> str:
-    """``60.9 ±  5.2``, or the value alone of a single run."""
+    """Mean and deviation as ``60.9 ±  5.2``; of a single run its accuracy alone."""
     mean, std = spread(accuracies)
     return f"{mean:5.1f}       " if math.isnan(std) else f"{mean:5.1f} ± {std:4.1f}"
 
@@ -71,8 +75,8 @@ def main(argv=None) -> None:
     print(f"{'weights':<{width}} {'runs':>4}   best epoch, %    last epoch, %")
     for name, directories, epochs, accuracies in groups:
         finished = [read_run(directory) for directory in directories]
-        figures = (summary([run.accuracy(epoch) for run in finished]) for epoch in ("best", "last"))
-        print(f"{name:<{width}} {len(finished):>4}   " + "    ".join(figures).rstrip())
+        metrics = (summary([run.accuracy(epoch) for run in finished]) for epoch in ("best", "last"))
+        print(f"{name:<{width}} {len(finished):>4}   " + "    ".join(metrics).rstrip())
         style.draw_seeds(axes, epochs, accuracies, name)
     axes.set(xlabel="epoch", ylabel=style.ACCURACY, title=args.title)
     axes.legend(title=style.LEGEND)

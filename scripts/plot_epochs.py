@@ -3,9 +3,10 @@
 
 python scripts/plot_epochs.py results/ --output figure04.png
 
-(a) Accuracy against epochs, from random and from selected weights: vit_tiny/cifar100/{random,selected}_EPOCHS/SEED, and
-the same without _EPOCHS, which have the recipe's 300. (b) Accuracy against epochs of pretraining on ImageNet-1K before
-fine-tuning (finetuned_EPOCHS), beside the level that weight selection reaches without any.
+Panel (a) has accuracy against the number of epochs, from random and from selected weights. It is drawn from the runs
+vit_tiny/cifar100/{random,selected}_EPOCHS/SEED, and from those without _EPOCHS, which have the recipe's 300. Panel (b)
+has accuracy against the epochs of pretraining on ImageNet-1K before fine-tuning (the runs finetuned_EPOCHS), beside the
+level that weight selection reaches without pretraining.
 """
 
 import statistics
@@ -26,7 +27,7 @@ FIXED = {name: value for name, value in RECIPE.items() if name not in ("epochs",
 
 
 def find(out: Path, name: str, options: dict, strange: list) -> list:
-    """Finished runs of a name; how they differ from the paper's ``options`` is added to ``strange``."""
+    """The finished runs of a name. Each that deviates from the paper's ``options`` adds a line to ``strange``."""
     path = f"{DIRECTORY}/{name}"
     runs = [read_run(directory) for directory in seed_directories(out / path)]
     for run in runs:
@@ -40,7 +41,7 @@ def accuracies(runs: list) -> list:
 
 
 def training(out: Path, strange: list) -> dict:
-    """Panel (a): for random and selected weights, the accuracies by number of epochs."""
+    """The data of panel (a): {label of the weights: {number of epochs: accuracies over the seeds}}."""
     lines = {}
     for label, name in ((RANDOM, "random"), (SELECTED, "selected")):
         runs = {}
@@ -52,7 +53,7 @@ def training(out: Path, strange: list) -> dict:
 
 
 def pretraining(out: Path, strange: list) -> dict:
-    """Panel (b): the accuracies after fine-tuning by number of epochs of pretraining."""
+    """The data of panel (b): {number of epochs of pretraining: accuracies after fine-tuning, over the seeds}."""
     options = {"epochs": RECIPE["epochs"]}  # all that the paper says of fine-tuning
     runs = {
         epochs: find(out, f"finetuned_{epochs}", options, strange)
@@ -68,7 +69,7 @@ def draw_level(axes, values: list, color: str) -> None:
 
 
 def draw(lines: dict, tuned: dict, strange: list):
-    """The figure, with the panels that there are runs for."""
+    """The figure, with each panel for which there are runs."""
     figure, panels = style.new_figure(bool(lines) + bool(tuned))
     if lines:
         for label, line in lines.items():

@@ -3,7 +3,7 @@
 
 python scripts/print_configurations.py
 
-Everything is counted in the models themselves, with a classifier of ImageNet-1K's 1,000 classes.
+The sizes are counted in the models themselves, with a classifier for the 1,000 classes of ImageNet-1K.
 """
 
 import argparse
@@ -27,7 +27,7 @@ NOTE = "The paper's table has the embedding dimensions of ConvNeXt-F and ConvNeX
 
 
 def configuration(model: nn.Module) -> dict:
-    """{row of the table: value} of a ViT or, with a value for each of its stages, a ConvNeXt."""
+    """The column of a model, {row: value}; a ConvNeXt has a value for each of its stages."""
     is_vit = hasattr(model, "blocks")
     stages = [model.blocks] if is_vit else [stage.blocks for stage in model.stages]
     return {

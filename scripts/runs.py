@@ -1,4 +1,4 @@
-"""What runs of main.py left on disk, and statistics over their seeds."""
+"""Read the results that runs of main.py leave on disk, and compute statistics over their seeds."""
 
 import argparse
 import math
@@ -16,8 +16,8 @@ class Run:
     """A finished run.
 
     Attributes:
-        directory: where ``results.json`` and ``log.txt`` are.
-        results: the content of the former.
+        directory: it holds ``results.json`` and ``log.txt``.
+        results: the content of ``results.json``.
     """
 
     directory: Path
@@ -69,13 +69,13 @@ def seed_directories(directory: Path) -> list:
 
 
 def trained_epochs(directory: Path, name: str) -> list:
-    """The EPOCHS for which there is a NAME_EPOCHS in ``directory``."""
+    """All numbers EPOCHS for which ``directory`` holds a NAME_EPOCHS, in order."""
     found = (path.name.removeprefix(f"{name}_") for path in Path(directory).glob(f"{name}_*"))
     return sorted(int(epochs) for epochs in found if epochs.isdecimal())
 
 
 def print_lines(lines: dict) -> None:
-    """Print {label: {epochs: accuracies of seeds}}."""
+    """Print the mean and range of accuracies, given as {label: {epochs: accuracies of the seeds}}."""
     for label, line in lines.items():
         for epochs, values in line.items():
             mean, seeds = statistics.fmean(values), len(values)
@@ -83,7 +83,7 @@ def print_lines(lines: dict) -> None:
 
 
 def figure_parser(program: str, description: str) -> Parser:
-    """Options of a script that draws a figure from a directory of runs."""
+    """Parser of a script that draws a figure from a directory of runs."""
     parser = Parser(program, description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("out", metavar="OUT", type=Path, help="directory of the runs, SETTING/DATA/NAME/SEED")
@@ -92,7 +92,11 @@ def figure_parser(program: str, description: str) -> Parser:
 
 
 def read_curve(directory: Path) -> dict:
-    """Accuracy on the test set after each epoch (counted from 1) that was evaluated, from ``log.txt``."""
+    """Read ``log.txt``: {epoch, from 1: top-1 accuracy on the test set in percent} of the epochs that were evaluated.
+
+    Raises:
+        InputError: the file cannot be read, or is not one of main.py's.
+    """
     path = Path(directory) / "log.txt"
     try:
         rows = [parse_json(line) for line in path.read_text().splitlines()]
@@ -104,5 +108,5 @@ def read_curve(directory: Path) -> dict:
 
 
 def spread(values: list) -> tuple:
-    """Mean, and sample standard deviation (nan for a single value)."""
+    """Mean and sample standard deviation; the latter is nan for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan

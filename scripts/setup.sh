@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 
-stamp=.venv/requirements.sha256
-wanted=$(cat requirements.txt requirements-dev.txt | sha256sum)
+stamp=.venv/pyproject.sha256
+wanted=$(sha256sum <pyproject.toml)
 if [ "$wanted" = "$(cat "$stamp" 2>/dev/null)" ]; then
   exit 0
 fi
@@ -16,5 +16,5 @@ fi
 }
 echo "setup: installing into .venv (PyTorch's GPU build is several GB; INSTALL.md tells how to take the CPU build)"
 "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 echo "$wanted" >"$stamp"

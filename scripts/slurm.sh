@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # A table or figure on several nodes of a SLURM cluster:
 #   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=80 --time=24:00:00 scripts/slurm.sh scripts/table02.sh vit_tiny imagenet
-# One task per node starts torchrun, and that one process per GPU; the nodes find each other by the c10d rendezvous.
-# NPROC=8 is the number of GPUs of a node, PORT=29500 the rendezvous port; the environment of scripts/experiment.sh
-# holds too. Two minutes before its time is over the job saves the run, stops it and queues itself again; so does SLURM
-# with one that it pre-empts. A job that was cancelled goes on where it was when it is submitted again.
+# On each node one task starts torchrun, which starts one process per GPU; the nodes find each other by the c10d
+# rendezvous. NPROC=8 is the number of GPUs of a node, PORT=29500 the rendezvous port; the variables of
+# scripts/experiment.sh count too. Two minutes before its time is over, or when SLURM pre-empts it, the job saves the
+# run, stops it and queues itself again. A job that was cancelled goes on where it was when you submit it again.
 #SBATCH --job-name=weight-selection
 #SBATCH --ntasks-per-node=1
 #SBATCH --output=%x-%j.txt
@@ -17,7 +17,7 @@ set -euo pipefail
   exit 2
 }
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# Of a step, srun does not take the number of cores from the job. PYTHON is the interpreter that the script finds.
+# srun does not hand the job's number of cores on to its steps. experiment.sh replaces PYTHON by its interpreter.
 export LAUNCH="srun --kill-on-bad-exit=1 --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} PYTHON -m \
 torch.distributed.run --nnodes=$SLURM_NNODES --nproc_per_node=${NPROC:-8} --rdzv_id=$SLURM_JOB_ID \
 --rdzv_backend=c10d --rdzv_endpoint=$head:${PORT:-29500}"

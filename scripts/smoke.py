@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make what SMOKE=1 runs on instead of pretrained teachers and real data: random weights, and images of three colours.
+"""Make the stand-ins that SMOKE=1 runs on: a teacher with random weights, and images of three colours.
 
 python scripts/smoke.py runs/smoke/images
 python scripts/smoke.py runs/smoke/teachers/NAME.pth --teacher NAME --teacher_kwargs embed_dim=48 depth=4 num_heads=6
@@ -25,7 +25,7 @@ PIXELS, TRAIN_IMAGES, TEST_IMAGES = 32, 16, 6
 
 
 def write_images(path: Path) -> None:
-    """Class folders of noise around one colour each, train/ and val/: all of them or none."""
+    """Write train/ and val/ with class folders, each of noise around one colour; all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         root = Path(directory) / path.name
@@ -44,7 +44,7 @@ def _write_images(root):
 
 
 def write_teacher(path: Path, name: str, kwargs: dict) -> None:
-    """Random weights of a model for images of that size, with a classifier for these classes."""
+    """Write random weights of a model that takes images of PIXELS and has a classifier for COLOURS."""
     seed_everything(0)
     path.parent.mkdir(parents=True, exist_ok=True)
     model = create_model(name, option="--teacher", input_size=PIXELS, num_classes=len(COLOURS), **kwargs)

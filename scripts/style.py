@@ -1,4 +1,4 @@
-"""How the figures look: colours, axes, a line with its range over seeds, a matrix as an image, and saving."""
+"""The common look of all figures: colours, axes, lines with their range over seeds, matrices as images."""
 
 import statistics
 from pathlib import Path
@@ -20,7 +20,7 @@ LEGEND = "mean, and range over seeds"
 
 
 def new_figure(panels: int = 1) -> tuple:
-    """A figure, and a list of as many axes side by side."""
+    """A figure, and the list of its axes, which are side by side."""
     cycle = plt.cycler(color=COLOURS) + plt.cycler(marker=MARKERS)
     with plt.rc_context({"axes.prop_cycle": cycle}):
         figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 4), layout="constrained", squeeze=False)
@@ -39,13 +39,13 @@ def new_images(rows: int, columns: int) -> tuple:
 
 
 def draw_signed(axes, matrix) -> None:
-    """A matrix as an image: white is 0, red positive, blue negative; the 0.5 % furthest from 0 are equally dark."""
+    """Draw a matrix: 0 is white, positive is red, negative is blue; the 0.5 % furthest from 0 are equally dark."""
     limit = np.quantile(np.abs(matrix), 0.995)  # a few outliers would leave all else white
     axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
 
 
 def draw_seeds(axes, xs: list, values: list, label: str, **line_options) -> None:
-    """A line through the means of ``values``, one list of seeds per x, in a band over their range."""
+    """Draw a line through the means of ``values`` (for each x a list over seeds), in a band over their range."""
     (line,) = axes.plot(xs, list(map(statistics.fmean, values)), label=label, markersize=4, **line_options)
     axes.fill_between(
         xs, list(map(min, values)), list(map(max, values)), alpha=0.2, color=line.get_color(), linewidth=0
@@ -55,7 +55,7 @@ def draw_seeds(axes, xs: list, values: list, label: str, **line_options) -> None
 
 
 def save(figure, path: Path) -> None:
-    """Write a figure in the format of its name's ending.
+    """Write a figure in the format that the ending of ``path`` names.
 
     Raises:
         InputError: no such format, or it cannot be written.

@@ -6,8 +6,7 @@ import re
 import torch
 import torch.nn as nn
 
-from weight_selection.sources.timm_models import create_model
-from weight_selection.tracing.tracer import input_size
+from weight_selection.sources.timm_models import create_model, input_size
 
 
 def read_log(directory):

@@ -1,37 +1,23 @@
-"""The options of main.py: what they are, what they may be, and which contradict each other."""
+"""The options of main.py: one row for each, from which the parser and all checks follow. Imports no torch."""
 
 import argparse
+import copy
 import importlib.util
 import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import yaml
-
-from datasets import SOURCES
+from datasets import DATA_SETS
+from distributed.launch import find_launch
 from models import SCHEMES
 from weight_selection.arguments import Kwargs, Parser, boolean, check_kwargs
 from weight_selection.errors import InputError
-from weight_selection.files import Damaged, check_file, read_text
-
-# What may change when a run goes on: where things lie, how they are computed, what is kept of them. The total batch
-# must stay; how it is shared out may change with the machine.
-# fmt: off
-MAY_CHANGE_ON_RESUME = frozenset((
-    "config", "data_path", "eval_data_path", "num_workers", "pin_mem", "output_dir", "log_dir", "device", "eval",
-    "disable_eval", "eval_interval", "dist_eval", "resume", "auto_resume", "overwrite", "save_ckpt",
-    "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num", "start_epoch", "enable_wandb", "project", "wandb_ckpt",
-    "world_size", "local_rank", "dist_on_itp", "dist_url", "batch_size", "update_freq", "amp_dtype",
-    "model_ema_force_cpu", "skip_bad_images", "timeout", "deterministic",
-    "augment_device", "cache_images", "eval_batch_size", "compile", "channels_last",
-))
-# Two runs that differ only in these have the same results to the last bit, if the same data lie at their paths.
-CANNOT_CHANGE_RESULT = frozenset((
-    "config", "data_path", "eval_data_path", "nb_classes", "num_workers", "cache_images", "pin_mem", "output_dir",
-    "log_dir", "auto_resume", "overwrite", "save_ckpt", "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num",
-    "enable_wandb", "project", "wandb_ckpt", "local_rank", "dist_url", "timeout",
-))
-# fmt: on
+from weight_selection.files import check_file
+from weight_selection.sources.recipe import read_recipe
 
 
 class Options(SimpleNamespace):
@@ -54,248 +40,376 @@ class Options(SimpleNamespace):
         return json.loads(json.dumps(vars(self), sort_keys=True))
 
 
-def get_args_parser() -> Parser:
-    parser = Parser("main.py", "Train or evaluate a model from random or selected weights.")
-    add = parser.add_argument
-    add("--config", metavar="FILE", help="YAML file of options; those on the command line win")
-    add(
-        "--batch_size",
-        type=int,
-        default=64,
-        help="images in a process's micro-batch (with --total_batch_size: at most)",
-    )
-    add("--update_freq", type=int, default=1, help="micro-batches per step: gradient accumulation")
-    add(
-        "--total_batch_size",
-        type=int,
-        help="images per step over all processes; sets accumulation (and micro-batch: mixup pairs within it)",
-    )
-    add("--epochs", type=int, default=300)
-
-    group = parser.add_argument_group("model").add_argument
-    group("--model", default="vit_tiny", metavar="NAME", help="a model of the paper, or any timm name")
-    group("--model_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V", help="such as embed_dim=96")
-    group("--drop_path", type=float, default=0.0, metavar="RATE", help="stochastic depth")
-    group("--input_size", type=int, default=224, help="side of the input in pixels")
-    group("--layer_scale_init_value", type=float, default=1e-6, help="LayerScale of ConvNeXt at random init")
-    group("--head_init_scale", type=float, default=1.0, help="factor on the classifier's first weights")
-    group("--init", choices=SCHEMES, default="timm", help="random initialisation")
-    group("--initialize", metavar="PATH", help="weight_selection.py's file, or the directory it is in")
-    group("--finetune", metavar="FILE", help="weights of a trained model of this architecture")
-    group("--model_key", default="model|module", help="keys of the weights in the --finetune file, in order, by |")
-    group("--linear_probe", type=boolean, default=False, help="train only a new classifier, on frozen features")
-    group("--model_ema", type=boolean, default=False, help="keep an exponential moving average of the weights")
-    group("--model_ema_decay", type=float, default=0.9999)
-    group("--model_ema_force_cpu", type=boolean, default=False, help="keep the average in CPU memory")
-    group("--model_ema_eval", type=boolean, default=False, help="evaluate the average after every epoch too")
-
-    group = parser.add_argument_group("distillation").add_argument
-    group("--distillation", choices=("none", "logit", "feature"), default="none", help="what to match of a teacher's")
-    group("--distillation_alpha", type=float, default=1.0, metavar="A", help="weight of the distillation loss")
-    group("--teacher", metavar="NAME", help="a model of the paper, or any timm name")
-    group("--teacher_path", metavar="FILE", help="its weights from disk, not from the hub")
-    group("--teacher_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V", help="such as embed_dim=384")
-
-    group = parser.add_argument_group("optimisation").add_argument
-    group("--opt", default="adamw", help="any optimiser of timm")
-    group("--opt_eps", type=float, default=1e-8)
-    group("--opt_betas", type=float, nargs="+", help="the optimiser's own when not given")
-    group("--momentum", type=float, default=0.9, help="for optimisers that have one")
-    group("--clip_grad", type=float, metavar="NORM", help="largest gradient norm; no clipping when not given")
-    group("--weight_decay", type=float, default=0.05)
-    group("--weight_decay_end", type=float, help="of a cosine schedule; constant when not given")
-    group("--lr", type=float, default=4e-3, help="peak learning rate, used as it is for any batch size")
-    group("--layer_decay", type=float, default=1.0, help="factor on the learning rate per layer below the top")
-    group("--min_lr", type=float, default=1e-6, help="learning rate the cosine ends at")
-    group("--warmup_epochs", type=int, default=50)
-    group("--warmup_steps", type=int, default=-1, help="warm-up in steps instead, when not negative")
-
-    group = parser.add_argument_group("augmentation").add_argument
-    group("--color_jitter", type=float, default=0.4, help="used with --aa none")
-    group("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's auto-augment policy, or none")
-    group("--smoothing", type=float, default=0.1, help="label smoothing")
-    group("--train_interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic")
-    group("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
-    group("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
-    group("--crop_pct", type=float, help="centre crop in evaluation (default: 224/256 below 384 pixels)")
-    group("--reprob", type=float, default=0.25, help="random erasing: probability")
-    group("--remode", choices=("const", "rand", "pixel"), default="pixel", help="random erasing: fill")
-    group("--recount", type=int, default=1, help="random erasing: rectangles")
-    group("--mixup", type=float, default=0.8, metavar="ALPHA")
-    group("--cutmix", type=float, default=1.0, metavar="ALPHA")
-    group("--cutmix_minmax", type=float, nargs=2, help="bounds of the cut, instead of --cutmix")
-    group("--mixup_prob", type=float, default=1.0, help="of mixup or cutmix")
-    group("--mixup_switch_prob", type=float, default=0.5, help="of cutmix when both are on")
-    group("--mixup_mode", choices=("batch", "pair", "elem"), default="batch")
-
-    group = parser.add_argument_group("data").add_argument
-    group("--data_set", choices=list(SOURCES), default="IMNET")
-    group("--data_path", metavar="DIR")
-    group("--eval_data_path", metavar="DIR", help="class folders to test on; --data_path then holds those to train on")
-    group("--nb_classes", type=int, help="checked against the data set, which knows it")
-    group("--imagenet_default_mean_and_std", type=boolean, default=True, help="false: 0.5 and 0.5")
-    group("--num_workers", type=int, help="loader processes (default: 10, or this process's share of the cores)")
-    group("--augment_device", type=boolean, default=False, help="augment on the device that trains, not in workers")
-    group("--cache_images", type=boolean, default=False, help="decode all images at the start and keep them in memory")
-    group("--pin_mem", type=boolean, default=True)
-    group("--skip_bad_images", type=int, default=0, metavar="N", help="replace up to N damaged training images")
-
-    group = parser.add_argument_group("run").add_argument
-    group("--output_dir", metavar="DIR", help="checkpoints, log.txt and results.json; nothing is written without it")
-    group("--log_dir", metavar="DIR", help="TensorBoard")
-    group("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    group("--seed", type=int, default=0)
-    group("--deterministic", type=boolean, default=False, help="only algorithms that give the same bits each time")
-    group("--compile", type=boolean, default=False, help="torch.compile; goes on without, and says so, where it fails")
-    group("--channels_last", type=boolean, default=False, help="memory layout that convolutions on GPUs like")
-    group("--use_amp", type=boolean, default=False, help="mixed precision")
-    group("--amp_dtype", choices=("float16", "bfloat16"), help="default: float16 on cuda, bfloat16 on cpu")
-    group("--eval", type=boolean, default=False, help="only evaluate --resume, --initialize or --finetune")
-    group("--disable_eval", type=boolean, default=False, help="evaluate after the last epoch only")
-    group("--eval_interval", type=int, default=1, metavar="EPOCHS", help="epochs from one evaluation to the next")
-    group("--eval_batch_size", type=int, metavar="IMAGES", help="(default: one and a half times --batch_size)")
-    group("--dist_eval", type=boolean, default=True, help="share the test images out among the processes")
-    group("--resume", metavar="FILE", help="checkpoint to continue from")
-    group("--auto_resume", type=boolean, default=True, help="continue the run that --output_dir holds")
-    group("--overwrite", type=boolean, default=False, help="delete the run that --output_dir holds, and start anew")
-    group("--save_ckpt", type=boolean, default=True)
-    group("--save_ckpt_freq", type=int, default=1, metavar="EPOCHS")
-    group("--save_ckpt_steps", type=int, metavar="STEPS", help="checkpoints within an epoch too, every so many steps")
-    group("--save_ckpt_num", type=int, default=3, help="numbered checkpoints to keep, of each kind")
-    group("--start_epoch", type=int, default=0, help="first epoch, counted from 0; a checkpoint sets its own")
-    group("--enable_wandb", type=boolean, default=False, help="log to Weights & Biases")
-    group("--project", default="weight-selection", help="its project")
-    group("--wandb_ckpt", type=boolean, default=False, help="upload the last checkpoint to it")
-
-    group = parser.add_argument_group("processes").add_argument
-    group("--world_size", type=int, help="number of processes expected; the launcher sets it")
-    group("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
-    group("--dist_on_itp", type=boolean, default=False, help="started by Open MPI's mpirun")
-    group("--dist_url", default="env://", help="where the processes meet")
-    group("--timeout", type=float, default=1800, metavar="SECONDS", help="longest wait for a process or loader worker")
-    return parser
-
-
-def read_config(path: str, parser: Parser, option: str = "--config") -> list:
-    """A YAML file of options of main.py, that ``option`` named, as command-line words for its parser.
-
-    Raises:
-        InputError: unreadable, or a key that is no option.
-    """
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    words = []
-    for key, value in read_yaml(Path(path), (), option).items():
-        if key not in known:
-            raise InputError(f"{option} {path}: {key} is not an option of main.py")
-        if isinstance(value, dict):
-            value = [f"{name}={item}" if isinstance(item, str) else None for name, item in value.items()]
-        value = value if isinstance(value, list) else [value]
-        if not all(isinstance(word, str) for word in value):
-            raise InputError(f"{option} {path}: {key} must be a word, a list of words, or NAME: WORD lines")
-        words += [f"--{key}", *value]
-    return words
-
-
-def read_yaml(path: Path, above: tuple, option: str) -> dict:
-    """The entries of a YAML file, over those of the files that its ``base`` names, relative to itself.
-
-    Args:
-        path: the file. Its ``base`` is a file or a list of them, of which a later one goes over an earlier one.
-        above: the files that led to it, each by its ``base``.
-        option: the option that named the first, for errors.
-
-    Raises:
-        InputError: unreadable, no mapping, or its own base.
-    """
-    where = f"{option} {path}" + (f", a base of {above[-1]}" if above else "")
-    try:
-        content = yaml.load(
-            read_text(path, 1 << 20), yaml.BaseLoader
-        )  # all values as the text they are on the command line
-    except Damaged as error:
-        raise InputError(f"{where}: cannot be read ({error})") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{where}: must be NAME: VALUE lines")
-    if path.resolve() in [other.resolve() for other in above]:
-        raise InputError(f"{where}: is its own base")
-    bases = content.pop("base", [])
-    merged = {}
-    for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str):
-            raise InputError(f"{where}: base must be a file or a list of files")
-        merged |= read_yaml(path.parent / base, (*above, path), option)
-    return merged | content
-
-
-def parse_args(argv=None) -> Options:
-    """Options from the command line over those of ``--config`` over the defaults, checked against each other."""
-    parser = get_args_parser()
-    unset = object()
-    given = argparse.Namespace(**{action.dest: unset for action in parser._actions if action.dest != "help"})
-    given = {key: value for key, value in vars(parser.parse_args(argv, given)).items() if value is not unset}
-    args = parser.parse_args(read_config(given["config"], parser) if "config" in given else [])
-    options = Options(**vars(args) | given)
-    check_options(options, set(given))
-    return options
-
-
-def mixes(args) -> bool:
+def mixes(args: Options) -> bool:
     """Whether mixup or cutmix is on."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-def check_options(args, given: set) -> None:
-    """Refuse options that contradict each other, are out of range, or would have no effect.
+# ---------------------------------------------------------------------------------------------------------
+# What a row consists of
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that an option may have: those that ``holds(value)`` is true of, which ``words`` describe."""
+
+    holds: Callable[[float], bool]
+    words: str
+
+
+@dataclass(frozen=True)
+class Need:
+    """What an option needs to have an effect.
+
+    Attributes:
+        met: tells whether given options meet it.
+        otherwise: those of them that do not, for the error; {name} stands for the value of an option.
+        always: refuse the option in a --config file too, not only on the command line.
+    """
+
+    met: Callable[[Options], bool]
+    otherwise: str
+    always: bool = False
+
+
+@dataclass(frozen=True)
+class Option:
+    """All that is to be known about one option.
+
+    Attributes:
+        name: its name, without dashes.
+        type: of its value. On the command line, bool is written true or false, and dict is written NAME=VALUE ....
+        default: its value where neither the command line nor --config gives one. None says that the program decides.
+        help: a line for --help.
+        aliases: other ways to write it, with dashes.
+        choices, nargs, metavar: as ``argparse`` takes them.
+        ranges: each refuses values in its own words. None is in every range.
+        needs: what it needs to have an effect. Given on the command line without it, it is refused.
+        set_by: {argument of a model: option that sets it}, for a dict that must not set it.
+        may_change_on_resume: a run may go on with another value than it was started with. The result may be another
+            one then: these are options of the machine and of what is kept, not of the experiment.
+        cannot_change_result: two runs that differ in nothing else have the same weights, log and accuracies to the
+            last bit. (Of a path: if the same data lie there.)
+    """
+
+    name: str
+    type: type
+    default: object
+    help: str
+    aliases: tuple[str, ...] = ()
+    choices: tuple | None = None
+    nargs: int | str | None = None
+    metavar: str | None = None
+    ranges: tuple[Range, ...] = ()
+    needs: tuple[Need, ...] = ()
+    set_by: dict[str, str] = field(default_factory=dict)
+    may_change_on_resume: bool = False
+    cannot_change_result: bool = False
+
+
+FROM_1 = (Range(lambda value: value >= 1, "a number from 1 up"),)
+FROM_0 = (Range(lambda value: value >= 0, "a number from 0 up"),)
+FROM_0_TO_1 = (Range(lambda value: 0 <= value <= 1, "a number from 0 to 1"),)
+ABOVE_0 = (Range(lambda value: value > 0, "a number above 0, or leave it out"),)
+ABOVE_0_UP_TO_1 = (Range(lambda value: 0 < value <= 1, "a number above 0 and up to 1"),)
+FOUR_MONTHS = (Range(lambda seconds: seconds <= 1e7, "a number up to 1e7, which is four months"),)
+
+DATA_FILES = Need(lambda args: DATA_SETS[args.data_set].layout is not None, "--data_set {data_set}", always=True)
+CLASS_FOLDERS = Need(lambda args: DATA_SETS[args.data_set].folders, "--data_set {data_set}", always=True)
+TRAINING = Need(lambda args: not args.eval, "--eval true")
+FIRST_WEIGHTS = Need(lambda args: args.eval or not (args.finetune or args.resume), "--finetune or --resume")
+FINETUNE = Need(lambda args: args.finetune, "no --finetune")
+TRAINED_FEATURES = Need(lambda args: not args.linear_probe, "--linear_probe true")
+MODEL_EMA = Need(lambda args: args.model_ema, "--model_ema false")
+DISTILLATION = Need(lambda args: args.distillation != "none", "--distillation none")
+WEIGHT_DECAY = Need(lambda args: args.weight_decay != 0, "--weight_decay 0")
+EPOCHS_OF_WARMUP = Need(lambda args: args.warmup_steps < 0, "--warmup_steps")
+NO_TOTAL = Need(lambda args: args.total_batch_size is None, "--total_batch_size, which sets it")
+NO_POLICY = Need(lambda args: args.aa == "none", "--aa {aa}")
+ERASING = Need(lambda args: args.reprob != 0, "--reprob 0")
+MIXING = Need(mixes, "--mixup 0 --cutmix 0")
+NO_MINMAX = Need(lambda args: args.cutmix_minmax is None, "--cutmix_minmax")
+USE_AMP = Need(lambda args: args.use_amp, "--use_amp false")
+EVALUATION = Need(lambda args: not args.disable_eval, "--disable_eval true")
+OUTPUT = Need(lambda args: args.output_dir is not None, "no --output_dir")
+CHECKPOINTS = Need(lambda args: args.save_ckpt, "--save_ckpt false")
+WANDB = Need(lambda args: args.enable_wandb, "--enable_wandb false")
+
+# ---------------------------------------------------------------------------------------------------------
+# The rows, by their group in --help
+
+# fmt: off
+TABLE = {
+    None: (
+        Option("config", str, None, "YAML file of options; those on the command line win", metavar="FILE",
+               may_change_on_resume=True, cannot_change_result=True),
+        # Another machine may share the total out in another way; mixup then draws for other micro-batches.
+        Option("batch_size", int, 64, "images in a process's micro-batch (with --total_batch_size: at most)",
+               ranges=FROM_1, may_change_on_resume=True),
+        Option("update_freq", int, 1, "micro-batches per step: gradient accumulation",
+               ranges=FROM_1, needs=(NO_TOTAL,), may_change_on_resume=True),
+        Option("total_batch_size", int, None,
+               "images per step over all processes; sets accumulation (and micro-batch: mixup pairs within it)"),
+        Option("epochs", int, 300, "passes over the training images", ranges=FROM_1),
+    ),
+    "model": (
+        Option("model", str, "vit_tiny", "a model of the paper, or any timm name", metavar="NAME"),
+        Option("model_kwargs", dict, {}, "arguments of the model, such as embed_dim=96",
+               set_by={"num_classes": "--data_set", "drop_path_rate": "--drop_path", "img_size": "--input_size"}),
+        Option("drop_path", float, 0.0, "stochastic depth", metavar="RATE", ranges=FROM_0_TO_1),
+        Option("input_size", int, 224, "side of the input in pixels", ranges=FROM_1),
+        Option("layer_scale_init_value", float, 1e-6, "LayerScale of ConvNeXt at random init"),
+        Option("head_init_scale", float, 1.0, "factor on the classifier's first weights", needs=(TRAINED_FEATURES,)),
+        Option("init", str, "timm", "random initialisation", choices=SCHEMES, needs=(FIRST_WEIGHTS,)),
+        Option("initialize", str, None, "weight_selection.py's file, or the directory it is in", metavar="PATH"),
+        Option("finetune", str, None, "weights of a trained model of this architecture", metavar="FILE"),
+        Option("model_key", str, "model|module", "keys of the weights in the --finetune file, in order, by |",
+               needs=(FINETUNE,)),
+        Option("linear_probe", bool, False, "train only a new classifier, on frozen features"),
+        Option("model_ema", bool, False, "keep an exponential moving average of the weights"),
+        Option("model_ema_decay", float, 0.9999, "how much of the average stays at every step",
+               ranges=FROM_0_TO_1, needs=(MODEL_EMA,)),
+        Option("model_ema_force_cpu", bool, False, "keep the average in CPU memory",
+               needs=(MODEL_EMA,), may_change_on_resume=True),
+        Option("model_ema_eval", bool, False, "evaluate the average after every epoch too", needs=(MODEL_EMA,)),
+    ),
+    "distillation": (
+        Option("distillation", str, "none", "match the logits or the features of a teacher",
+               choices=("none", "logit", "feature")),
+        Option("distillation_alpha", float, 1.0, "weight of the distillation loss", metavar="A",
+               ranges=FROM_0, needs=(DISTILLATION,)),
+        Option("teacher", str, None, "a model of the paper, or any timm name", metavar="NAME", needs=(DISTILLATION,)),
+        Option("teacher_path", str, None, "the teacher's weights on disk; from the hub when not given", metavar="FILE",
+               needs=(DISTILLATION,)),
+        Option("teacher_kwargs", dict, {}, "arguments of the teacher, such as embed_dim=384", needs=(DISTILLATION,),
+               set_by={"num_classes": "--data_set", "img_size": "--input_size"}),
+    ),
+    "optimisation": (
+        Option("opt", str, "adamw", "any optimiser of timm"),
+        Option("opt_eps", float, 1e-8, "epsilon of the optimiser"),
+        Option("opt_betas", float, None, "betas of the optimiser; its own when not given", nargs="+"),
+        Option("momentum", float, 0.9, "momentum, for optimisers that have one"),
+        Option("clip_grad", float, None, "largest gradient norm; no clipping when not given", metavar="NORM",
+               ranges=ABOVE_0),
+        Option("weight_decay", float, 0.05, "weight decay of matrices and kernels", ranges=FROM_0),
+        Option("weight_decay_end", float, None, "weight decay at the end of a cosine schedule; constant when not given",
+               needs=(WEIGHT_DECAY,)),
+        Option("lr", float, 4e-3, "peak learning rate, used as it is for any batch size", ranges=FROM_0),
+        Option("layer_decay", float, 1.0, "factor on the learning rate per layer below the top",
+               ranges=ABOVE_0_UP_TO_1, needs=(TRAINED_FEATURES,)),
+        Option("min_lr", float, 1e-6, "learning rate the cosine ends at", ranges=FROM_0),
+        Option("warmup_epochs", int, 50, "epochs in which the learning rate rises from 0 to its peak",
+               ranges=FROM_0, needs=(EPOCHS_OF_WARMUP,)),
+        Option("warmup_steps", int, -1, "warm-up in steps instead, when not negative"),
+    ),
+    "augmentation": (
+        Option("color_jitter", float, 0.4, "used with --aa none", needs=(NO_POLICY,)),
+        Option("aa", str, "rand-m9-mstd0.5-inc1", "timm's auto-augment policy, or none", metavar="POLICY"),
+        Option("smoothing", float, 0.1, "label smoothing", ranges=FROM_0_TO_1),
+        Option("train_interpolation", str, "bicubic", "resampling of the random crop",
+               choices=("random", "bilinear", "bicubic")),
+        Option("scale", float, [0.08, 1.0], "smallest and largest area of the random crop", nargs=2),
+        Option("hflip", float, 0.5, "probability of a horizontal flip", ranges=FROM_0_TO_1),
+        Option("crop_pct", float, None, "centre crop in evaluation; 224/256 below 384 pixels when not given",
+               ranges=ABOVE_0 + ABOVE_0_UP_TO_1),
+        Option("reprob", float, 0.25, "random erasing: probability", ranges=FROM_0_TO_1),
+        Option("remode", str, "pixel", "random erasing: fill", choices=("const", "rand", "pixel"), needs=(ERASING,)),
+        Option("recount", int, 1, "random erasing: rectangles", needs=(ERASING,)),
+        Option("mixup", float, 0.8, "mixup's alpha; 0: no mixup", metavar="ALPHA", ranges=FROM_0),
+        Option("cutmix", float, 1.0, "cutmix's alpha; 0: no cutmix", metavar="ALPHA",
+               ranges=FROM_0, needs=(NO_MINMAX,)),
+        Option("cutmix_minmax", float, None, "bounds of the cut, instead of --cutmix", nargs=2),
+        Option("mixup_prob", float, 1.0, "probability of mixup or cutmix", ranges=FROM_0_TO_1, needs=(MIXING,)),
+        Option("mixup_switch_prob", float, 0.5, "probability of cutmix when both are on",
+               ranges=FROM_0_TO_1, needs=(MIXING,)),
+        Option("mixup_mode", str, "batch", "what shares a draw: a micro-batch, a pair of images, or no two images",
+               choices=("batch", "pair", "elem"), needs=(MIXING,)),
+    ),
+    "data": (
+        Option("data_set", str, "IMNET", "what to train and test on", choices=tuple(DATA_SETS)),
+        Option("data_path", str, None, "directory of the data set", metavar="DIR",
+               needs=(DATA_FILES,), may_change_on_resume=True, cannot_change_result=True),
+        Option("eval_data_path", str, None, "class folders to test on; --data_path then holds those to train on",
+               metavar="DIR", needs=(CLASS_FOLDERS,), may_change_on_resume=True, cannot_change_result=True),
+        Option("nb_classes", int, None, "checked against the data set, which knows it", cannot_change_result=True),
+        Option("imagenet_default_mean_and_std", bool, True,
+               "normalise by ImageNet's mean and deviation; false: by 0.5 and 0.5"),
+        Option("num_workers", int, None, "loader processes; 10, or this process's share of the cores, when not given",
+               ranges=FROM_0, may_change_on_resume=True, cannot_change_result=True),
+        Option("augment_device", bool, False, "augment on the device that trains, not in workers",
+               may_change_on_resume=True),
+        Option("cache_images", bool, False, "decode all images at the start and keep them in memory",
+               may_change_on_resume=True, cannot_change_result=True),
+        Option("pin_mem", bool, True, "load batches into memory that a GPU copies from faster",
+               may_change_on_resume=True, cannot_change_result=True),
+        Option("skip_bad_images", int, 0, "replace up to N damaged training images", metavar="N",
+               ranges=FROM_0, may_change_on_resume=True),
+    ),
+    "run": (
+        Option("output_dir", str, None, "checkpoints, log.txt and results.json; nothing is written without it",
+               metavar="DIR", may_change_on_resume=True, cannot_change_result=True),
+        Option("log_dir", str, None, "directory of a TensorBoard log", metavar="DIR",
+               may_change_on_resume=True, cannot_change_result=True),
+        Option("device", str, None, "cuda where there is one when not given", choices=("cuda", "cpu"),
+               may_change_on_resume=True),
+        Option("seed", int, 0, "seed of all random numbers", ranges=FROM_0),
+        Option("deterministic", bool, False, "only algorithms that give the same bits each time",
+               may_change_on_resume=True),
+        Option("compile", bool, False, "torch.compile; goes on without, and says so, where it fails",
+               needs=(TRAINING,), may_change_on_resume=True),
+        Option("channels_last", bool, False, "memory layout that convolutions on GPUs like",
+               may_change_on_resume=True),
+        Option("use_amp", bool, False, "mixed precision"),
+        Option("amp_dtype", str, None, "float16 on cuda and bfloat16 on cpu when not given",
+               choices=("float16", "bfloat16"), needs=(USE_AMP,), may_change_on_resume=True),
+        Option("eval", bool, False, "only evaluate --resume, --initialize or --finetune", may_change_on_resume=True),
+        # An evaluation draws no random numbers, but which epochs have one decides which epoch is the best.
+        Option("disable_eval", bool, False, "evaluate after the last epoch only", may_change_on_resume=True),
+        Option("eval_interval", int, 1, "epochs from one evaluation to the next", metavar="EPOCHS",
+               ranges=FROM_1, needs=(EVALUATION,), may_change_on_resume=True),
+        Option("eval_batch_size", int, None, "one and a half times --batch_size when not given", metavar="IMAGES",
+               ranges=ABOVE_0, may_change_on_resume=True),
+        Option("dist_eval", bool, True, "share the test images out among the processes", may_change_on_resume=True),
+        Option("resume", str, None, "checkpoint to continue from", metavar="FILE", may_change_on_resume=True),
+        Option("auto_resume", bool, True, "continue the run that --output_dir holds",
+               may_change_on_resume=True, cannot_change_result=True),
+        Option("overwrite", bool, False, "delete the run that --output_dir holds, and start anew",
+               needs=(OUTPUT,), may_change_on_resume=True, cannot_change_result=True),
+        Option("save_ckpt", bool, True, "write checkpoints",
+               needs=(OUTPUT,), may_change_on_resume=True, cannot_change_result=True),
+        Option("save_ckpt_freq", int, 1, "epochs from one checkpoint to the next", metavar="EPOCHS",
+               ranges=FROM_1, needs=(OUTPUT, CHECKPOINTS), may_change_on_resume=True, cannot_change_result=True),
+        Option("save_ckpt_steps", int, None, "checkpoints within an epoch too, every so many steps", metavar="STEPS",
+               ranges=ABOVE_0, needs=(OUTPUT, CHECKPOINTS), may_change_on_resume=True, cannot_change_result=True),
+        Option("save_ckpt_num", int, 3, "numbered checkpoints to keep, of each kind",
+               ranges=FROM_1, needs=(OUTPUT, CHECKPOINTS), may_change_on_resume=True, cannot_change_result=True),
+        Option("start_epoch", int, 0, "first epoch, counted from 0; a checkpoint sets its own",
+               ranges=FROM_0, may_change_on_resume=True),
+        Option("enable_wandb", bool, False, "log to Weights & Biases",
+               may_change_on_resume=True, cannot_change_result=True),
+        Option("project", str, "weight-selection", "project of Weights & Biases",
+               needs=(WANDB,), may_change_on_resume=True, cannot_change_result=True),
+        Option("wandb_ckpt", bool, False, "upload the last checkpoint to Weights & Biases",
+               needs=(OUTPUT, CHECKPOINTS, WANDB), may_change_on_resume=True, cannot_change_result=True),
+    ),
+    "processes": (
+        # The number of processes decides in which order floats are added up.
+        Option("world_size", int, None, "number of processes expected; the launcher sets it",
+               may_change_on_resume=True),
+        Option("local_rank", int, None, "set by torch.distributed.launch", aliases=("--local-rank",),
+               may_change_on_resume=True, cannot_change_result=True),
+        Option("dist_on_itp", bool, False, "processes were started by Open MPI's mpirun", may_change_on_resume=True),
+        Option("dist_url", str, "env://", "where the processes meet",
+               may_change_on_resume=True, cannot_change_result=True),
+        Option("timeout", float, 1800, "longest wait for a process or loader worker", metavar="SECONDS",
+               ranges=ABOVE_0 + FOUR_MONTHS, may_change_on_resume=True, cannot_change_result=True),
+    ),
+}
+# fmt: on
+
+OPTIONS = {option.name: option for rows in TABLE.values() for option in rows}
+MAY_CHANGE_ON_RESUME = frozenset(name for name, option in OPTIONS.items() if option.may_change_on_resume)
+CANNOT_CHANGE_RESULT = frozenset(name for name, option in OPTIONS.items() if option.cannot_change_result)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# From words to options
+
+
+def get_args_parser() -> Parser:
+    """The parser of main.py's command line; its errors are InputErrors."""
+    parser = Parser("main.py", "Train or evaluate a model from random or selected weights.")
+    for title, rows in TABLE.items():
+        group = parser if title is None else parser.add_argument_group(title)
+        for option in rows:
+            form = {"choices": option.choices, "nargs": option.nargs, "metavar": option.metavar}
+            form |= {"type": boolean if option.type is bool else option.type}
+            if option.type is dict:
+                form = {"action": Kwargs, "nargs": "*", "metavar": "K=V"}
+            flags = (f"--{option.name}", *option.aliases)
+            group.add_argument(*flags, default=copy.copy(option.default), help=option.help, **form)
+    return parser
+
+
+def read_config(path: str, parser: Parser, option: str = "--config") -> list[str]:
+    """A recipe's options as words of main.py's command line.
+
+    Raises:
+        InputError: as ``read_recipe``, or the recipe has a key that is no option.
+    """
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    words = []
+    for key, value in read_recipe(path, option, _print_by_first_process).items():
+        if key not in known:
+            raise InputError(f"{option} {path}: {key} is not an option of main.py")
+        words += [f"--{key}", *value]
+    return words
+
+
+def _print_by_first_process(line: str) -> None:
+    if find_launch(os.environ).rank == 0:
+        print(line, file=sys.stderr)
+
+
+def default_options() -> Options:
+    """The options of a command without words."""
+    return Options(**{name: copy.copy(option.default) for name, option in OPTIONS.items()})
+
+
+def parse_args(argv=None) -> Options:
+    """Options from the command line over those of ``--config`` over the defaults, checked against each other.
+
+    Raises:
+        InputError: see ``check_options``; or the words are no options.
+    """
+    parser = get_args_parser()
+    given = _parse_given(parser, argv)
+    configured = _parse_given(parser, read_config(given["config"], parser)) if "config" in given else {}
+    options = default_options().replace(**configured | given)
+    check_options(options, set(given))
+    return options
+
+
+def _parse_given(parser, argv):
+    """{name: value} of the options that are among the words; no word gives an option the value None."""
+    values = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(OPTIONS)))
+    return {name: value for name, value in vars(values).items() if value is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def check_options(args: Options, given: set) -> None:
+    """Refuse options that are out of range, contradict each other, or would have no effect.
 
     Args:
         args: all options.
-        given: names of those on the command line; only these can be without effect by mistake.
+        given: names of those on the command line. Only these are refused for having no effect: a recipe may set
+            what a command switches off.
+
+    Raises:
+        InputError: names an option, its value and what to do instead.
     """
-    for name in (
-        "batch_size",
-        "update_freq",
-        "epochs",
-        "input_size",
-        "save_ckpt_freq",
-        "save_ckpt_num",
-        "eval_interval",
-    ):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: give a number from 1 up")
-    for name in (
-        "seed",
-        "warmup_epochs",
-        "start_epoch",
-        "lr",
-        "min_lr",
-        "weight_decay",
-        "mixup",
-        "cutmix",
-        "distillation_alpha",
-        "skip_bad_images",
-    ):
-        if not getattr(args, name) >= 0:
-            raise InputError(f"--{name} {getattr(args, name)}: give a number from 0 up")
-    for name in ("drop_path", "smoothing", "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise InputError(f"--{name} {getattr(args, name)}: give a number from 0 to 1")
-    for name in ("clip_grad", "crop_pct", "save_ckpt_steps", "eval_batch_size", "timeout"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise InputError(f"--{name} {getattr(args, name)}: give a number above 0, or leave it out")
-    if args.timeout > 1e7:
-        raise InputError(f"--timeout {args.timeout}: give a number up to 1e7, which is four months")
-    if args.crop_pct is not None and args.crop_pct > 1:
-        raise InputError(f"--crop_pct {args.crop_pct}: give a number above 0 and up to 1")
-    if args.num_workers is not None and args.num_workers < 0:
-        raise InputError(f"--num_workers {args.num_workers}: give a number from 0 up")
-    setters = {"num_classes": "--data_set", "drop_path_rate": "--drop_path", "img_size": "--input_size"}
-    check_kwargs(args.model_kwargs, "--model_kwargs", {key: f"{option} sets it" for key, option in setters.items()})
-    setters = {"num_classes": "--data_set", "img_size": "--input_size"}
-    check_kwargs(args.teacher_kwargs, "--teacher_kwargs", {key: f"{option} sets it" for key, option in setters.items()})
-    if not 0 < args.layer_decay <= 1:
-        raise InputError(f"--layer_decay {args.layer_decay}: give a number above 0 and up to 1")
+    for name, option in OPTIONS.items():
+        value = getattr(args, name)
+        for allowed in option.ranges:
+            if value is not None and not allowed.holds(value):
+                raise InputError(f"--{name} {value}: give {allowed.words}")
+        if option.type is dict:
+            check_kwargs(value, f"--{name}", {key: f"{setter} sets it" for key, setter in option.set_by.items()})
+    check_together(args)
+    for name, option in OPTIONS.items():
+        for need in option.needs:
+            value = getattr(args, name)
+            used = name in given or (need.always and value is not None)
+            if used and not need.met(args):
+                why = need.otherwise.format(**vars(args))
+                raise InputError(f"--{name} {value}: has no effect with {why}; leave it out")
+
+
+def check_together(args: Options) -> None:
+    """Refuse options that contradict each other, or that lack another one."""
     if args.warmup_steps < 0 and args.warmup_epochs > args.epochs:
         raise InputError(f"--warmup_epochs {args.warmup_epochs}: longer than --epochs {args.epochs}; lower it")
     if args.start_epoch >= args.epochs:
@@ -306,62 +420,23 @@ def check_options(args, given: set) -> None:
         raise InputError("--eval true: name the weights to evaluate with --resume, --initialize or --finetune")
     if args.distillation != "none" and args.teacher is None:
         raise InputError(f"--distillation {args.distillation}: name the model to learn from with --teacher")
+    frozen = "features are frozen under --linear_probe true"
     if args.linear_probe and args.drop_path > 0:
-        raise InputError(f"--drop_path {args.drop_path}: features are frozen under --linear_probe true; set it to 0")
+        raise InputError(f"--drop_path {args.drop_path}: {frozen}; set it to 0")
     if args.linear_probe and args.distillation != "none":
-        raise InputError(
-            f"--distillation {args.distillation}: features are frozen under --linear_probe true; leave it out"
-        )
+        raise InputError(f"--distillation {args.distillation}: {frozen}; leave it out")
     if args.overwrite and args.resume:
         raise InputError(f"--overwrite true: would delete what --resume {args.resume} continues; leave one out")
-    if SOURCES[args.data_set].layout is None and args.data_path is not None:
-        raise InputError(f"--data_path {args.data_path}: has no effect with --data_set {args.data_set}; leave it out")
-    if args.eval_data_path is not None and not SOURCES[args.data_set].folders:
-        raise InputError(f"--eval_data_path {args.eval_data_path}: has no effect with --data_set {args.data_set}")
-
     if args.enable_wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("--enable_wandb true: the package is not installed; run: python -m pip install wandb")
 
-    without_effect = (
-        (not args.model_ema, "--model_ema false", ("model_ema_decay", "model_ema_force_cpu", "model_ema_eval")),
-        (not args.use_amp, "--use_amp false", ("amp_dtype",)),
-        (args.eval, "--eval true", ("compile",)),
-        (args.weight_decay == 0, "--weight_decay 0", ("weight_decay_end",)),
-        (not mixes(args), "--mixup 0 --cutmix 0", ("mixup_prob", "mixup_switch_prob", "mixup_mode")),
-        (args.cutmix_minmax is not None, "--cutmix_minmax", ("cutmix",)),
-        (args.aa != "none", f"--aa {args.aa}", ("color_jitter",)),
-        (args.reprob == 0, "--reprob 0", ("remode", "recount")),
-        (not args.finetune, "no --finetune", ("model_key",)),
-        (bool(args.finetune or args.resume) and not args.eval, "--finetune or --resume", ("init",)),
-        (
-            args.distillation == "none",
-            "--distillation none",
-            ("distillation_alpha", "teacher", "teacher_path", "teacher_kwargs"),
-        ),
-        (args.linear_probe, "--linear_probe true", ("head_init_scale", "layer_decay")),
-        (args.total_batch_size is not None, "--total_batch_size, which sets it", ("update_freq",)),
-        (args.warmup_steps >= 0, "--warmup_steps", ("warmup_epochs",)),
-        (args.disable_eval, "--disable_eval true", ("eval_interval",)),
-        (
-            args.output_dir is None,
-            "no --output_dir",
-            ("overwrite", "save_ckpt", "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num", "wandb_ckpt"),
-        ),
-        (
-            not args.save_ckpt,
-            "--save_ckpt false",
-            ("save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num", "wandb_ckpt"),
-        ),
-        (not args.enable_wandb, "--enable_wandb false", ("project", "wandb_ckpt")),
-    )
-    for condition, why, names in without_effect:
-        for name in names:
-            if condition and name in given:
-                raise InputError(f"--{name} {getattr(args, name)}: has no effect with {why}; leave it out")
 
+def check_weights(args: Options) -> None:
+    """Refuse files of weights, of the model or of a teacher, that are not there.
 
-def check_weights(args) -> None:
-    """Refuse files of first weights and of a teacher's that are not there."""
+    Raises:
+        InputError: names the file.
+    """
     if args.initialize and not Path(args.initialize).exists():
         raise InputError(f"--initialize {args.initialize}: no such file or directory")
     for name in ("finetune", "teacher_path"):
@@ -370,27 +445,27 @@ def check_weights(args) -> None:
 
 
 def share_batch(args: Options, world_size: int) -> Options:
-    """Options with micro-batch and accumulation worked out from ``--total_batch_size``, or the total from them.
+    """Options in which micro-batch, accumulation and ``--total_batch_size`` agree for a number of processes.
+
+    A given total decides the other two: the largest micro-batch up to ``--batch_size`` that divides a process's share
+    of it. Otherwise they decide the total.
 
     Raises:
         InputError: the total cannot be shared out, or mixup gets an odd micro-batch.
     """
-    batch_size, update_freq = args.batch_size, args.update_freq
-    if args.total_batch_size is not None:
-        share, rest = divmod(args.total_batch_size, world_size)
+    total, batch_size, update_freq = args.total_batch_size, args.batch_size, args.update_freq
+    if total is not None:
+        share, rest = divmod(total, world_size)
         if rest or share < 1:
-            raise InputError(f"--total_batch_size {args.total_batch_size}: not a multiple of {world_size} processes")
-        sizes = [n for n in range(1, min(share, args.batch_size) + 1) if share % n == 0 and not (mixes(args) and n % 2)]
+            raise InputError(f"--total_batch_size {total}: not a multiple of {world_size} processes")
+        sizes = [n for n in range(1, min(share, batch_size) + 1) if share % n == 0 and not (mixes(args) and n % 2)]
         if not sizes:
             raise InputError(
-                f"--total_batch_size {args.total_batch_size}: mixup needs an even number of images in each of "
-                f"{world_size} processes; change it, or --batch_size {args.batch_size}, or set --mixup 0 --cutmix 0"
+                f"--total_batch_size {total}: mixup needs an even number of images in each of "
+                f"{world_size} processes; change it, or --batch_size {batch_size}, or set --mixup 0 --cutmix 0"
             )
         batch_size, update_freq = sizes[-1], share // sizes[-1]
-    elif mixes(args) and args.batch_size % 2:
-        raise InputError(
-            f"--batch_size {args.batch_size}: mixup mixes pairs; give an even number, or --mixup 0 --cutmix 0"
-        )
-    return args.replace(
-        batch_size=batch_size, update_freq=update_freq, total_batch_size=batch_size * update_freq * world_size
-    )
+    elif mixes(args) and batch_size % 2:
+        raise InputError(f"--batch_size {batch_size}: mixup mixes pairs; give an even number, or --mixup 0 --cutmix 0")
+    total = batch_size * update_freq * world_size
+    return args.replace(batch_size=batch_size, update_freq=update_freq, total_batch_size=total)

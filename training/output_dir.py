@@ -12,7 +12,7 @@ from distributed.process_group import main_only
 from distributed.program import RunError
 from training.checkpoint import numbered, position
 from training.metric_log import read_log
-from training.options import MAY_CHANGE_ON_RESUME, Options, get_args_parser
+from training.options import MAY_CHANGE_ON_RESUME, Options, default_options
 from utils import print_main
 from weight_selection import files
 from weight_selection.errors import InputError, printable
@@ -176,7 +176,7 @@ def check_same_run(options: Options, other: dict, name: str) -> None:
     Raises:
         InputError: an option differs that may not change.
     """
-    mine, defaults = options.plain(), Options(**vars(get_args_parser().parse_args([]))).plain()
+    mine, defaults = options.plain(), default_options().plain()
     for key in mine:
         theirs = other.get(key, defaults[key])
         if key not in MAY_CHANGE_ON_RESUME and mine[key] != theirs:

@@ -25,13 +25,12 @@ from models.distillation import Loss, Teacher, WithProjector
 from models.initialization import initialize
 from models.linear_probe import make_linear_probe
 from optim_factory import cosine_schedule, create_optimizer
-from training.options import Options, get_args_parser, mixes
+from training.options import Options, default_options, mixes
 from utils import print_main
 from weight_selection.errors import InputError
-from weight_selection.sources.families import CONVNEXT
-from weight_selection.sources.membership import family_by_class
+from weight_selection.sources.architectures import CONVNEXT, declared_architecture
+from weight_selection.sources.initial_weights import find_weights, load_finetune, load_initial
 from weight_selection.sources.timm_models import check_input_size, create_model
-from weight_selection.sources.weight_files import find_weights, load_finetune, load_initial
 
 # ---------------------------------------------------------------------------------------------------------
 # Options and device
@@ -189,9 +188,9 @@ def build_model(options: Options, classes: int) -> nn.Module:
     utils.seed_everything(options.seed)
     kwargs = {"num_classes": classes, "drop_path_rate": options.drop_path, **options.model_kwargs}
     model = create_model(options.model, input_size=options.input_size, device="meta", **kwargs)
-    if family_by_class(model) is CONVNEXT:
+    if declared_architecture(model) is CONVNEXT:
         kwargs.setdefault("ls_init_value", options.layer_scale_init_value)
-    elif options.layer_scale_init_value != get_args_parser().get_default("layer_scale_init_value"):
+    elif options.layer_scale_init_value != default_options().layer_scale_init_value:
         raise InputError(
             f"--layer_scale_init_value: is ConvNeXt's; for {options.model} use --model_kwargs init_values=VALUE"
         )

@@ -1,6 +1,7 @@
 """Errors of one line, and the exit status of a program that ends with one. Imports no torch, which takes seconds."""
 
 import os
+import re
 import sys
 
 
@@ -36,3 +37,17 @@ def outcome(main) -> tuple:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes
         return 141, None
+
+
+FLAGS = ("include_head_norm", "include_head", "allow_unused")
+CHOICES = ("element_selection", "layer_selection", "exclude")
+
+
+def in_python(message: str) -> str:
+    """Translate an error from the language of the command line: ``--exclude norm`` becomes ``exclude=norm``."""
+    message = re.sub(r"^--(\w+) (?!is missing)([^:]+): ", r"\1=\2: ", message)
+    message = re.sub(r"--(?:student|teacher)_kwargs (?=\w+=)", "", message)
+    message = re.sub(r"--(student|teacher)_kwargs", r"arguments of the \1", message)
+    message = re.sub(rf"--({'|'.join(FLAGS)})\b", r"\1=True", message)
+    message = re.sub(rf"--({'|'.join(CHOICES)}) (?=\w)", r"\1=", message)
+    return re.sub(r"(?<!\S)--(?=\w)", "", message)

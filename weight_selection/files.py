@@ -55,6 +55,11 @@ def check_directory(path, option, remedy):
         raise InputError(f"{option} {path}: no such directory; {remedy}")
 
 
+def provenance_path(path) -> Path:
+    """The .json beside a file of first weights that says where they came from."""
+    return Path(path).with_suffix(".json")
+
+
 PARTIAL = ".partial-"  # begins the name of a file that is being written
 
 

@@ -1,4 +1,4 @@
-"""Positions: what is resampled where a student's images, patches or windows are of another size than the teacher's."""
+"""Positions: tensors that are resampled if the student's images, patches or windows have another size."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,25 +6,17 @@ from functools import partial
 
 import torch
 import torch.nn as nn
-from timm.layers import (
-    resample_abs_pos_embed,
-    resample_abs_pos_embed_nhwc,
-    resample_patch_embed,
-    resize_rel_pos_bias_table,
-)
-from timm.models import adapt_input_conv
 
 from weight_selection.errors import InputError
-from weight_selection.tracing.tracer import first_convolutions
 
 
 @dataclass(frozen=True)
 class Resampling:
-    """What is done to a tensor of the teacher's before elements are selected.
+    """A change of a teacher's tensor before its elements are selected.
 
     Attributes:
-        words: what it is, for the plan.
-        apply: does it.
+        words: what it does, for the plan.
+        apply: does it to the tensor.
     """
 
     words: str
@@ -36,9 +28,9 @@ class Geometry:
     """Where a model keeps positions.
 
     Attributes:
-        grid: (height, width) of its patches, or None.
+        grid: (height, width) of the grid of patches, or None.
         windows: {key of a table of relative positions: (height, width) of the window}.
-        images: keys of the convolutions that read the image.
+        images: keys of the convolutions that take the image.
         patches: those of them whose patches do not overlap.
     """
 
@@ -48,14 +40,18 @@ class Geometry:
     patches: frozenset
 
 
-def find_geometry(model: nn.Module) -> Geometry:
-    """The geometry of a timm model."""
+def find_geometry(model: nn.Module, images: dict) -> Geometry:
+    """The geometry of a model.
+
+    Args:
+        model: on any device.
+        images: {key of the weight: convolution}, of those that take the image.
+    """
     windows = {}
     for name, module in model.named_modules():
         table = getattr(module, "relative_position_bias_table", None)
         if table is not None and getattr(module, "window_size", None) is not None:
             windows[f"{name}.relative_position_bias_table".lstrip(".")] = tuple(module.window_size)
-    images = first_convolutions(model)
     patches = {key for key, convolution in images.items() if convolution.stride == convolution.kernel_size}
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     return Geometry(grid and tuple(grid), windows, frozenset(images), frozenset(patches))
@@ -64,13 +60,13 @@ def find_geometry(model: nn.Module) -> Geometry:
 def resampling(
     teacher: Geometry, student: Geometry, source: str, key: str, shapes: tuple, dims: list, allow_unused: bool
 ) -> Resampling | None:
-    """How to bring the teacher's positions to the student's.
+    """How a teacher's tensor of positions becomes one of the student's size; None if nothing has to be done.
 
     Args:
-        source, key: of the teacher's and the student's tensor.
+        source, key: keys of the teacher's and the student's tensor.
         shapes: of both.
         dims: the dimensions of positions or of image channels in which they differ; may be empty.
-        allow_unused: let prefix tokens that the student has no place for go.
+        allow_unused: drop prefix tokens that the student has no place for.
 
     Raises:
         InputError: there is no way; names the key and the dimension.
@@ -82,10 +78,14 @@ def resampling(
     if not dims:
         return None
     if key == "pos_embed" and (theirs[1:3], ours[1:3]) == (teacher.grid, student.grid) and set(dims) <= {1, 2}:
+        from timm.layers import resample_abs_pos_embed_nhwc
+
         size = list(ours[1:3])
         return Resampling(_words(theirs[1:3], size), partial(resample_abs_pos_embed_nhwc, new_size=size))
     if key in student.windows and source in teacher.windows and dims == [0]:
         old, new = teacher.windows[source], student.windows[key]
+        from timm.layers import resize_rel_pos_bias_table
+
         extra = [rows - (2 * h - 1) * (2 * w - 1) for rows, (h, w) in ((theirs[0], old), (ours[0], new))]
         if extra[0] == extra[1] >= 0:
             known = {} if old[0] == old[1] else {"old_window_size": old}  # timm takes a table to be of a square
@@ -121,6 +121,8 @@ def _positions(old, new, key, t, s, allow_unused):
         raise InputError(f"{key}: teacher's has {t} prefix tokens, student's {s}: {ways} or --exclude pos_embed")
     if t == s and old == new:
         return None
+    from timm.layers import resample_abs_pos_embed
+
     words = [f"first {s} of {t} prefix tokens"] * (t != s) + [_words(old, new)] * (old != new)
 
     def apply(weight):
@@ -131,6 +133,9 @@ def _positions(old, new, key, t, s, allow_unused):
 
 
 def _kernel(teacher, student, source, key, theirs, ours, dims):
+    from timm.layers import resample_patch_embed
+    from timm.models import adapt_input_conv
+
     words, steps = [], []
     if 1 in dims:
         if theirs[1] != 3:

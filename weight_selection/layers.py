@@ -1,9 +1,9 @@
-"""Layers: which parts of a model repeat, and which of the teacher's each of the student's is made from.
+"""Layers: which parts of a model repeat, and which of the teacher's layers each of the student's starts from.
 
-Where layers are is what timm knows (``group_matcher``, which gives its optimisers their layer-wise learning rates);
-where that stops at a stage, the modules in a ``ModuleList`` or ``Sequential`` that are all of one class are layers too.
-Of the layers of one kind in a stage any can stand for another: the rules choose among those. A layer that downsamples,
-or has an attention of another kind, only stands for its like.
+A library may know where layers are: timm does, as its optimisers give them learning rates of their own. Beyond that,
+the modules in a ``ModuleList`` or ``Sequential`` are layers if all are of one class. The rules of layer selection
+choose among the layers of one kind in a stage, as any of these can stand for another. A layer that downsamples, or that
+has another kind of attention, can only stand for its like.
 """
 
 import re
@@ -21,23 +21,23 @@ class Layers:
     """The layers of a model.
 
     Args:
-        model: a timm model.
+        model: on any device.
         shapes: {key: shape} of its tensors.
-        heights: {key of a convolution: height of what it gives for an image}.
+        heights: {key of a convolution: height of its output}.
+        patterns: regular expressions of keys that its library knows, as ``timm_models.layer_patterns``.
 
     Attributes:
-        spans: {key: places in it of the layers' numbers, (first character, one after the last)}, outermost first.
-        containers: {what comes before a number: {number: {what comes after, without the numbers of layers inside it:
-            (shape, height) of the first}}}.
+        spans: {key: places of the layers' numbers in it, (first character, one after the last)}, outermost first.
+        containers: {text before a number, such as "blocks.": {number: {text after it, with a star for the number of
+            any layer inside: (shape, height) of the first such tensor}}}.
     """
 
-    def __init__(self, model: nn.Module, shapes: dict, heights: dict):
-        patterns = list(_patterns(model))
+    def __init__(self, model: nn.Module, shapes: dict, heights: dict, patterns: list):
         stacks = {name + "." if name else "" for name, module in model.named_modules() if _is_stack(module)}
         self.spans, self.containers = {}, {}
         for key in shapes:
             spans = {m.span(1) for stack in stacks if key.startswith(stack) and (m := NUMBER.match(key, len(stack)))}
-            spans |= set(_timms(patterns, key))
+            spans |= set(_known(patterns, key))
             self.spans[key] = sorted(spans)
             for number, (start, end) in enumerate(self.spans[key]):
                 layers = self.containers.setdefault(key[:start], {})
@@ -45,7 +45,7 @@ class Layers:
                 layers.setdefault(int(key[start:end]), {}).setdefault(inside, (shapes[key], heights.get(key)))
 
     def component(self, key: str) -> str:
-        """A key without the numbers of its layers."""
+        """A key with a star in place of each layer's number."""
         return _starred(key, self.spans[key])
 
 
@@ -55,20 +55,12 @@ def _starred(key, spans):
     return key
 
 
-def _patterns(model):
-    """Regular expressions of timm's for layers, as (pattern, is it one of layers)."""
-    matcher = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
-    for given in matcher.values() if isinstance(matcher, dict) else ():
-        for pattern, suffix in given if isinstance(given, (list, tuple)) else [(given, None)]:
-            yield re.compile(pattern), suffix is None
-
-
-def _timms(patterns, key):
-    """The place of a layer's number in a key according to timm."""
-    for pattern, of_layers in patterns:
+def _known(patterns, key):
+    """The place of a layer's number in a key, as its library knows it: a list of one, or an empty one."""
+    for pattern, counts_layers in patterns:
         match = pattern.match(key)
-        if match and match.re.groups:  # a pattern without a number (a stem) leaves it to the next
-            return [match.span(match.re.groups)] if of_layers and match[match.re.groups] else []
+        if match and match.re.groups:  # a pattern without a number, of a stem, leaves the answer to the next
+            return [match.span(match.re.groups)] if counts_layers and match[match.re.groups] else []
     return []
 
 
@@ -79,8 +71,8 @@ def _is_stack(module):
     return len(kinds) == 1 and next(children[0].children(), None) is not None
 
 
-def source_keys(teacher: Layers, student: Layers, method: str) -> dict:
-    """{student key: key of the teacher's tensor that it is made from}.
+def teacher_keys(teacher: Layers, student: Layers, method: str) -> dict:
+    """{student key: key of the teacher's tensor that it starts from}.
 
     Args:
         method: one of ``LAYER_SELECTION``, applied to the layers of each kind in a stage.
@@ -88,25 +80,24 @@ def source_keys(teacher: Layers, student: Layers, method: str) -> dict:
     Raises:
         InputError: the teacher has fewer layers somewhere, or they come in other kinds.
     """
-    maps = {}
-    sources = {}
+    chosen = {}  # (student's container, teacher's): {student's layer: teacher's}
+    found = {}
     for key, spans in student.spans.items():
-        source, done = "", 0
+        teacher_key, done = "", 0
         for start, end in spans:
-            source += key[done:start]
-            if (key[:start], source) not in maps:
-                maps[key[:start], source] = _map(
-                    source, teacher.containers.get(source), student.containers[key[:start]], method
-                )
-            source += str(maps[key[:start], source][int(key[start:end])])
+            teacher_key += key[done:start]
+            pair = key[:start], teacher_key
+            if pair not in chosen:
+                theirs, ours = teacher.containers.get(teacher_key), student.containers[key[:start]]
+                chosen[pair] = _choose(teacher_key.rstrip("."), theirs, ours, method)
+            teacher_key += str(chosen[pair][int(key[start:end])])
             done = end
-        sources[key] = source + key[done:]
-    return sources
+        found[key] = teacher_key + key[done:]
+    return found
 
 
-def _map(container, theirs, ours, method):
-    """{student's layer: teacher's} of one container."""
-    name = container.rstrip(".")
+def _choose(name, theirs, ours, method):
+    """{student's layer: teacher's} of one container of layers."""
     if theirs is None:
         raise InputError(f"{name}: the student has layers there, the teacher has none")
     if _pattern(theirs) == _pattern(ours):
@@ -123,7 +114,7 @@ def _map(container, theirs, ours, method):
         for these in our_kinds:
             needed = _tensors(ours, these[0])
             if len(their_kinds) == len(our_kinds):
-                those = next(left)  # of what their tensors differ in, the plan will tell
+                those = next(left)  # if their tensors differ, the plan says in what
             else:
                 fitting = (kind for kind in left if needed <= _tensors(theirs, kind[0]) and len(kind) >= len(these))
                 those = next(fitting, None)
@@ -141,27 +132,27 @@ def _map(container, theirs, ours, method):
 
 
 def _pattern(layers):
-    """For each layer the first that has the same tensors."""
+    """For each layer the first one that has the same tensors."""
     kinds = [frozenset(layers[number]) for number in sorted(layers)]
     return [kinds.index(kind) for kind in kinds]
 
 
 def _tensors(layers, unit):
-    """The tensors of a layer, by the place of the module in it and the rest of the key."""
+    """The tensors of a layer, each by the place of its module in the layer and the rest of its key."""
     return {(place, rest) for place, number in enumerate(unit) for rest in layers[number]}
 
 
 def _stages(layers):
-    """Layers as [stage of one resolution: [layers of one kind: [numbers that make one layer]]].
+    """Sort layers: [stage of one resolution: [layers of one kind: [numbers that make one layer]]].
 
-    Of one kind are layers of the same tensors and shapes, whose convolutions see the image get smaller alike. Only a
-    plain stack, in which poolings are between the layers, has several stages.
+    Layers are of one kind if they have the same tensors and shapes, and if the image shrinks alike inside them. Only a
+    plain stack, with poolings between its layers, has several stages.
     """
     plain = all("." not in rest.lstrip(".") for content in layers.values() for rest in content)
     units = []
     for number in sorted(layers):
         if units and plain and all(len(shape) < 2 for shape, _ in layers[number].values()):
-            units[-1].append(number)  # what follows a convolution
+            units[-1].append(number)  # a normalisation belongs to the convolution before it
         else:
             units.append([number])
     kinds, heights = [], []

@@ -1,187 +1,218 @@
-"""The plan: what every student tensor is made from, decided from shapes alone; and carrying it out."""
+"""The plan: which teacher tensor each student tensor comes from, and which neurons are kept. Shapes alone decide it."""
 
-import itertools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 import torch.nn as nn
 
 from weight_selection.errors import InputError
 from weight_selection.geometry import Geometry, Resampling, find_geometry, resampling
-from weight_selection.layers import Layers, source_keys
-from weight_selection.rules import select_elements
-from weight_selection.sources.families import Family
-from weight_selection.sources.membership import family_of
-from weight_selection.tracing.groups import Matching, Neurons, find_neurons
+from weight_selection.layers import Layers, teacher_keys
+from weight_selection.options import CONSISTENT, SelectionOptions
+from weight_selection.rules import kept_indices
+from weight_selection.sources.architectures import Architecture, architecture_of
+from weight_selection.sources.timm_models import first_convolutions, input_size, layer_patterns
+from weight_selection.tracing.groups import ModelGroups, NeuronGroup, aligned, find_groups
 from weight_selection.tracing.tracer import Untraceable, trace
 
 
 @dataclass(frozen=True)
-class Entry:
+class ModelStructure:
+    """What a plan needs to know of a model.
+
+    Attributes:
+        architecture: its conventions.
+        shapes: {key: shape} of its state_dict.
+        layers, neurons, geometry: which parts repeat, which neurons are the same, where positions are.
+    """
+
+    architecture: Architecture
+    shapes: dict
+    layers: Layers
+    neurons: ModelGroups
+    geometry: Geometry
+
+
+def structure_of(model: nn.Module, name: str) -> ModelStructure:
+    """Trace a model once and keep what a plan needs. Its weights are not touched: it may be on the meta device.
+
+    Args:
+        name: what to call the model in an error.
+
+    Raises:
+        InputError: the model is not one of timm's, or neurons cannot be followed through it.
+    """
+    architecture = architecture_of(model, name)
+    try:
+        traced = trace(model, input_size(model))
+    except Untraceable as reason:
+        raise InputError(f"{name}: weight selection cannot take a {type(model).__name__} apart: {reason}") from reason
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    layers = Layers(model, shapes, traced.heights, layer_patterns(model))
+    return ModelStructure(
+        architecture, shapes, layers, find_groups(traced), find_geometry(model, first_convolutions(model))
+    )
+
+
+@dataclass(frozen=True)
+class SlicePair:
+    """A slice of a student's dimension and the teacher's slice that it comes from.
+
+    Attributes:
+        group: number of the student's neuron group.
+        teacher, student: indices along the dimension, int64, of the group's block shape in each model.
+    """
+
+    group: int
+    teacher: np.ndarray
+    student: np.ndarray
+
+
+@dataclass(frozen=True)
+class PlanEntry:
     """Where one student tensor comes from.
 
     Attributes:
         key, shape: of the student's tensor.
-        role: ``selected``, ``excluded`` (by request) or ``classifier``; the last two keep the student's own values.
-        source, source_shape: the teacher's tensor, for what is selected.
-        parts: for each dimension along which elements are selected, {dimension: [(teacher's indices, student's)]},
-            inside each part by the same rule; indices have one dimension, or more where neurons come in blocks.
-        resampling: what is done before, where positions or the channels of images differ; or None.
+        role: ``selected``, ``excluded`` (by request) or ``classifier``. The last two keep the student's own values.
+        teacher_key, teacher_shape: of the teacher's tensor, if selected.
+        slices: {dimension of neurons: its ``SlicePair``}. All other dimensions hold positions.
+        resampling: the change of positions or image channels that comes first, or None.
     """
 
     key: str
     shape: tuple
     role: str
-    source: str | None = None
-    source_shape: tuple | None = None
-    parts: dict | None = None
+    teacher_key: str | None = None
+    teacher_shape: tuple | None = None
+    slices: dict = field(default_factory=dict)
     resampling: Resampling | None = None
 
-    def describe(self, element_selection: str) -> str:
-        """What happens to the tensor, in words."""
-        if self.role != "selected":
-            return f"{self.role}: student's own initialisation"
-        words = [] if self.resampling is None else [self.resampling.words]
-        if len(self.source_shape) != len(self.shape):
-            words.append("reshape")
-        smaller = [parts for parts in self.parts.values() if any(t.shape != s.shape for t, s in parts)]
-        if smaller:
-            inside = " x ".join(str(len(parts)) for parts in smaller if len(parts) > 1)
-            words.append(element_selection + (f" in each of {inside} parts" if inside else ""))
-            blocks = {f"{_blocks(t)} to {_blocks(s)}" for parts in smaller for t, s in parts if t.ndim > 1}
-            if blocks:
-                words.append("blocks of " + " and ".join(sorted(blocks)))
-        return ", ".join(words) or "copy"
+
+@dataclass
+class PlannedGroup:
+    """One neuron group of the student, and the neurons of the teacher's group that it keeps.
+
+    Attributes:
+        teacher, student: the two groups.
+        kept: (neurons of the student,) places in the teacher's group, int64; None if the rule chooses per tensor.
+        keys: the student's tensors that hold the group, in order.
+    """
+
+    teacher: NeuronGroup
+    student: NeuronGroup
+    kept: np.ndarray | None
+    keys: list = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Anatomy:
-    """What a plan needs to know of a model.
+class Plan:
+    """A selection, decided but not carried out.
 
     Attributes:
-        family: the declaration of its family.
-        shapes: {key: shape} of its state_dict.
-        layers, neurons, geometry: see there.
+        entries: one ``PlanEntry`` per student key, in the student's order.
+        groups: {number of the student's neuron group: ``PlannedGroup``}, of the groups that selected tensors hold.
+        element_selection, seed: the rule of element selection.
     """
 
-    family: Family
-    shapes: dict
-    layers: Layers
-    neurons: Neurons
-    geometry: Geometry
+    entries: list
+    groups: dict
+    element_selection: str
+    seed: int
+
+    @property
+    def selected(self) -> dict:
+        """{student key: its entry}, of what is selected."""
+        return {entry.key: entry for entry in self.entries if entry.role == "selected"}
+
+    @property
+    def left_out(self) -> list:
+        """The student's keys that keep its own initialisation."""
+        return [entry.key for entry in self.entries if entry.role != "selected"]
 
 
-def anatomy(model: nn.Module, name: str) -> Anatomy:
-    """Take a model apart; its weights are not touched, so it may be on the meta device.
-
-    Raises:
-        InputError: the model is not timm's, or neurons cannot be followed through it; ``name`` is what to call it.
-    """
-    family = family_of(model, name)
-    try:
-        traced = trace(model)
-    except Untraceable as reason:
-        raise InputError(f"{name}: weight selection cannot take a {type(model).__name__} apart: {reason}") from reason
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    layers = Layers(model, shapes, traced.heights)
-    return Anatomy(family, shapes, layers, find_neurons(traced), find_geometry(model))
-
-
-def make_plan(teacher: nn.Module, student: nn.Module, **options) -> list:
-    """Decide, from shapes alone, what every student tensor is made from.
+def make_plan(teacher: nn.Module, student: nn.Module, **options) -> Plan:
+    """``plan_selection`` of two models, which may be on the meta device.
 
     Args:
-        teacher, student: timm models of one family; they may be on the meta device.
-        **options: of ``plan_selection``.
-
-    Returns, Raises: as ``plan_selection``, and InputError as ``anatomy``.
+        **options: of ``SelectionOptions``.
     """
-    student = anatomy(student, "student")
-    return plan_selection(anatomy(teacher, "teacher"), student, **options)
+    structures = structure_of(teacher, "teacher"), structure_of(student, "student")
+    return plan_selection(*structures, SelectionOptions(**options))
 
 
-def plan_selection(
-    teacher: Anatomy,
-    student: Anatomy,
-    *,
-    layer_selection: str = "first_n",
-    exclude=(),
-    include_head: bool = False,
-    include_head_norm: bool = False,
-    allow_unused: bool = False,
-) -> list:
-    """Decide what every student tensor is made from.
-
-    Args:
-        layer_selection: one of ``LAYER_SELECTION``, applied to each container of layers (each stage).
-        exclude: components left at the student's own initialisation.
-        include_head: select the classifier too; both must have the same classes.
-        include_head_norm: select the normalisation inside the head too (ConvNeXt; the release leaves it out).
-        allow_unused: let teacher tensors without a counterpart in the student go.
-
-    Returns:
-        One ``Entry`` per student key, in the student's order.
+def plan_selection(teacher: ModelStructure, student: ModelStructure, options: SelectionOptions) -> Plan:
+    """Decide where every student tensor comes from and which neurons it keeps.
 
     Raises:
-        InputError: the student is not a smaller version of the teacher; says in which key and dimension.
+        InputError: the student is not a smaller version of the teacher; the message names the key and the dimension.
     """
-    family = student.family
-    if teacher.family.name != family.name:
+    architecture = student.architecture
+    if teacher.architecture.name != architecture.name:
         raise InputError(
-            f"teacher is of family {teacher.family.name}, student of {family.name}: weights need a common family"
+            f"teacher is a {teacher.architecture.name} model, student a {architecture.name}: weights need a common "
+            "architecture"
         )
-    _check_options(teacher, student, exclude, include_head, include_head_norm)
-    sources = source_keys(teacher.layers, student.layers, layer_selection)
-    _check_unused(teacher, student, allow_unused)
+    _check_options(teacher, student, options)
+    sources = teacher_keys(teacher.layers, student.layers, options.layer_selection)
+    _check_unused(teacher, student, options.allow_unused)
 
-    matching = Matching(teacher.neurons, student.neurons)
-    plan = []
+    matching = _Matching(teacher.neurons, student.neurons, options)
+    entries = []
     for key, shape in student.shapes.items():
-        kept_norm = include_head_norm and _in_head_norm(family, key)
-        if re.search(family.classifier, key) and not include_head and not kept_norm:
-            plan.append(Entry(key, shape, "classifier"))
-        elif any(re.search(family.components[component], key) for component in exclude):
-            plan.append(Entry(key, shape, "excluded"))
+        kept_norm = options.include_head_norm and _in_head_norm(architecture, key)
+        if re.search(architecture.classifier, key) and not options.include_head and not kept_norm:
+            entries.append(PlanEntry(key, shape, "classifier"))
+        elif any(re.search(architecture.components[component], key) for component in options.exclude):
+            entries.append(PlanEntry(key, shape, "excluded"))
         elif sources[key] not in teacher.shapes:
             raise InputError(
                 f"{key}: the teacher has no {sources[key]} to select it from; give the student the teacher's options"
             )
         else:
-            plan.append(_entry(teacher, student, matching, key, sources[key], allow_unused))
-    return plan
+            entries.append(_entry(teacher, student, matching, key, sources[key], options.allow_unused))
+    return Plan(entries, matching.groups, options.element_selection, options.seed)
 
 
-def _check_options(teacher, student, exclude, include_head, include_head_norm):
+# ---------------------------------------------------------------------------------------------------------
+# Keys
+
+
+def _check_options(teacher, student, options):
     """Refuse options that name what the models do not have."""
-    family = student.family
-    absent = [component for component in exclude if component not in family.components]
+    architecture = student.architecture
+    absent = [component for component in options.exclude if component not in architecture.components]
     if absent:
+        known = ", ".join(architecture.components)
+        raise InputError(f"--exclude {absent[0]}: {architecture.name} has no such component; it has {known}")
+    if options.include_head_norm and architecture.head_norm is None:
         raise InputError(
-            f"--exclude {absent[0]}: {family.name} has no such component; it has {', '.join(family.components)}"
+            f"--include_head_norm: no normalisation in the head of {architecture.name}; leave the option out"
         )
-    if include_head_norm and family.head_norm is None:
-        raise InputError(f"--include_head_norm: no normalisation in the head of {family.name}; leave the option out")
-    classes = [key for key in student.shapes if re.search(family.classifier, key) and not _in_head_norm(family, key)]
-    if include_head and not classes:
+    classes = [key for key in student.shapes if _is_classes(architecture, key)]
+    if options.include_head and not classes:
         raise InputError("--include_head: the student has no classifier; leave the option out")
-    if include_head and not any(key in teacher.shapes for key in classes):
+    if options.include_head and not any(key in teacher.shapes for key in classes):
         raise InputError("--include_head: the teacher has no classifier; leave the option out")
 
 
-def _in_head_norm(family, key):
-    return family.head_norm is not None and re.search(family.head_norm, key) is not None
+def _is_classes(architecture, key):
+    """Whether a key is of the classifier itself, not of the normalisation before it."""
+    return re.search(architecture.classifier, key) is not None and not _in_head_norm(architecture, key)
+
+
+def _in_head_norm(architecture, key):
+    return architecture.head_norm is not None and re.search(architecture.head_norm, key) is not None
 
 
 def _check_unused(teacher, student, allow_unused):
-    """Refuse teacher tensors no student tensor corresponds to: a LayerScale, a token, a normalisation."""
+    """Refuse teacher tensors without a counterpart in the student: a LayerScale, a token, a normalisation."""
     used = {student.layers.component(key) for key in student.shapes}
     spare = [
         key
         for key in teacher.shapes
-        if teacher.layers.component(key) not in used and not re.search(teacher.family.classifier, key)
+        if teacher.layers.component(key) not in used and not re.search(teacher.architecture.classifier, key)
     ]
     if spare and not allow_unused:
         raise InputError(
@@ -190,156 +221,135 @@ def _check_unused(teacher, student, allow_unused):
         )
 
 
-def _entry(teacher, student, matching, key, source, allow_unused):
+# ---------------------------------------------------------------------------------------------------------
+# Dimensions
+
+
+def _entry(teacher, student, matching, key, teacher_key, allow_unused):
     """Compare one tensor of each model, dimension by dimension."""
-    shape, source_shape = student.shapes[key], teacher.shapes[source]
-    ours, theirs = student.neurons.parts[key], teacher.neurons.parts[source]
-    compared, expected = source_shape, shape
-    if (len(source_shape), len(shape)) in ((2, 4), (4, 2)):  # 1x1 convolution = linear layer
-        compared, expected = ((*sizes, 1, 1)[:4] for sizes in (source_shape, shape))
-    if len(compared) != len(expected) or compared[2:] != expected[2:] and len(source_shape) != len(shape):
-        raise InputError(f"{key}: teacher's shape is {source_shape}, student's {shape}: not the same kind of tensor")
-    family = student.family
-    if re.search(family.classifier, key) and not _in_head_norm(family, key) and compared[0] != shape[0]:
+    shape, teacher_shape = student.shapes[key], teacher.shapes[teacher_key]
+    _check_shapes(student.architecture, key, teacher_shape, shape)
+    ours, theirs = student.neurons.slices[key], teacher.neurons.slices[teacher_key]
+    common = range(min(len(shape), len(teacher_shape)))
+    positions = [dim for dim in common if ours[dim] is None or theirs[dim] is None]
+    slices = {
+        dim: matching.pairs(key, teacher_key, dim, teacher_shape[dim], shape[dim])
+        for dim in common
+        if dim not in positions
+    }
+    different = [dim for dim in positions if teacher_shape[dim] != shape[dim]]
+    if different and key in student.neurons.unused:
+        raise InputError(
+            f"{key}, dimension {different[0]}: teacher's size {teacher_shape[different[0]]}, student's "
+            f"{shape[different[0]]}: the model does not use it, so nothing says which elements belong together"
+        )
+    shapes = teacher_shape, shape
+    change = resampling(teacher.geometry, student.geometry, teacher_key, key, shapes, different, allow_unused)
+    return PlanEntry(key, shape, "selected", teacher_key, teacher_shape, slices, change)
+
+
+def _check_shapes(architecture, key, teacher_shape, shape):
+    """Refuse tensors of another kind, and classifiers of other classes. A 1x1 convolution is a linear layer."""
+    compared, expected = teacher_shape, shape
+    if (len(teacher_shape), len(shape)) in ((2, 4), (4, 2)):
+        compared, expected = ((*sizes, 1, 1)[:4] for sizes in (teacher_shape, shape))
+    if len(compared) != len(expected) or compared[2:] != expected[2:] and len(teacher_shape) != len(shape):
+        raise InputError(f"{key}: teacher's shape is {teacher_shape}, student's {shape}: not the same kind of tensor")
+    if _is_classes(architecture, key) and compared[0] != shape[0]:
         raise InputError(
             f"--include_head: teacher has {compared[0]} classes, student {shape[0]} ({key}); give both the same "
             "(--student_kwargs num_classes=N)"
         )
-    common = range(min(len(shape), len(source_shape)))
-    positions = [dim for dim in common if ours[dim] is None or theirs[dim] is None]
-    parts = {
-        dim: _pair_parts(matching, key, source, dim, source_shape[dim], shape[dim])
-        for dim in common
-        if dim not in positions
-    }
-    different = [dim for dim in positions if source_shape[dim] != shape[dim]]
-    if different and key in student.neurons.unused:
-        raise InputError(
-            f"{key}, dimension {different[0]}: teacher's size {source_shape[different[0]]}, student's "
-            f"{shape[different[0]]}: the model does not use it, so nothing says which elements belong together"
-        )
-    brought = resampling(
-        teacher.geometry, student.geometry, source, key, (source_shape, shape), different, allow_unused
-    )
-    return Entry(key, shape, "selected", source, source_shape, parts, brought)
 
 
-def _pair_parts(matching, key, source, dim, t, s):
-    """[(teacher's indices, student's)] of a dimension."""
-    where = f"{key}, dimension {dim}: teacher's size {t}"
-    found = matching.parts(source, key, dim)
-    if isinstance(found, str):
-        if t < s:
-            raise InputError(f"{where} < student's {s}: a teacher must be at least as wide")
-        raise InputError(f"{where}, student's {s}: {found}")
-    for large, small, (their_space, our_space) in found:
-        if large.shape == small.shape:
-            continue
-        if large.size < small.size:
-            raise InputError(f"{where} < student's {s}: a teacher must be at least as wide")
-        if our_space.tangled or their_space.tangled:
-            raise InputError(f"{where}, student's {s}: its neurons come in blocks that cross each other")
-        for number, (n, m) in enumerate(zip(large.shape, small.shape, strict=True)):
-            if n < m:
-                raise InputError(
-                    f"{where} = {_blocks(large)}, student's {s} = {_blocks(small)}: a teacher must be at least as "
-                    "large in both"
-                )
-            fixed = len(their_space.fixed) == large.ndim and their_space.fixed[number]
-            if n != m and fixed:
-                raise InputError(
-                    f"{where} = {_blocks(large)}, student's {s} = {_blocks(small)}: {n} and {m} are positions, "
-                    "constants or image channels, not neurons, and must be the same"
-                )
-    return [(large, small) for large, small, _ in found]
+class _Matching:
+    """Finds the teacher's group of each of the student's groups, and the neurons that are kept of it.
+
+    Attributes:
+        groups: {number of the student's group: ``PlannedGroup``}, of all that has been compared so far.
+    """
+
+    def __init__(self, teacher: ModelGroups, student: ModelGroups, options: SelectionOptions):
+        self.teacher, self.student, self.options = teacher, student, options
+        self.groups = {}
+
+    def pairs(self, key: str, teacher_key: str, dim: int, t: int, s: int) -> list:
+        """The ``SlicePair`` of a dimension, which has size ``t`` in the teacher and ``s`` in the student.
+
+        Raises:
+            InputError: the teacher has fewer of some neurons, or they are built in another way.
+        """
+        where = f"{key}, dimension {dim}: teacher's size {t}"
+        too_narrow = f"{where} < student's {s}: a teacher must be at least as wide"
+        ours, theirs = self.student.slices[key][dim], self.teacher.slices[teacher_key][dim]
+        if ours is None or theirs is None or len(ours) != len(theirs):
+            reason = f"made of {_count(theirs)} in the teacher, of {_count(ours)} in the student"
+            raise InputError(too_narrow if t < s else f"{where}, student's {s}: {reason}")
+        pairs = []
+        for their, our in zip(theirs, ours, strict=True):
+            large, small = self.teacher.groups[their.group], self.student.groups[our.group]
+            first = self.groups[our.group].teacher if our.group in self.groups else large
+            indices = aligned(their.indices, our.indices)
+            reason = None
+            if first.block_shape != large.block_shape:  # groups of equal sizes keep the same neurons
+                reason = f"elsewhere in the student these neurons come from {_words(first)}, here from {_words(large)}"
+            elif indices is None:
+                reason = f"{_words(large)} in the teacher, {_words(small)} in the student"
+            if reason:
+                raise InputError(too_narrow if t < s else f"{where}, student's {s}: {reason}")
+            pairs.append(SlicePair(our.group, *indices))
+        for pair, their in zip(pairs, theirs, strict=True):
+            large, small = self.teacher.groups[their.group], self.student.groups[pair.group]
+            _check_blocks(pair, large, small, where, s)
+            self._note(pair, large, small, key)
+        return pairs
+
+    def _note(self, pair, large, small, key):
+        """Note that a tensor holds a group; at the first one, decide which neurons are kept."""
+        if pair.group not in self.groups:
+            self.groups[pair.group] = PlannedGroup(large, small, self._kept(pair.teacher.shape, pair.student.shape))
+        keys = self.groups[pair.group].keys
+        if key not in keys[-1:]:
+            keys.append(key)
+
+    def _kept(self, large, small):
+        """Places in the teacher's group: for each block size the rule's indices, and all their combinations."""
+        if self.options.element_selection not in CONSISTENT:
+            return None
+        rule, seed = self.options.element_selection, self.options.seed
+        kept = [kept_indices(rule, t, s, seed).numpy() for t, s in zip(large, small, strict=True)]
+        return np.ravel_multi_index(np.ix_(*kept), large).reshape(-1)
 
 
-def _blocks(indices):
+def _check_blocks(pair, large, small, where, s):
+    """Refuse a student that has more of some neurons, or fewer where their number is fixed."""
+    theirs, ours = pair.teacher, pair.student
+    if theirs.shape == ours.shape:
+        return
+    if theirs.size < ours.size:
+        raise InputError(f"{where} < student's {s}: a teacher must be at least as wide")
+    if small.crossing_blocks or large.crossing_blocks:
+        raise InputError(f"{where}, student's {s}: its neurons come in blocks that cross each other")
+    for number, (n, m) in enumerate(zip(theirs.shape, ours.shape, strict=True)):
+        sizes = f"{where} = {block_words(theirs)}, student's {s} = {block_words(ours)}"
+        if n < m:
+            raise InputError(f"{sizes}: a teacher must be at least as large in both")
+        if n != m and len(large.fixed) == theirs.ndim and large.fixed[number]:
+            raise InputError(
+                f"{sizes}: {n} and {m} are positions, constants or image channels, not neurons, and must be the same"
+            )
+
+
+def block_words(indices: np.ndarray) -> str:
+    """The block shape of indices, in words: 6x64."""
     return "x".join(map(str, indices.shape))
 
 
-def apply_plan(
-    plan: list, weights: Mapping, *, element_selection: str = "uniform", seed: int = 0, option: str = "teacher"
-) -> dict:
-    """Carry out a plan.
-
-    Args:
-        plan: from ``make_plan``.
-        weights: the teacher's state_dict; a mapping that reads a tensor when it is asked for needs no more memory than
-            the largest.
-        element_selection: one of ``ELEMENT_SELECTION``.
-        seed: of the random selections.
-        option: where the weights came from, for errors.
-
-    Returns:
-        The student's state_dict, in the student's order and the teacher's dtype, without what is not selected.
-
-    Raises:
-        InputError: a tensor is not there, of another shape (a classifier's) or kind of numbers, or not finite.
-    """
-    selected = {}
-    for entry in plan:
-        if entry.role == "selected":
-            weight = checked_weight(entry.source, entry.source_shape, weights.get(entry.source), option)
-            selected[entry.key] = _apply(entry, weight, element_selection, seed)
-    return selected
+def _count(slices):
+    return "positions" if slices is None else f"{len(slices)} part{'s' * (len(slices) > 1)}"
 
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)  # int64: counted batches
-
-
-def checked_weight(key: str, shape: tuple, weight: torch.Tensor | None, option: str) -> torch.Tensor:
-    """A teacher's weight; InputError unless it is there, of that shape, of a known kind of numbers and finite."""
-    if weight is None or tuple(weight.shape) != shape:
-        found = "absent" if weight is None else tuple(weight.shape)
-        raise InputError(
-            f"{option}: {key} is {found}, {shape} is needed; give this teacher's weights, or "
-            "for a classifier set --teacher_kwargs num_classes=N to the file's, or leave out --include_head"
-        )
-    if weight.dtype not in DTYPES:
-        raise InputError(f"{option}: {key} is of {weight.dtype}; convert it to float32")
-    if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():  # NaN is both least and greatest
-        raise InputError(f"{option}: {key} has values that are not finite")
-    return weight.detach()
-
-
-def _apply(entry, weight, element_selection, seed):
-    if entry.resampling is not None:
-        weight = entry.resampling.apply(weight)
-    if weight.ndim < len(entry.shape):
-        weight = weight[:, :, None, None]
-    elif weight.ndim > len(entry.shape):
-        weight = weight[:, :, 0, 0]
-    out = weight.new_empty(entry.shape)
-    every = [entry.parts.get(dim, WHOLE) for dim in range(weight.ndim)]
-    for number, block in enumerate(itertools.product(*every)):
-        taken, large, small = weight, [], []
-        for dim, (theirs, ours) in enumerate(block):
-            if theirs is None:
-                large.append(weight.shape[dim])
-                small.append(weight.shape[dim])
-                continue
-            taken = _take(taken, dim, theirs.reshape(-1))
-            large += theirs.shape
-            small += ours.shape
-        chosen = select_elements(element_selection, taken.reshape(large), small, seed, f"{entry.key}:{number}")
-        places = [
-            np.arange(size) if ours is None else ours.reshape(-1)
-            for (_, ours), size in zip(block, out.shape, strict=True)
-        ]
-        chosen = chosen.reshape([len(place) for place in places])
-        if chosen.shape == out.shape and all(np.array_equal(place, np.arange(len(place))) for place in places):
-            return chosen.contiguous()
-        out[np.ix_(*places)] = chosen
-    return out
-
-
-WHOLE = ((None, None),)  # a dimension of positions
-
-
-def _take(weight, dim, indices):
-    """``index_select``, without a copy where the indices are a range."""
-    first = int(indices[0]) if len(indices) else 0
-    if np.array_equal(indices, np.arange(first, first + len(indices))):
-        return weight.narrow(dim, first, len(indices))
-    return weight.index_select(dim, torch.from_numpy(indices).to(weight.device))
+def _words(group):
+    if len(group.block_shape) > 1:
+        return "blocks of " + "x".join(map(str, group.block_shape))
+    return f"{group.size} neurons"

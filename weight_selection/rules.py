@@ -1,12 +1,12 @@
-"""Which of the teacher's layers, and which of a tensor's elements, a student keeps (paper, sections 3.1 and 3.2)."""
+"""The rules: which of the teacher's layers, and which elements of a tensor, a student keeps (paper, 3.1 and 3.2)."""
 
 import zlib
 
 import numpy as np
 import torch
 
-from weight_selection import ELEMENT_SELECTION, LAYER_SELECTION
 from weight_selection.errors import InputError
+from weight_selection.options import CONSISTENT, ELEMENT_SELECTION, LAYER_SELECTION
 
 
 def uniform_indices(t: int, s: int) -> torch.Tensor:
@@ -16,11 +16,17 @@ def uniform_indices(t: int, s: int) -> torch.Tensor:
     return torch.linspace(0, t - 1, s).round().long()
 
 
-def layer_indices(method: str, t: int, s: int) -> list:
-    """The teacher layer, of ``t``, that each of the student's ``s`` layers starts from (section 3.1, Appendix B).
+def random_indices(t: int, s: int, *entropy: int) -> torch.Tensor:
+    """A sorted draw of ``s`` of ``t`` indices without replacement, the same whenever the arguments are."""
+    draw = np.random.RandomState(np.random.SeedSequence((t, s, *entropy)).generate_state(4))
+    return torch.from_numpy(np.sort(draw.permutation(t)[:s]))
 
-    ``quadratic``, beyond the paper, is for ``project`` and ``greedy``, which make up for layers that are left out: the
-    later, the less is lost by it, so layer i starts from the teacher's t (i/s)^2, at least i.
+
+def layer_indices(method: str, t: int, s: int) -> list:
+    """For each of the student's ``s`` layers the one of the teacher's ``t`` that it starts from (3.1, Appendix B).
+
+    ``quadratic`` goes beyond the paper. It is for ``project`` and ``greedy``, which make up for skipped layers. A later
+    layer is a smaller loss, so layer i starts from the teacher's layer t (i/s)^2, and from layer i at least.
     """
     if method not in LAYER_SELECTION:
         raise InputError(f"--layer_selection {method}: choose one of {', '.join(LAYER_SELECTION)}")
@@ -32,22 +38,12 @@ def layer_indices(method: str, t: int, s: int) -> list:
     return list(range(start, start + s))
 
 
-def random_indices(t: int, s: int, *entropy: int) -> torch.Tensor:
-    """A sorted draw of ``s`` of ``t`` indices without replacement, the same whenever the arguments are."""
-    draw = np.random.RandomState(np.random.SeedSequence((t, s, *entropy)).generate_state(4))
-    return torch.from_numpy(np.sort(draw.permutation(t)[:s]))
+def kept_indices(method: str, t: int, s: int, seed: int = 0) -> torch.Tensor:
+    """The ``s`` of ``t`` neurons that a rule of ``CONSISTENT`` keeps, ascending, (s,).
 
-
-def element_indices(method: str, weight: torch.Tensor, dim: int, s: int, seed: int = 0, name: str = "") -> torch.Tensor:
-    """The ``s`` slices of ``weight`` along ``dim`` that the student keeps (section 3.2), ascending, shape (s,).
-
-    ``uniform``, ``consecutive`` and ``random`` look at nothing but the two sizes, so tensors that share a dimension
-    keep the same neurons: the paper's consistency. ``random_inconsistent`` draws anew for every ``name`` and ``dim``;
-    ``l1`` keeps the slices of largest L1 norm.
+    They depend on nothing but the two sizes and the seed. So all tensors that share neurons keep the same ones: the
+    paper's consistency (section 3.2).
     """
-    if method not in ELEMENT_SELECTION or method == "magnitude":
-        raise InputError(f"{method}: does not select slices; choose one of uniform, consecutive, random, l1")
-    t = weight.shape[dim]
     if t == s:
         return torch.arange(t)
     if method == "uniform":
@@ -56,6 +52,20 @@ def element_indices(method: str, weight: torch.Tensor, dim: int, s: int, seed: i
         return torch.arange(s)
     if method == "random":
         return random_indices(t, s, seed)
+    raise InputError(f"{method}: keeps other neurons in every tensor; choose one of {', '.join(CONSISTENT)}")
+
+
+def element_indices(method: str, weight: torch.Tensor, dim: int, s: int, seed: int = 0, name: str = "") -> torch.Tensor:
+    """The ``s`` slices of ``weight`` along ``dim`` that the student keeps (section 3.2), ascending, (s,).
+
+    The rules of ``CONSISTENT`` look at nothing but the two sizes. ``random_inconsistent`` draws anew for every ``name``
+    and ``dim``; ``l1`` keeps the slices of largest L1 norm.
+    """
+    if method not in ELEMENT_SELECTION or method == "magnitude":
+        raise InputError(f"{method}: does not select slices; choose one of uniform, consecutive, random, l1")
+    t = weight.shape[dim]
+    if t == s or method in CONSISTENT:
+        return kept_indices("uniform" if t == s else method, t, s, seed)
     if method == "random_inconsistent":
         return random_indices(t, s, seed, zlib.crc32(name.encode()), dim)
     norms = weight.movedim(dim, 0).reshape(t, -1).double().abs().sum(dim=1)

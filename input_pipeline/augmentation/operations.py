@@ -1,8 +1,12 @@
-"""The operations of RandAugment, AutoAugment and colour jitter on batches of uint8 images, with Pillow's roundings.
+"""The operations of RandAugment, AutoAugment and colour jitter on batches of uint8 images; they round as Pillow does.
 
-Each is ``operation(images, level, cubic, fill)`` of images (G, 3, H, W) uint8 with level (G,) float64, whether to
-interpolate by the bicubic kernel rather than the bilinear one (G,) float64 of 0 and 1, and the colour (3, 1, 1)
-float32 for what comes from outside the image. It returns new images, and never waits for the device.
+Every operation is a function ``operation(images, level, cubic, fill)``. It returns new images and never waits for the
+device. Its arguments:
+
+    images  (G, 3, H, W) uint8
+    level   (G,) float64, how strongly to change each image
+    cubic   (G,) float64, 1 to interpolate by the bicubic kernel, 0 by the bilinear one
+    fill    (3, 1, 1) float32, the colour of points that lie outside the image
 """
 
 import numpy as np
@@ -10,11 +14,11 @@ import torch
 from PIL import Image
 
 # ---------------------------------------------------------------------------------------------------------
-# A new value for each value of a channel
+# Operations that replace each value of a channel by another value: one table for all pixels
 
 
 def _by_table(table):
-    """Makes an operation of ``table(images, level)``, which gives new values (G, 1 or 3, 256) of 0 to 255."""
+    """The operation that looks every value up in ``table(images, level)``, (G, 1 or 3, 256) new values of 0 to 255."""
 
     def operation(images, level, cubic, fill):
         tables = table(images, level).to(torch.uint8).expand(len(images), 3, 256)
@@ -24,12 +28,13 @@ def _by_table(table):
 
 
 def _entries(images):
-    """For each pixel, flat int32: which entry of the concatenated tables of all channels it has."""
+    """Flat int32, for each value in the images: where its new value stands in all channels' tables, concatenated."""
     channels = torch.arange(len(images) * 3, device=images.device, dtype=torch.int32) * 256
     return images.reshape(len(images) * 3, -1).int().add_(channels[:, None]).view(-1)
 
 
 def _values(images):
+    """All values of a channel, on the device of the images."""
     return torch.arange(256, device=images.device)
 
 
@@ -64,7 +69,7 @@ def _auto_contrast(images, level):
     planes = images.flatten(2)
     low, high = (extreme[:, :, None].double() for extreme in (planes.amin(2), planes.amax(2)))
     values = _values(images)
-    scale = torch.full_like(low, 255) / (high - low)  # a bare 255 would be multiplied by a rounded reciprocal
+    scale = torch.full_like(low, 255) / (high - low)  # a plain 255 would be multiplied by a rounded reciprocal
     return torch.where(high > low, (values * scale + -low * scale).clamp(0, 255), values)
 
 
@@ -80,39 +85,39 @@ def _equalize_by(histograms):
 
 
 def _histograms(images):
-    """(G, 3, 256) int64."""
+    """(G, 3, 256) int64: how many pixels have each value."""
     entries = _entries(images).long()
     counts = torch.zeros(len(images) * 3 * 256, dtype=torch.int64, device=images.device)
     return counts.scatter_add_(0, entries, torch.ones_like(entries)).view(-1, 3, 256)
 
 
 def _histograms_on_cpu(images):
-    """The same, faster there; elsewhere bincount would wait for the device."""
+    """The same, faster on a CPU; on another device bincount would wait for the device."""
     return torch.bincount(_entries(images), minlength=len(images) * 3 * 256).view(-1, 3, 256)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Blends of an image and a lesser one
+# Operations that blend an image with a plainer one made from it
 
 
-def _by_blending(lesser):
-    """Makes an operation that moves images from ``lesser(float32 images)``, at level 0, to themselves at 1 and on."""
+def _by_blending(plainer):
+    """The operation whose level 0 gives ``plainer(float32 images)`` and level 1 the images; larger levels go beyond."""
 
     def operation(images, level, cubic, fill):
         images = images.float()
-        origin = lesser(images)
+        origin = plainer(images)
         return _truncated(images.sub_(origin).mul_(level.float().view(-1, 1, 1, 1)).add_(origin))
 
     return operation
 
 
 def _truncated(values):
-    """Overwrites float32 values and returns them as uint8; over int16, as the direct way is slow on a CPU."""
+    """Convert float32 values to uint8 and overwrite them; by way of int16, because the direct way is slow on a CPU."""
     return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
 
 def _grey(images):
-    """(G, 1, H, W) luminance; integers to 2^24, so float32 is exact."""
+    """(G, 1, H, W) luminance; the integers are below 2^24, so float32 is exact."""
     red, green, blue = images.split(1, dim=1)
     return (red * 19595).add_(green * 38470).add_(blue * 7471).add_(0x8000).mul_(2**-16).floor_()
 
@@ -122,7 +127,7 @@ def _mean_grey(images):
 
 
 def _smooth(images):
-    """Mean of 3x3 pixels with the centre counted 5 times; the outermost pixels stay."""
+    """The mean of 3x3 pixels, with the centre counted 5 times; the outermost pixels stay as they are."""
     threes = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     nines = threes[..., :-2] + threes[..., 1:-1] + threes[..., 2:]
     result = images.clone()
@@ -139,22 +144,22 @@ def _desaturate(images, level, cubic, fill):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Affine transforms: the pixel (x, y) comes from a point of the image, interpolated from the 4 pixels next to it along
-# each side; beyond the border pixels repeat, but points outside the image have the fill colour.
+# Affine transforms: each pixel of the result comes from a point in the image. Its value is interpolated from the 4
+# pixels next to the point in each direction; beyond the border the outermost pixels repeat. If the point itself lies
+# outside the image, the pixel has the fill colour.
 
-# Pillow truncates what it interpolates. In float32, weights may sum to less than 1 by rounding: this keeps flat areas.
+# Pillow truncates interpolated values. In float32 the weights may sum to slightly less than 1; added before truncation,
+# this keeps flat areas flat.
 ROUNDING = 2**-13
 
 
 def _taps(point, cubic):
-    """Weights of the pixels at -1, 0, 1 and 2 for a point between 0 and 1; Pillow's bicubic kernel has a = -1 here.
+    """The four weights, float32, of the pixels at -1, 0, 1 and 2 for a point between 0 and 1.
 
     Args:
         point: float64.
-        cubic: 1, or 0 for the bilinear kernel; broadcastable to the points.
-
-    Returns:
-        The four, float32.
+        cubic: 1 for the bicubic kernel (Pillow's has a = -1 in affine transforms), 0 for the bilinear one;
+            broadcastable to the points.
     """
     rest = 1 - point
     before, after = cubic * point * rest * rest, cubic * point * point * rest
@@ -162,25 +167,25 @@ def _taps(point, cubic):
 
 
 def _slide(images, offsets, cubic, fill):
-    """Takes each pixel of row y from ``offsets[:, y]`` pixels further right, not always whole; (G, H), or (G, 1)."""
+    """Move row y to the left by ``offsets[:, y]`` pixels, which need not be whole numbers; offsets are (G, H or 1)."""
     height, width = images.shape[2:]
     whole = offsets.floor()
     columns = torch.arange(-1, width + 2, device=images.device) + whole[:, :, None].long()
-    sources = images.gather(3, columns.clamp_(0, width - 1)[:, None].expand(-1, 3, height, -1)).float()
+    values = images.gather(3, columns.clamp_(0, width - 1)[:, None].expand(-1, 3, height, -1)).float()
     first, *others = (tap[:, None, :, None] for tap in _taps(offsets - whole, cubic[:, None]))
-    result = sources[..., :width] * first
+    result = values[..., :width] * first
     for place, tap in enumerate(others, start=1):
-        result.addcmul_(sources[..., place : place + width], tap)
+        result.addcmul_(values[..., place : place + width], tap)
 
-    # Points from 0 to the width are inside.
+    # Points from 0 to the width are inside the image.
     first, end = ((edge - offsets - 0.5).ceil().int()[:, None, :, None] for edge in (0, width))
     column = torch.arange(width, device=images.device, dtype=torch.int32)
     return _filled(result, (column - first + 1).clamp_(0, 1).mul_((end - column).clamp_(0, 1)), fill)
 
 
 def _filled(values, inside, fill):
-    """Truncates float32 values, which it overwrites, and fills where ``inside`` (int32) is 0 rather than 1."""
-    mask = inside.neg_().to(torch.uint8)  # all bits; on a CPU, bits are faster than choosing
+    """Truncate float32 values, and put the fill colour where ``inside`` (int32) is 0, not 1; overwrites both."""
+    mask = inside.neg_().to(torch.uint8)  # all bits set, or none: on a CPU, masking is faster than torch.where
     return _truncated(values.add_(ROUNDING)).bitwise_and_(mask).bitwise_or_(~mask & fill.to(torch.uint8))
 
 
@@ -198,7 +203,7 @@ def _translate_relative(images, level, cubic, fill):
 
 
 def _along_columns(operation):
-    """The operation with the directions exchanged."""
+    """The same operation with rows and columns exchanged."""
 
     def exchanged(images, level, cubic, fill):
         return operation(images.transpose(2, 3).contiguous(), level, cubic, fill).transpose(2, 3)
@@ -232,7 +237,7 @@ def _rotate(images, level, cubic, fill):
 
 
 def _rotate_with_pillow(images, level, cubic, fill):
-    """One image, by Pillow: its loop over 16 neighbours does without torch's passes over memory for each of them."""
+    """Rotate one image with Pillow: its one loop over 16 neighbours is faster than 16 passes of torch over memory."""
     image = Image.merge("RGB", [Image.fromarray(plane) for plane in images[0].numpy()])
     kernel = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
     image = image.rotate(level.item(), kernel, fillcolor=tuple(fill.int().flatten().tolist()))
@@ -259,7 +264,7 @@ OPERATIONS = {
     "translate_x_abs": _translate_absolute,
     "translate_y_abs": _along_columns(_translate_absolute),
 }
-ON_CPU = OPERATIONS | {  # what is faster there; rotation takes one image at a time
+ON_CPU = OPERATIONS | {  # with functions that are faster on a CPU; this rotation takes one image at a time
     "equalize": _by_table(_equalize_by(_histograms_on_cpu)),
     "rotate": _rotate_with_pillow,
 }

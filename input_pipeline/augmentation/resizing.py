@@ -1,7 +1,7 @@
 """Cutting boxes out of images and resizing them as Pillow does: antialiased, in two passes, rounding after each.
 
-Pillow starts along the rows; since version 13, not in images that lose more than twice as many rows as columns. Here
-such images are turned, resized like the others, and turned back.
+Pillow's first pass goes along the rows. Since version 13 it goes along the columns if an image loses more than twice
+as many rows as columns. Here such images are transposed, resized like the others, and transposed back.
 """
 
 from typing import NamedTuple
@@ -10,18 +10,18 @@ import PIL
 import torch
 import torch.nn.functional as F
 
-AT_ONCE = 1 << 24  # pixels that are gathered together, unless one image has more: 128 MB of indices, 200 MB of floats
+AT_ONCE = 1 << 24  # pixels to gather together, unless one image has more: 128 MB of indices, 200 MB of floats
 
-TURNS = int(PIL.__version__.partition(".")[0]) >= 13
+TRANSPOSES = int(PIL.__version__.partition(".")[0]) >= 13
 
 
 class Pixels(NamedTuple):
-    """A batch's view into images that lie one after the other in one buffer.
+    """A batch of images that lie one after the other in a buffer.
 
     Attributes:
-        data: uint8, flat; each image is (height, width, 3). The batch's own images, or all of a data set.
+        data: flat uint8, images of (height, width, 3). It holds the batch's images only, or all of a data set.
         offsets: (B,) int64 on the host, where in ``data`` each image of the batch starts.
-        sizes: (B, 2) int64 on the host, (height, width) of each.
+        sizes: (B, 2) int64 on the host, the (height, width) of each image.
     """
 
     data: torch.Tensor
@@ -35,14 +35,14 @@ class Pixels(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """The way of images from their pixels to squares, in pixels; a number or a column for each.
+    """How an image becomes a square; in pixels. Every field is a number, or a column of numbers for a batch.
 
     Attributes:
-        top, left, height, width: box that is cut out.
-        tall, wide: size that the box is resized to.
-        above, before: first row and column of that which are kept.
-        cubic: whether by the bicubic kernel, else by the bilinear one.
-        flip: whether mirrored in the end.
+        top, left, height, width: the box to cut out.
+        tall, wide: the height and width to resize the box to.
+        above, before: how many rows and columns of the resized box to drop before the square begins.
+        cubic: 1 for the bicubic kernel, 0 for the bilinear one.
+        flip: 1 to mirror the square, left to right.
     """
 
     top: int
@@ -57,34 +57,34 @@ class Geometry(NamedTuple):
     flip: int
 
 
-def _turned(image):
-    """Whether to turn an image, or which images of a batch: of ``Geometry``."""
+def _transposed(image):
+    """Whether to transpose an image of this ``Geometry``; for a batch, which of its images."""
     lost = image.height - image.tall
-    return TURNS & (lost > 0) & (lost > 2 * (image.width - image.wide))
+    return TRANSPOSES & (lost > 0) & (lost > 2 * (image.width - image.wide))
 
 
 def one_by_one(images, geometry, size):
-    """Resize with torch's kernel for uint8, whose speed on a CPU comes from its vector instructions.
+    """Resize with torch's kernel for uint8, which is fast on a CPU because it uses vector instructions.
 
     Args:
-        images: each (height, width, 3) uint8, on a CPU.
+        images: uint8 (height, width, 3) on a CPU.
         geometry: (B, 10) int64, a row of ``Geometry`` for each image.
-        size: side of the result.
+        size: side of the squares.
 
     Returns:
         (B, 3, size, size) uint8.
     """
     result = torch.empty(len(geometry), 3, size, size, dtype=torch.uint8)
-    for row, source, image in zip(geometry.tolist(), images, result, strict=True):
+    for row, image, square in zip(geometry.tolist(), images, result, strict=True):
         one = Geometry(*row)
-        box = source.permute(2, 0, 1)[None, :, one.top : one.top + one.height, one.left : one.left + one.width]
+        box = image.permute(2, 0, 1)[None, :, one.top : one.top + one.height, one.left : one.left + one.width]
         mode = "bicubic" if one.cubic else "bilinear"
-        if _turned(one):
+        if _transposed(one):
             resized = _interpolate(box.transpose(2, 3), (one.wide, one.tall), mode).transpose(2, 3)
         else:
             resized = _interpolate(box, (one.tall, one.wide), mode)
         kept = resized[0, :, one.above : one.above + size, one.before : one.before + size]
-        image.copy_(kept.flip(-1) if one.flip else kept)
+        square.copy_(kept.flip(-1) if one.flip else kept)
     return result
 
 
@@ -93,14 +93,14 @@ def _interpolate(box, size, mode):
 
 
 def by_products(pixels, geometry, size):
-    """Resize by products with matrices of weights, many images in each.
+    """Resize by multiplying with matrices of weights, many images at a time.
 
-    Products of float32 are to be exact to more than 16 bits: torch's default, not TF32 or autocast.
+    Products of float32 must be exact to more than 16 bits: torch's default is, TF32 and autocast are not.
 
     Args:
-        pixels: ``Pixels`` on any device; nothing is fetched from it.
+        pixels: on any device; the host never waits for it.
         geometry: (B, 10) int64 on the host, a row of ``Geometry`` for each image.
-        size: side of the result.
+        size: side of the squares.
 
     Returns:
         (B, 3, size, size) uint8, on the device of the pixels.
@@ -111,10 +111,13 @@ def by_products(pixels, geometry, size):
 
 
 def _parts(image):
-    """How many images, in their order, to gather at once: boxes are padded to the largest of a part."""
+    """Cut a batch into parts to gather at once, in order: the number of images in each part.
+
+    In a part, all boxes are padded to the size of the largest one.
+    """
     lengths, tall, wide = [0], 0, 0
     for height, width in zip(image.height.tolist(), image.width.tolist(), strict=True):
-        side = max(height, width)  # some are turned
+        side = max(height, width)  # some are transposed
         tall, wide = max(tall, side), max(wide, side)
         if lengths[-1] and (lengths[-1] + 1) * tall * wide > AT_ONCE:
             lengths.append(0)
@@ -124,22 +127,24 @@ def _parts(image):
 
 
 def _part(data, geometry, offsets, sizes, size):
+    """Resize one part of a batch; arguments as in ``Pixels``, with the geometry and size of ``by_products``."""
     image = Geometry(*geometry.unbind(1))
-    starts = offsets // 3 + image.top * sizes[:, 1] + image.left  # all in pixels of three bytes
-    turned = _turned(image)
+    starts = offsets // 3 + image.top * sizes[:, 1] + image.left  # counted in pixels, of three bytes each
+    transposed = _transposed(image)
 
-    # The pass along rows and the one along columns: steps in the buffer, what is resized to what, and what is kept.
+    # For the pass along rows and the pass along columns: the step in the buffer from one pixel to the next, the length
+    # before and after, how many pixels to drop before those that are kept, whether to mirror, and the kernel.
     one = torch.ones_like(starts)
     along_rows = torch.stack([one, image.width, image.wide, image.before, image.flip, image.cubic])
     along_columns = torch.stack([sizes[:, 1], image.height, image.tall, image.above, 0 * one, image.cubic])
-    first = torch.where(turned, along_columns, along_rows)
-    second = torch.where(turned, along_rows, along_columns)
+    first = torch.where(transposed, along_columns, along_rows)
+    second = torch.where(transposed, along_rows, along_columns)
     columns, rows = int(first[1].max()), int(second[1].max())
-    table = torch.cat([first, second, starts[None], turned[None]])[:, :, None]  # each (B, 1)
+    table = torch.cat([first, second, starts[None], transposed[None]])[:, :, None]  # each (B, 1)
     table = table.to(data.device, non_blocking=True)
-    first, second, (starts, turned) = table[:6], table[6:12], table[12:]
+    first, second, (starts, transposed) = table[:6], table[6:12], table[12:]
 
-    # Beyond a smaller box its last row and column are repeated, with weights of 0.
+    # A smaller box is padded with its last row and column, whose weights are 0 there.
     x = first[0] * torch.arange(columns, device=data.device).minimum(first[1] - 1)
     y = second[0] * torch.arange(rows, device=data.device).minimum(second[1] - 1)
     index = (starts + y)[:, :, None] + x[:, None, :]
@@ -149,7 +154,7 @@ def _part(data, geometry, offsets, sizes, size):
     wide = _to_levels(boxes.flatten(1, 2) @ across.transpose(1, 2))  # (B, rows * 3, size)
     square = _to_levels(down @ wide.view(-1, rows, 3 * size))  # (B, size, 3 * size)
     square = square.to(torch.uint8).view(-1, size, 3, size).transpose(1, 2)
-    return torch.where(turned[..., None, None] == 1, square.transpose(2, 3), square).contiguous()
+    return torch.where(transposed[..., None, None] == 1, square.transpose(2, 3), square).contiguous()
 
 
 def _to_levels(values):
@@ -157,18 +162,18 @@ def _to_levels(values):
 
 
 def _weights(size, length, resized, skipped, flip, cubic, padded):
-    """Weights of a box's pixels in pixels of the resized box, along one side.
+    """How much each pixel of a box contributes to each pixel of the square, along one side.
 
     Args:
-        size: how many pixels of the resized box.
-        length, resized: (B, 1) int64, the side of the box before and after.
-        skipped: (B, 1) how many pixels of the resized box lie before those.
-        flip: (B, 1) whether they are in the opposite order.
-        cubic: (B, 1) whether by the bicubic kernel.
-        padded: the most pixels of any box.
+        size: side of the square.
+        length, resized: (B, 1) int64, the side of the box before and after resizing.
+        skipped: (B, 1), how many pixels of the resized box lie before the square.
+        flip: (B, 1), 1 to take the square's pixels in the opposite order.
+        cubic: (B, 1), 1 for the bicubic kernel, 0 for the bilinear one.
+        padded: the largest ``length``.
 
     Returns:
-        (B, size, padded) float32.
+        (B, size, padded) float32; each row sums to 1.
     """
     kept = torch.arange(size, device=length.device)
     places = skipped + torch.where(flip == 1, size - 1 - kept, kept)
@@ -178,7 +183,7 @@ def _weights(size, length, resized, skipped, flip, cubic, padded):
     centre = (places + 0.5) * scale
     first = (centre - support + 0.5).clamp(min=0).floor()
     last = torch.minimum((centre + support + 0.5).floor(), length)
-    # Large numbers are subtracted in double precision; the many small ones that are left need less.
+    # Double precision for the few differences of large numbers; float32 is enough for the many small ones below.
     step = torch.arange(padded, device=places.device, dtype=torch.float32) - first[..., None].float()
     distance = ((first - centre + 0.5).float()[..., None] + step) / stretch[..., None].float()
     within = (step >= 0) & (step < (last - first)[..., None].float())
@@ -188,7 +193,7 @@ def _weights(size, length, resized, skipped, flip, cubic, padded):
 
 
 def _bicubic(distance):
-    """Pillow's kernel for resizing (a = -0.5), of distances from 0 to 2."""
+    """Pillow's bicubic kernel for resizing (a = -0.5), for distances from 0 to 2."""
     near = (1.5 * distance - 2.5) * distance * distance + 1
     far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
     return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))

@@ -12,8 +12,8 @@ from timm.data import auto_augment
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-import datasets
 from input_pipeline.augmentation import Augmentation, Pixels, Unsupported, operations, resizing
+from input_pipeline.transforms import _posterize, build_transform
 from training.options import parse_args
 from utils import seed_everything
 
@@ -45,7 +45,7 @@ def to_batch(arrays):
 
 
 def transform_of(text, train=True):
-    return datasets.build_transform(parse_args(["--data_set", "CIFAR10", *text.split()]), train)
+    return build_transform(parse_args(["--data_set", "CIFAR10", *text.split()]), train)
 
 
 def assert_levels(ours, theirs, most, share):
@@ -86,7 +86,7 @@ LEVELS = {
 
 
 def by_pillow(name, arrays, level, kernel=Image.BICUBIC):
-    function = datasets._posterize if name == "posterize" else getattr(auto_augment, name)
+    function = _posterize if name == "posterize" else getattr(auto_augment, name)
     level = () if level is None else (level,)
     results = [function(Image.fromarray(one), *level, resample=kernel, fillcolor=FILL) for one in arrays]
     return to_batch([np.asarray(result) for result in results])
@@ -221,7 +221,7 @@ def test_a_seed_means_what_it_means_to_timm(text, size, train):
     erased = torch.zeros(theirs.shape, dtype=torch.bool)
     for row, _, top, left, height, width in packed.erased:
         erased[row, :, top : top + height, left : left + width] = True
-    mean, std = (torch.as_tensor(values).view(3, 1, 1) for values in (augmentation._mean, augmentation._std))
+    mean, std = (torch.as_tensor(values).view(3, 1, 1) for values in (augmentation.mean, augmentation.std))
     for batched, share in ((False, 0.03), (True, 0.008)):
         images = augmentation.apply(pixels_of(arrays), packed, batched)
         ours = augmentation.finish(images, packed)
@@ -246,7 +246,7 @@ def test_erased_boxes_are_timms():
             erased[:, top : top + height, left : left + width] = True
         boxes.add(len(draws.erased))
         seed_everything(seed)
-        grey = (transform(Image.new("RGB", (32, 32), (90, 90, 90))) * augmentation._std + augmentation._mean) * 255
+        grey = (transform(Image.new("RGB", (32, 32), (90, 90, 90))) * augmentation.std + augmentation.mean) * 255
         noise = (grey - grey[:, ~erased[0]].mean(1)[:, None, None]).abs() > 1e-3
         assert torch.equal(noise, erased)
     assert boxes == {1, 2, 3}

@@ -1,4 +1,4 @@
-"""Models by name, classic initialisations, and the declarations of families compared with real models."""
+"""Models by name, classic initialisations, and the declarations of architectures compared with real models."""
 
 import math
 import re
@@ -9,11 +9,11 @@ import torch
 
 from models.initialization import initialize
 from weight_selection.errors import InputError
-from weight_selection.sources.families import FAMILIES
-from weight_selection.sources.membership import classifier_pattern, family_of
+from weight_selection.sources import MODEL_TYPES
+from weight_selection.sources.architectures import CONVNEXT, VIT, architecture_of, classifier_pattern
 from weight_selection.sources.timm_models import PAPER_MODELS, create_model
 
-FAMILY_NAMES = sorted(FAMILIES)
+DECLARED = {"convnext": CONVNEXT, "vit": VIT}
 PAPER_SIZES = {  # width and depth
     "vit_tiny": (192, 12),
     "vit_small": (384, 12),
@@ -32,9 +32,9 @@ def shapes(name, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def family_shapes():
-    """{family: [shapes of the student, shapes of the teacher]} of the paper's main experiments."""
-    return {name: [shapes(family.student), shapes(family.teacher)] for name, family in FAMILIES.items()}
+def declared_shapes():
+    """{architecture: [shapes of the student, shapes of the teacher]} of the paper's main experiments."""
+    return {name: [shapes(student), shapes(teacher)] for name, (student, teacher) in MODEL_TYPES.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -224,12 +224,12 @@ def test_unknown_initialisation_is_refused():
 # Declarations
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_every_pattern_of_a_family_matches_keys_of_its_models(family_shapes, name):
-    family = FAMILIES[name]
-    patterns = [pattern for pattern in (family.classifier, family.head_norm) if pattern is not None]
-    for keys in family_shapes[name]:
-        for pattern in (*patterns, *family.components.values()):
+@pytest.mark.parametrize("name", DECLARED)
+def test_every_pattern_of_an_architecture_matches_keys_of_its_models(declared_shapes, name):
+    architecture = DECLARED[name]
+    patterns = [pattern for pattern in (architecture.classifier, architecture.head_norm) if pattern is not None]
+    for keys in declared_shapes[name]:
+        for pattern in (*patterns, *architecture.components.values()):
             assert any(re.search(pattern, key) for key in keys), pattern
 
 
@@ -245,55 +245,55 @@ def test_classifier_is_what_timm_calls_so(model_name):
     assert declared == expected | norm
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_no_key_belongs_to_two_components(family_shapes, name):
-    for key in family_shapes[name][1]:
-        owners = [component for component, pattern in FAMILIES[name].components.items() if re.search(pattern, key)]
+@pytest.mark.parametrize("name", DECLARED)
+def test_no_key_belongs_to_two_components(declared_shapes, name):
+    for key in declared_shapes[name][1]:
+        owners = [component for component, pattern in DECLARED[name].components.items() if re.search(pattern, key)]
         assert len(owners) <= 1, f"{key}: {owners}"
 
 
-def test_components_of_vit_leave_out_nothing_but_the_class_token(family_shapes):
-    family = FAMILIES["vit"]
-    patterns = [family.classifier, *family.components.values()]
-    left = [key for key in family_shapes["vit"][1] if not any(re.search(pattern, key) for pattern in patterns)]
+def test_components_of_vit_leave_out_nothing_but_the_class_token(declared_shapes):
+    architecture = DECLARED["vit"]
+    patterns = [architecture.classifier, *architecture.components.values()]
+    left = [key for key in declared_shapes["vit"][1] if not any(re.search(pattern, key) for pattern in patterns)]
     assert left == ["cls_token"]
 
 
 @pytest.mark.parametrize(
-    ("name", "family"),
+    ("name", "architecture"),
     [
         ("deit_small_distilled_patch16_224", "vit"),
         ("convnextv2_tiny", "convnext"),
         ("vit_base_patch16_siglip_224", "vit"),
     ],
 )
-def test_other_models_of_timms_class_belong_to_the_family(name, family):
-    assert family_of(create_model(name, device="meta"), name) is FAMILIES[family]
+def test_other_models_of_timms_class_are_of_its_architecture(name, architecture):
+    assert architecture_of(create_model(name, device="meta"), name) is DECLARED[architecture]
 
 
 @pytest.mark.parametrize(
-    ("name", "family", "classifier", "components"),
+    ("name", "architecture", "classifier", "components"),
     [
         ("resnet18", "resnet", ["fc.weight", "fc.bias"], {"norm", "patch_embed"}),
         ("mixer_s32_224", "mlpmixer", ["head.weight", "head.bias"], {"mlp", "norm", "patch_embed"}),
         ("beit_base_patch16_224", "beit", ["head.weight", "head.bias"], {"attention", "mlp", "norm", "patch_embed"}),
     ],
 )
-def test_any_other_model_of_timms_has_a_family_of_its_class(name, family, classifier, components):
+def test_any_other_model_of_timms_has_the_architecture_of_its_class(name, architecture, classifier, components):
     model = create_model(name, device="meta")
-    found = family_of(model, name)
-    assert found.name == family
+    found = architecture_of(model, name)
+    assert found.name == architecture
     assert [key for key in model.state_dict() if re.search(found.classifier, key)] == classifier
     assert {
         c for c, pattern in found.components.items() if any(map(re.compile(pattern).search, model.state_dict()))
     } == components
 
 
-def test_a_distilled_variant_is_of_the_family_of_the_class_it_extends():
+def test_a_distilled_variant_is_of_the_architecture_of_the_class_it_extends():
     names = ("efficientvim_m1_dist", "efficientvim_m1")
-    assert len({family_of(create_model(name, device="meta"), name).name for name in names}) == 1
+    assert len({architecture_of(create_model(name, device="meta"), name).name for name in names}) == 1
 
 
-def test_a_model_that_is_not_timms_has_no_family():
+def test_a_model_that_is_not_timms_has_no_architecture():
     with pytest.raises(InputError, match="--student mine: a Linear is not one of timm's models"):
-        family_of(torch.nn.Linear(2, 2), "--student mine")
+        architecture_of(torch.nn.Linear(2, 2), "--student mine")

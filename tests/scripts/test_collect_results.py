@@ -171,7 +171,7 @@ def test_our_own_tables_say_what_was_measured(make_run, collect):
         r"- 20 epochs of flowers by adamw at lr \S+, batch \d+ \(48 images\): \S+random, \S+selected\n", text
     )
     assert re.search(r"- 5 epochs of flowers by adamw at lr \S+, batch \d+ \(48 images\): \S+selected\n", text)
-    assert "bash scripts/evidence.sh vit_half_112 flowers feature_distilled\n" in text
+    assert "bash experiments/evidence.sh vit_half_112 flowers feature_distilled\n" in text
     assert "paper" not in text
 
 
@@ -265,7 +265,7 @@ def test_a_damaged_result_is_named(make_run, cli, tmp_path, damage, reason):
 def test_tables_are_well_formed(name):
     table = TABLES[name]
     assert set(table) <= {"title", "script", "columns", "rows", "notes", "recipe"}
-    assert re.fullmatch(rf"scripts/({name}|evidence|projection)\.sh", table["script"])
+    assert re.fullmatch(rf"scripts/{name}\.sh|experiments/(evidence|projection|other_families)\.sh", table["script"])
     for row in table["rows"]:
         assert set(row) <= {"row", "run", "paper", "statistic"}
         assert ("paper" in row) == name.startswith("table"), "the paper's tables have its values, ours have none"

@@ -1,15 +1,17 @@
-"""The scripts of tables and figures: what they would run, against the paper's settings, and that they do run."""
+"""The scripts of tables, figures and experiments: what they would run, and that they do run."""
 
 import os
 import shlex
 import subprocess
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import paper
-from training.options import parse_args
+from python_server import make_python
+from training import options
 from weight_selection.cli import get_args_parser as selection_parser
 from weight_selection.sources.timm_models import check_name
 
@@ -23,7 +25,7 @@ EVIDENCE = [name for name in paper.contents()["tables"] if name.startswith("evid
 def shell(script, *words, check=True, **environment):
     """Run a script; returns its finished process."""
     keep = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
-    command = ["bash", str(ROOT / "scripts" / f"{script}.sh"), *words]
+    command = ["bash", str(ROOT / ("experiments" if script in OWN else "scripts") / f"{script}.sh"), *words]
     result = subprocess.run(command, env=keep | environment, capture_output=True, text=True, cwd="/")
     assert not check or result.returncode == 0, result.stderr
     return result
@@ -34,9 +36,9 @@ def commands(script, *words, **environment):
     lines = [shlex.split(line) for line in shell(script, *words, DRY_RUN="1", **environment).stdout.splitlines()]
     words = {
         program: [line[line.index(program) + 1 :] for line in lines if program in line]
-        for program in ("main.py", "weight_selection.py", "scripts/ablate_projection.py")
+        for program in ("main.py", "weight_selection.py", "experiments/ablate_projection.py")
     }
-    words["weight_selection.py"] += [line[1:] for line in words.pop("scripts/ablate_projection.py")]
+    words["weight_selection.py"] += [line[1:] for line in words.pop("experiments/ablate_projection.py")]
     return words
 
 
@@ -44,6 +46,16 @@ def commands(script, *words, **environment):
 def dry():
     """{script: its commands}"""
     return {script: commands(script, OUT="out") for script in [*TABLES, *FIGURES, *OWN]}
+
+
+@cache
+def parsed(words):
+    return options.parse_args(list(words))
+
+
+def parse_args(words):
+    """The options of a run of main.py. Many scripts share runs."""
+    return parsed(tuple(words))
 
 
 def run_of(args):
@@ -149,11 +161,11 @@ def test_selections_are_those_of_the_tables(dry):
 
 
 def test_methods_are_those_of_the_tables(dry):
-    options = {}
+    methods = {}
     for programs in dry.values():
         for args in map(parse_args, programs["main.py"]):
             _, data, name, _ = run_of(args)
-            options[data, name] = (
+            methods[data, name] = (
                 args.init,
                 args.distillation,
                 args.distillation_alpha,
@@ -161,14 +173,14 @@ def test_methods_are_those_of_the_tables(dry):
                 args.linear_probe,
             )
     s, deit = "vit_small_patch16_224.augreg_in21k", "deit_small_patch16_224.fb_in1k"
-    assert options["cifar100", "mimetic"] == ("mimetic", "none", 1, None, False)
-    assert options["cifar100", "xavier"] == ("xavier", "none", 1, None, False)
-    assert options["cifar100", "kaiming"] == ("kaiming", "none", 1, None, False)
-    assert options["imagenet", "logit_distilled"] == ("timm", "logit", 1, deit, False)
-    assert options["imagenet", "logit_distilled_selected"] == ("timm", "logit", 1, deit, False)
-    assert options["cifar100", "feature_distilled"] == ("timm", "feature", 1, s, False)
-    assert options["cifar100", "feature_distilled_selected"] == ("timm", "feature", 1, s, False)
-    assert options["cifar100", "linear_probe_random"] == ("timm", "none", 1, None, True)
+    assert methods["cifar100", "mimetic"] == ("mimetic", "none", 1, None, False)
+    assert methods["cifar100", "xavier"] == ("xavier", "none", 1, None, False)
+    assert methods["cifar100", "kaiming"] == ("kaiming", "none", 1, None, False)
+    assert methods["imagenet", "logit_distilled"] == ("timm", "logit", 1, deit, False)
+    assert methods["imagenet", "logit_distilled_selected"] == ("timm", "logit", 1, deit, False)
+    assert methods["cifar100", "feature_distilled"] == ("timm", "feature", 1, s, False)
+    assert methods["cifar100", "feature_distilled_selected"] == ("timm", "feature", 1, s, False)
+    assert methods["cifar100", "linear_probe_random"] == ("timm", "none", 1, None, True)
 
 
 def test_linear_probing_is_maes_recipe(dry):
@@ -337,7 +349,7 @@ def test_slurm_starts_torchrun_on_every_node(tmp_path):
     assert line.startswith(
         "srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task=80 "
         "py -m torch.distributed.run --nnodes=2 --nproc_per_node=4 "
-        "--rdzv_id=77 --rdzv_backend=c10d --rdzv_endpoint=node1:29500 main.py --config recipes/vit_tiny/cifar10.yaml"
+        "--rdzv_id=77 --rdzv_backend=c10d --rdzv_endpoint=node1:29500 main.py --config recipes/vit_tiny.yaml:cifar10"
     )
     assert parse_args(shlex.split(line)[shlex.split(line).index("main.py") + 1 :]).total_batch_size == 512
 
@@ -374,6 +386,14 @@ def smoke_out(tmp_path_factory):
     return tmp_path_factory.mktemp("smoke")
 
 
+@pytest.fixture(scope="module")
+def smoke(smoke_out):
+    """``smoke(script, *words)`` runs a script with SMOKE=1 into ``smoke_out``; returns what it prints."""
+    with make_python(smoke_out) as python:
+        environment = {"SMOKE": "1", "SEEDS": "0", "OUT": str(smoke_out), "PYTHON": str(python)}
+        yield lambda script, *words: shell(script, *words, **environment).stdout
+
+
 @pytest.mark.parametrize(
     ("script", "words"),
     [
@@ -382,31 +402,40 @@ def smoke_out(tmp_path_factory):
         ("table09", ["convnext_femto", "linear_probe_selected"]),
     ],
 )
-def test_smoke(smoke_out, script, words):
-    result = shell(script, *words, SMOKE="1", OUT=str(smoke_out))
-    measured = [line for line in result.stdout.splitlines() if line.endswith("|") and "(1) [1]" in line]
+def test_smoke(smoke, smoke_out, script, words):
+    out = smoke(script, *words)
+    measured = [line for line in out.splitlines() if line.endswith("|") and "(1) [1]" in line]
     assert len(measured) == 1  # one cell, marked as not of the paper's recipe
-    assert "data_set image_folder" in result.stdout
-    assert f"SMOKE=1 OUT={smoke_out} bash scripts/{script}.sh" in result.stdout
-    again = shell(script, *words, SMOKE="1", OUT=str(smoke_out)).stdout
+    assert "data_set image_folder" in out
+    assert f"SMOKE=1 OUT={smoke_out} bash scripts/{script}.sh" in out
+    again = smoke(script, *words)
     assert "main.py" not in again and "done: " in again
 
 
-def test_smoke_of_figure_5(smoke_out):
-    shell("figure05", SMOKE="1", OUT=str(smoke_out))
+def test_smoke_of_figure_5(smoke, smoke_out):
+    smoke("figure05")
     assert (smoke_out / "smoke" / "figure05.png").stat().st_size > 10_000
 
 
-def test_an_interrupted_run_goes_on(smoke_out):
+def test_smoke_of_another_family(smoke, smoke_out):
+    out = smoke("other_families", "mixer_half", "selected")
+    results = sorted((smoke_out / "smoke").glob("mixer*/*/*/0/results.json"))
+    assert [path.parts[-5:-1] for path in results] == [
+        ("mixer", "cifar100_first", "random", "0"),
+        ("mixer_half", "cifar100_last", "selected", "0"),
+    ]
+    assert f"--initialize {smoke_out}/smoke/init/mixer_half/selected.pth" in out
+
+
+def test_an_interrupted_run_goes_on(smoke, smoke_out):
     """As if it had been stopped after the first of its two epochs."""
     words = ["table12", "stl10", "mimetic"]
-    shell(*words, SMOKE="1", OUT=str(smoke_out))
+    smoke(*words)
     run = smoke_out / "smoke" / "vit_tiny" / "stl10" / "mimetic" / "0"
     whole = (run / "log.txt").read_text().splitlines()
     (run / "results.json").unlink()
     (run / "checkpoint-1.pth").unlink()
-    out = shell(*words, SMOKE="1", OUT=str(smoke_out)).stdout
-    assert "checkpoint-0.pth, written after epoch 0" in out
+    assert "checkpoint-0.pth, written after epoch 0" in smoke(*words)
     again = (run / "log.txt").read_text().splitlines()
     assert again[0] == whole[0] and len(again) == 2 and (run / "results.json").exists()
 

@@ -151,7 +151,7 @@ def test_checkpoints_within_an_epoch_are_kept_until_it_is_over(train, at_call, i
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Kills. benchmarks/faults.py has many more of them.
+# Kills. benchmarks/bench_faults.py has many more of them.
 
 
 def test_run_killed_while_it_writes_a_checkpoint_ends_as_if_it_had_not_been(tiny_run, train, whole, tmp_path):

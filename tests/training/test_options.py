@@ -269,11 +269,6 @@ def test_config_file_that_is_missing(refused, tmp_path):
     assert refused("--config", tmp_path / "none.yaml").startswith(f"--config {tmp_path}/none.yaml: cannot be read")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipe_that_comes_with_the_project_is_accepted(path):
-    parse_args(["--config", str(path)])
-
-
 def test_recipe_may_set_what_a_command_switches_off(tiny_run, tmp_path):
     """A recipe that also evaluates its moving average, run without one."""
     path = write_config(tmp_path, "model_ema: true\nmodel_ema_eval: true\namp_dtype: bfloat16\n")
@@ -507,7 +502,7 @@ def test_loss_that_is_not_finite_ends_the_run_with_status_1(tiny_run, tmp_path, 
     ],
 )
 def test_help_and_mistakes_in_options_do_not_wait_for_torch(command, status):
-    """Its import takes seconds; theirs, without it, a fraction of one (``benchmarks/startup.py`` measures them)."""
+    """To import torch takes seconds; without it they take a fraction of one: ``benchmarks/bench_startup.py``."""
     program, *words = command.split()
     run = subprocess.run(
         [sys.executable, "-X", "importtime", str(ROOT / program), *words], capture_output=True, text=True

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from weight_selection import ELEMENT_SELECTION, LAYER_SELECTION, SEEDED
+from weight_selection.options import ELEMENT_SELECTION, LAYER_SELECTION, SEEDED
 from weight_selection.rules import element_indices, layer_indices, select_elements, uniform_indices
 
 SLICING = [method for method in ELEMENT_SELECTION if method != "magnitude"]

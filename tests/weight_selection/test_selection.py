@@ -19,12 +19,14 @@ import torch
 from timm.layers import resample_patch_embed
 
 from helpers import assert_same, jax_names, meta, prefixed, random_weights, read, release_names, words, written
-from weight_selection import ELEMENT_SELECTION, select_weights
+from weight_selection import select_weights
+from weight_selection.apply import apply_plan
 from weight_selection.cli import main as select_main
 from weight_selection.errors import InputError
-from weight_selection.plan import apply_plan, make_plan
+from weight_selection.options import CONSISTENT, ELEMENT_SELECTION
+from weight_selection.plan import make_plan
+from weight_selection.sources.initial_weights import find_weights, load_initial
 from weight_selection.sources.timm_models import create_model
-from weight_selection.sources.weight_files import find_weights, load_initial
 
 ROOT = Path(__file__).parents[2]
 
@@ -281,24 +283,24 @@ def origins(source, values):
 def kept_neurons(family, method, teacher, student):
     """{set of neurons: all the different choices that were made in it}, over all the tensors of a student."""
     source = numbered(teacher)
-    plan = make_plan(teacher, student, include_head=True)
-    chosen = apply_plan(plan, source, element_selection=method)
+    plan = make_plan(teacher, student, include_head=True, element_selection=method)
+    chosen = apply_plan(plan, source)
     found = {}
-    for entry in plan:
+    for entry in plan.entries:
         covered = [
             (dim, space)
             for pattern, dim, space in SPACES[family]
             if re.search(pattern, entry.key) and dim < len(entry.shape)
         ]
-        shrunk = {dim for dim, (t, s) in enumerate(zip(entry.source_shape, entry.shape, strict=True)) if t != s}
+        shrunk = {dim for dim, (t, s) in enumerate(zip(entry.teacher_shape, entry.shape, strict=True)) if t != s}
         assert shrunk == {dim for dim, _ in covered}, f"{entry.key}: the test knows {covered}"
         parts = 3 if ".qkv." in entry.key else 1
         for part, values in enumerate(chosen[entry.key].chunk(parts)):
-            indices = origins(source[entry.source], values)
+            indices = origins(source[entry.teacher_key], values)
             for dim, space in covered:
                 lines = indices[dim].movedim(dim, 0).reshape(values.shape[dim], -1)
                 assert (lines == lines[:, :1]).all(), f"{entry.key}: another choice in every row"
-                first = part * entry.source_shape[0] // parts if dim == 0 else 0
+                first = part * entry.teacher_shape[0] // parts if dim == 0 else 0
                 found.setdefault(space, set()).add(tuple((lines[:, 0] - first).tolist()))
     return found
 
@@ -334,7 +336,7 @@ def test_stream_of_a_width_that_does_not_divide_is_the_rounded_grid():
 def test_query_key_and_value_are_each_selected_inside_their_own_part(method):
     teacher, student = VIT.models()
     source = numbered(teacher)
-    chosen = apply_plan(make_plan(teacher, student), source, element_selection=method)
+    chosen = apply_plan(make_plan(teacher, student, element_selection=method), source)
     for key in ("blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.bias"):
         rows = origins(source[key], chosen[key])[0]
         for part, found in enumerate(rows.chunk(3)):
@@ -344,7 +346,7 @@ def test_query_key_and_value_are_each_selected_inside_their_own_part(method):
 def test_random_inconsistent_draws_anew_for_query_key_and_value():
     teacher, student = VIT.models()
     source = numbered(teacher)
-    chosen = apply_plan(make_plan(teacher, student), source, element_selection="random_inconsistent")
+    chosen = apply_plan(make_plan(teacher, student, element_selection="random_inconsistent"), source)
     rows = origins(source["blocks.0.attn.qkv.bias"], chosen["blocks.0.attn.qkv.bias"])[0]
     assert len({tuple((rows.chunk(3)[part] - 48 * part).tolist()) for part in range(3)}) == 3
 
@@ -354,8 +356,8 @@ def test_attention_pooling_keeps_the_neurons_of_the_stream_and_parts_keys_from_v
     sizes = {"depth": 1, "num_heads": 3, "img_size": 32}
     teacher = meta("vit_base_patch16_siglip_224", embed_dim=48, **sizes)
     source = numbered(teacher)
-    plan = make_plan(teacher, meta("vit_base_patch16_siglip_224", embed_dim=24, **sizes))
-    chosen = apply_plan(plan, source, element_selection=method)
+    plan = make_plan(teacher, meta("vit_base_patch16_siglip_224", embed_dim=24, **sizes), element_selection=method)
+    chosen = apply_plan(plan, source)
     places = {key: origins(source[key], value) for key, value in chosen.items()}
     stream = places["norm.bias"][0]
     assert torch.equal(places["attn_pool.latent"][2].flatten(), stream)
@@ -454,8 +456,11 @@ def test_deit3_teacher_needs_a_student_with_its_layer_scale_and_positions():
 
 def test_clip_teacher_needs_a_student_that_normalises_first():
     plan = make_plan(meta("vit_base_clip"), meta("vit_tiny_clip"))
-    assert [entry.key for entry in plan if entry.role != "selected"] == ["head.weight", "head.bias"]
-    assert {entry.source for entry in plan if "norm_pre" in entry.key} == {"norm_pre.weight", "norm_pre.bias"}
+    assert [entry.key for entry in plan.entries if entry.role != "selected"] == ["head.weight", "head.bias"]
+    assert {entry.teacher_key for entry in plan.entries if "norm_pre" in entry.key} == {
+        "norm_pre.weight",
+        "norm_pre.bias",
+    }
     with pytest.raises(InputError, match=r"norm_pre\.weight"):
         make_plan(meta("vit_base_clip"), meta("vit_tiny"))
 
@@ -508,7 +513,7 @@ def test_kernels_for_grey_images_are_not_made_for_colours(cli, tmp_path):
 )
 def test_layer_selection_for_the_shallow_student_of_the_paper(rule, layers):
     plan = make_plan(meta("vit_small"), meta("vit_a"), layer_selection=rule)
-    moved = [(entry.key, entry.source) for entry in plan if entry.key.startswith("blocks.")]
+    moved = [(entry.key, entry.teacher_key) for entry in plan.entries if entry.key.startswith("blocks.")]
     assert len(moved) == 6 * 12
     for key, source in moved:
         _, layer, name = key.split(".", 2)
@@ -517,7 +522,7 @@ def test_layer_selection_for_the_shallow_student_of_the_paper(rule, layers):
 
 def test_layer_selection_is_made_in_every_stage():
     plan = make_plan(meta("convnext_tiny"), meta("convnext_femto"), layer_selection="last_n")
-    sources = {entry.key: entry.source for entry in plan}
+    sources = {entry.key: entry.teacher_key for entry in plan.entries}
     layers = [sources[f"stages.{stage}.blocks.0.gamma"] for stage in range(4)]
     assert layers == [f"stages.{stage}.blocks.{first}.gamma" for stage, first in enumerate((1, 1, 3, 1))]
     assert sources["stages.2.downsample.1.weight"] == "stages.2.downsample.1.weight"
@@ -655,8 +660,9 @@ def test_every_element_rule_gives_a_file_the_student_loads(family, method, cli, 
 def test_dry_run_prints_every_key_and_touches_nothing(model_type, teacher, student, cli, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["--dry_run", "--model_type", model_type, "--pretrained_model", teacher, "--output_dir", "out"]
-    assert cli(select_main, *command) is None
+    assert cli(select_main, *command, "--verbose") is None
     lines = capsys.readouterr().out.splitlines()
+    lines = lines[next(number for number, line in enumerate(lines) if line.startswith("student key")) :]
     first_words = [line.split()[0] for line in lines]
     expected = {key: "x".join(map(str, value.shape)) for key, value in meta(student).state_dict().items()}
     assert first_words[1 : 1 + len(expected)] == list(expected)
@@ -666,7 +672,7 @@ def test_dry_run_prints_every_key_and_touches_nothing(model_type, teacher, stude
 
 def test_dry_run_says_where_each_tensor_comes_from_and_by_which_rule(cli, capsys):
     named = f"--pretrained_model deit_small_distilled_patch16_224 --teacher_kwargs {' '.join(words(VIT.large))}"
-    options = "img_size=48 --layer_selection last_n --exclude mlp --allow_unused --dry_run --student vit_tiny"
+    options = "img_size=48 --layer_selection last_n --exclude mlp --allow_unused --dry_run --verbose --student vit_tiny"
     command = f"{named} {options} --student_kwargs {' '.join(words(VIT.small))}".split()
     assert cli(select_main, *command) is None
     rows = {line.split()[0]: re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()}
@@ -679,6 +685,36 @@ def test_dry_run_says_where_each_tensor_comes_from_and_by_which_rule(cli, capsys
     assert rows["pos_embed"][4] == "first 1 of 2 prefix tokens, resample 3x3 to 2x2, uniform"
     assert rows["blocks.0.mlp.fc1.weight"][2:] == ["-", "-", "excluded: student's own initialisation"]
     assert rows["head.bias"][4] == "classifier: student's own initialisation"
+
+
+def test_dry_run_shows_neuron_groups_layers_and_totals_first(cli, capsys):
+    command = ["--dry_run", "--student", "vit_a", "--pretrained_model", "vit_small", "--layer_selection", "uniform"]
+    assert cli(select_main, *command) is None
+    lines = capsys.readouterr().out.splitlines()
+    assert "stream: 384 -> 192, every 2nd, in 66 tensors" in lines
+    assert "blocks.{0..5}.mlp: 1536 -> 768, every 2nd, in 3 tensors each" in lines
+    assert "blocks.{0..5} from 0, 2, 4, 6, 8, 10" in lines
+    assert lines[-1] == "vit_a from vit_small: 78 selected, 2 classifier; nothing written"
+    assert not any(line.startswith("blocks.0.attn.qkv.weight") for line in lines)
+
+
+@pytest.mark.parametrize("method", CONSISTENT)
+def test_the_plan_holds_the_kept_neurons_of_every_group_and_all_its_tensors_keep_them(method):
+    teacher, student = VIT.models()
+    source = numbered(teacher)
+    plan = make_plan(teacher, student, element_selection=method, seed=3)
+    chosen = apply_plan(plan, source)
+    stream = next(group for group in plan.groups.values() if "norm.bias" in group.keys)
+    assert stream.teacher.size == 48 and len(stream.kept) == 24
+    for key in ("norm.bias", "blocks.0.norm1.weight", "blocks.1.mlp.fc2.bias"):
+        assert key in stream.keys
+        assert origins(source[key], chosen[key])[0].tolist() == stream.kept.tolist()
+
+
+@pytest.mark.parametrize("method", ["l1", "magnitude", "random_inconsistent"])
+def test_rules_that_choose_per_tensor_keep_nothing_in_a_group(method):
+    plan = make_plan(*VIT.models(), element_selection=method)
+    assert all(group.kept is None for group in plan.groups.values())
 
 
 def test_existing_files_are_kept_unless_told_otherwise(cli, files, selected, tmp_path):
@@ -844,10 +880,10 @@ REFUSED_OPTIONS = {
     "other family": (
         "vit",
         ["--student", "convnext_femto", "--student_kwargs", *words(CONVNEXT.small)],
-        ["teacher is of family vit", "convnext"],
+        ["teacher is a vit model", "convnext"],
     ),
     "other model type": ("vit", ["--model_type", "convnext"], ["--model_type convnext", "--student vit_tiny"]),
-    "undeclared family": ("vit", ["--student", "resnet18", "--student_kwargs"], ["family vit", "resnet"]),
+    "undeclared family": ("vit", ["--student", "resnet18", "--student_kwargs"], ["a vit model", "resnet"]),
     "seed without effect": ("vit", ["--seed", "3"], ["--seed 3", "uniform"]),
     "negative seed": ("vit", ["--seed", "-1", "--element_selection", "random"], ["--seed -1"]),
     "no such component": ("convnext", ["--exclude", "pos_embed"], ["--exclude pos_embed", "convnext", "patch_embed"]),
@@ -1162,7 +1198,7 @@ def test_a_student_can_be_that_of_a_configuration_of_main(cli, files, selected, 
 
 def test_a_configuration_without_a_size_has_that_of_main(cli, tmp_path, capsys):
     (tmp_path / "student.yaml").write_text("model: test_vit\n")  # which timm builds for 160 pixels
-    given = ["--dry_run", "--pretrained_model", "test_vit", "--student_config", tmp_path / "student.yaml"]
+    given = ["--dry_run", "--verbose", "--pretrained_model", "test_vit", "--student_config", tmp_path / "student.yaml"]
     assert cli(select_main, *given) is None
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("pos_embed"))
     assert line.split()[1] == "1x197x64"
@@ -1173,7 +1209,7 @@ def test_a_configuration_without_a_size_has_that_of_main(cli, tmp_path, capsys):
     [
         ("model: vit_tiny", ["--student", "vit_tiny"], ["student.yaml", "leave --student out"]),
         ("epochs: 3", [], ["student.yaml", "has no model"]),
-        ("model: vit_tiny\nwidth: 3", [], ["--student_config", "width is not an option"]),
+        ("model: vit_tiny\ninput_sise: 3", [], ["--student_config", "input_sise is not an option"]),
         ("model: [", [], ["--student_config", "not YAML"]),
         ("model: vit_teeny", [], ["--student vit_teeny: no such model"]),
     ],

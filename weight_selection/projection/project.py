@@ -23,9 +23,8 @@ from weight_selection.projection.maps import choose_writes
 from weight_selection.projection.skipped_layers import Gaps, find_gaps
 from weight_selection.projection.symmetries import Structure
 from weight_selection.projection.symmetry_check import check_free, check_streams
-from weight_selection.sources.membership import classifier_pattern
-from weight_selection.sources.timm_models import check_images
-from weight_selection.tracing.tracer import input_size
+from weight_selection.sources.architectures import classifier_pattern
+from weight_selection.sources.timm_models import check_images, input_size
 
 
 def load_teacher(teacher: nn.Module, weights: Mapping, option: str, include_head: bool = False) -> None:

@@ -1,12 +1,13 @@
-"""Models: timm's, under the paper's names as well as timm's own."""
+"""timm's models, under the paper's names as well as timm's own, and what timm knows of them."""
 
 import contextlib
 import difflib
 import inspect
+import math
+import re
 import sys
 import warnings
 from functools import partial
-from unittest import mock
 
 import timm
 import torch
@@ -16,6 +17,7 @@ from timm.models import is_model
 from torch.overrides import TorchFunctionMode
 
 from weight_selection.errors import InputError
+from weight_selection.sources.architectures import recorded_names
 
 # The paper's name -> timm's architecture and what differs from it. Kept out of timm's registry, where some of
 # these names mean something else. The CLIP variants normalise before the first block, as CLIP's ViT-B does. OpenAI
@@ -84,23 +86,28 @@ def create_model(
 
 
 def _build(architecture, kwargs):
-    """timm's model; arguments replace those that the name stands for, which timm itself refuses for many names."""
+    """Build timm's model, also with arguments that its name fixes and that timm itself refuses for many names."""
     try:
         return timm.create_model(architecture, **kwargs)
     except TypeError as error:
         if "multiple values for keyword argument" not in str(error):
             raise
     entrypoint = timm.models.model_entrypoint(timm.models.split_model_name_tag(architecture)[0])
-    module = sys.modules[entrypoint.__module__]
-    build = module.build_model_with_cfg
     of_timm = inspect.signature(timm.create_model).parameters
-    of_model = {key: value for key, value in kwargs.items() if key not in of_timm}
-
-    def replaced(*args, **given):
-        return build(*args, **given | of_model)
-
-    with mock.patch.object(module, "build_model_with_cfg", replaced):
+    own = {key: value for key, value in kwargs.items() if key not in of_timm}
+    with _overriding(sys.modules[entrypoint.__module__], own):
         return timm.create_model(architecture, **{key: value for key, value in kwargs.items() if key in of_timm})
+
+
+@contextlib.contextmanager
+def _overriding(module, kwargs):
+    """Let the models that a module of timm builds take these arguments in place of those that their names fix."""
+    build = module.build_model_with_cfg
+    module.build_model_with_cfg = lambda *args, **given: build(*args, **given | kwargs)
+    try:
+        yield
+    finally:
+        module.build_model_with_cfg = build
 
 
 @contextlib.contextmanager
@@ -133,3 +140,41 @@ def check_images(model: nn.Module, images: torch.Tensor, complaint: str) -> None
             model.eval()(images)
     except (RuntimeError, AssertionError, ValueError) as error:  # too small for the last stage, no multiple of a patch
         raise InputError(f"{complaint}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What timm knows of a model
+
+
+def input_size(model: nn.Module) -> tuple:
+    """(channels, height, width) of the images that a timm model is built for; sizes in pixels."""
+    channels, *size = model.pretrained_cfg["input_size"]
+    convolutions = first_convolutions(model)
+    for name, module in model.named_modules():  # an embedding of patches may ask for one size
+        if getattr(module, "img_size", None) and any(key.startswith(f"{name}.") for key in convolutions):
+            size = module.img_size
+    for convolution in convolutions.values():
+        times = convolution.in_channels / channels
+        if times == 1 or math.isqrt(int(times)) ** 2 != times:  # else squares of pixels were moved into channels
+            channels = convolution.in_channels
+    return channels, *size
+
+
+def first_convolutions(model: nn.Module) -> dict:
+    """{key of the weight: convolution}, of those that timm records to take the image."""
+    modules = {name: model.get_submodule(name) for name in recorded_names(model, "first_conv")}
+    return {f"{name}.weight": module for name, module in modules.items() if isinstance(module, nn.Conv2d)}
+
+
+def layer_patterns(model: nn.Module) -> list:
+    """timm's regular expressions of keys, [(pattern, does its number count layers)], in their order.
+
+    timm has them (``group_matcher``) to give layers learning rates of their own. The last bracket of a pattern holds
+    the number.
+    """
+    matcher = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
+    patterns = []
+    for given in matcher.values() if isinstance(matcher, dict) else ():
+        for pattern, suffix in given if isinstance(given, (list, tuple)) else [(given, None)]:
+            patterns.append((re.compile(pattern), suffix is None))
+    return patterns

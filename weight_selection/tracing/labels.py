@@ -1,24 +1,26 @@
-"""Labels of neurons, and tensors of them that go beside activations.
+"""Labels: numbers that say which neurons are the same, and the tensors of them that travel beside activations.
 
-Labels are integers in the shape of the tensor that they describe, broadcast (stride 0) along the dimensions that they
-do not depend on: of an image's features (batch, channels, height, width) they depend on the channels. A tensor has as
-many such *layers* of labels as it has independent axes of neurons: hidden units of a token-mixing layer (batch,
-channels, units) have two.
+Every neuron has an integer, its label. Beside an activation travels a tensor of labels of the same shape, an
+``AxisLabels``. It is expanded (stride 0) along the dimensions that the label does not depend on: the features of an
+image, (batch, channels, height, width), have one label per channel. An activation has one such tensor for every
+independent axis of neurons. The hidden units of a token-mixing MLP, (batch, channels, units), have two.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+AxisLabels = torch.Tensor  # int64, of the shape of the activation that it describes
+
 
 @dataclass(frozen=True)
-class Link:
-    """An axis that meets only a part of the structure of another: heads against heads * head_dim.
+class BlockConstraint:
+    """One axis (heads) indexes blocks of another (heads x head_dim), so the blocks must stay whole.
 
     Attributes:
-        labels: (n,) of the axis; None for n different constants.
-        matrix: (n, m), the labels that are met together with each.
-        always: the neurons come in n (or m) blocks even if ``labels`` is nobody's dimension: grouped convolutions.
+        labels: (n,), of the axis that indexes blocks; None if n different constants do.
+        matrix: (n, m), for each of them the labels of its block.
+        always: the blocks exist even if ``labels`` belong to no parameter, as in a grouped convolution.
     """
 
     labels: torch.Tensor | None
@@ -27,16 +29,21 @@ class Link:
 
 
 class Labels:
-    """Equivalence classes of labels (a union-find over integers, in whole tensors at a time)."""
+    """Which labels mean the same neuron: a union-find over integers that works on whole tensors.
+
+    Attributes:
+        positions: tensors of labels that are positions (a kernel's width, a table's rows) and not neurons.
+        derived: bool, of the labels of no parameter: those of heads inside which a product sums.
+    """
 
     def __init__(self):
         self.parent = torch.arange(1 << 16)
         self.count = 0
-        self.positions = []  # labels of what are positions, not neurons
-        self.derived = torch.zeros(1 << 16, dtype=torch.bool)  # of no parameter: of heads inside which a product sums
+        self.positions = []
+        self.derived = torch.zeros(1 << 16, dtype=torch.bool)
 
     def new(self, count: int, derived: bool = False) -> torch.Tensor:
-        """Labels that are nobody else's, (count,)."""
+        """``count`` labels that nobody has yet, (count,)."""
         first, self.count = self.count, self.count + count
         while self.count > len(self.parent):
             self.parent = torch.cat([self.parent, torch.arange(len(self.parent), 2 * len(self.parent))])
@@ -45,14 +52,14 @@ class Labels:
         return torch.arange(first, self.count)
 
     def find(self, labels: torch.Tensor) -> torch.Tensor:
-        """The representative of each label's class."""
+        """The representative of each label's class, of the same shape."""
         roots = self.parent[labels]
         while not torch.equal(roots, above := self.parent[roots]):
             roots = above
         return roots
 
     def join(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        """Make one of every two labels at the same place; shapes are broadcast."""
+        """Declare that two labels at the same place mean the same neuron. Shapes are broadcast."""
         ours, theirs = torch.broadcast_tensors(ours, theirs)
         while True:
             ours, theirs = self.find(ours.flatten()), self.find(theirs.flatten())
@@ -63,37 +70,37 @@ class Labels:
             self.parent.scatter_reduce_(0, high, low, "amin")
 
 
-def varying(layer) -> frozenset:
-    """The dimensions that labels depend on."""
+def varying(axis: AxisLabels) -> frozenset:
+    """The dimensions along which labels differ."""
     return frozenset(
-        dim for dim, (size, step) in enumerate(zip(layer.shape, layer.stride(), strict=True)) if size > 1 and step
+        dim for dim, (size, step) in enumerate(zip(axis.shape, axis.stride(), strict=True)) if size > 1 and step
     )
 
 
-def core(layer):
-    """Labels without the repetitions along the dimensions that they do not depend on, which have size 1."""
-    for dim, (size, step) in enumerate(zip(layer.shape, layer.stride(), strict=True)):
+def core(axis: AxisLabels) -> torch.Tensor:
+    """Labels without their repetitions: dimensions along which they do not differ get size 1."""
+    for dim, (size, step) in enumerate(zip(axis.shape, axis.stride(), strict=True)):
         if size > 1 and not step:
-            layer = layer.narrow(dim, 0, 1)
-    return layer
+            axis = axis.narrow(dim, 0, 1)
+    return axis
 
 
-def compact(layer):
-    """The same labels, stored once along every dimension that they do not depend on."""
-    kept = core(layer)
+def compact(axis: AxisLabels) -> AxisLabels:
+    """The same labels, expanded along every dimension where they happen to be equal."""
+    kept = core(axis)
     for dim, size in enumerate(kept.shape):
         if size > 1 and (first := kept.narrow(dim, 0, 1)).expand_as(kept).equal(kept):
             kept = first
-    return kept.expand(layer.shape)
+    return kept.expand(axis.shape)
 
 
-def fit(layer, shape):
-    """Labels for a tensor of another shape of as many dimensions, where they depend on none that differs."""
-    return core(layer).expand(shape)
+def fit(axis: AxisLabels, shape) -> AxisLabels:
+    """Labels for a tensor of another shape; they may not depend on a dimension whose size differs."""
+    return core(axis).expand(shape)
 
 
-def unique_rows(rows):
-    """Different rows in the order of their first occurrence, and which of them each row is."""
+def unique_rows(rows: torch.Tensor) -> tuple:
+    """The different rows of (n, m), in the order of their first occurrence, and for each row which of them it is."""
     unique, places = torch.unique(rows, dim=0, return_inverse=True)
     first = torch.full((len(unique),), len(places)).scatter_reduce(0, places, torch.arange(len(places)), "amin")
     order = first.argsort()

@@ -25,9 +25,10 @@ from helpers import jax_names, random_weights, read_checkpoint, save_torchscript
 from training import metric_log
 from training.options import get_args_parser, read_config
 from weight_selection.errors import InputError
-from weight_selection.sources.families import VIT
+from weight_selection.sources.initial_weights import load_initial
+from weight_selection.sources.teachers import read_teacher
 from weight_selection.sources.timm_models import create_model
-from weight_selection.sources.weight_files import load_initial, read_teacher, read_weights
+from weight_selection.sources.weight_files import read_weights
 
 TINY = {"embed_dim": 12, "depth": 2, "num_heads": 3, "patch_size": 8, "img_size": 16, "num_classes": 3}
 
@@ -183,7 +184,7 @@ def test_forged_file_runs_no_code_and_takes_no_memory(bomb):
     path = BOMBS[bomb]()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError) as refused:
-        read_teacher(path, tiny(), VIT, "--pretrained_path")
+        read_teacher(path, tiny(), "--pretrained_path")
     assert str(refused.value).startswith(f"--pretrained_path {path}: ")
     assert "\n" not in str(refused.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10, "KiB"
@@ -293,7 +294,7 @@ FILES = _files()
 def test_mutated_weights_are_read_or_refused(name, data):
     Path(name).write_bytes(mutate(data, FILES[name]))
     try:
-        weights, _ = read_teacher(Path(name), tiny(), VIT, "--pretrained_path")
+        weights, _ = read_teacher(Path(name), tiny(), "--pretrained_path")
     except InputError as error:
         assert "\n" not in str(error)
         return

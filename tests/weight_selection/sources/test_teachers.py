@@ -28,8 +28,8 @@ from helpers import (
 )
 from weight_selection.cli import main as select_main
 from weight_selection.plan import make_plan
+from weight_selection.sources.initial_weights import load_initial
 from weight_selection.sources.timm_models import create_model
-from weight_selection.sources.weight_files import load_initial
 
 PAIRS = [
     ("vit_small_patch16_224.augreg_in21k", "vit_tiny"),
@@ -112,11 +112,13 @@ def test_full_size_plans_cover_every_key_and_lose_nothing(teacher, student):
     teacher, student = meta(teacher), meta(student)
     plan = make_plan(teacher, student)
     head = [key for key in student.state_dict() if key.startswith("head.")]
-    assert {entry.key: entry.shape for entry in plan} == {k: tuple(v.shape) for k, v in student.state_dict().items()}
-    assert [entry.key for entry in plan if entry.role != "selected"] == head
-    assert {entry.role for entry in plan} == {"selected", "classifier"}
+    assert {entry.key: entry.shape for entry in plan.entries} == {
+        k: tuple(v.shape) for k, v in student.state_dict().items()
+    }
+    assert [entry.key for entry in plan.entries if entry.role != "selected"] == head
+    assert {entry.role for entry in plan.entries} == {"selected", "classifier"}
     outside = {key for key in teacher.state_dict() if not key.startswith(("blocks.", "stages."))}
-    sources = {entry.source for entry in plan}
+    sources = {entry.teacher_key for entry in plan.entries}
     assert [key for key in outside - sources if not key.startswith("head.")] == []
     first = {key for key in teacher.state_dict() if re.match(r"blocks\.0\.|stages\.\d\.(blocks\.0|downsample)\.", key)}
     assert first <= sources

@@ -12,11 +12,13 @@ from timm.models.vgg import VGG
 import coverage
 from architectures import MODELS, lively, models, reads
 from helpers import assert_same, meta
+from weight_selection.apply import apply_plan
 from weight_selection.errors import InputError
-from weight_selection.plan import apply_plan, make_plan
+from weight_selection.plan import make_plan
+from weight_selection.report import tensor_words
 from weight_selection.rules import element_indices
-from weight_selection.sources.timm_models import create_model
-from weight_selection.tracing.tracer import input_size, trace
+from weight_selection.sources.timm_models import create_model, input_size
+from weight_selection.tracing.tracer import trace
 
 
 def hidden(plan, teacher, student):
@@ -29,20 +31,21 @@ def hidden(plan, teacher, student):
     if isinstance(teacher, VGG):  # no residuals: the convolutions that go are the identity
         state = {key: nn.init.dirac_(value) if value.ndim == 4 else value for key, value in state.items()}
     weights = student.state_dict()
-    for entry in plan:
+    for entry in plan.entries:
         value = weights[entry.key]
-        for dim, size in enumerate(entry.source_shape):
+        for dim, size in enumerate(entry.teacher_shape):
             origin, alive = np.arange(size), np.ones(size, bool)
-            for theirs, ours in (entry.parts or {}).get(dim, ()):
+            for pair in entry.slices.get(dim, ()):
+                theirs, ours = pair.teacher, pair.student
                 axes = [np.arange(t) for t in theirs.shape]
                 origin[theirs] = ours[np.ix_(*(axis % s for axis, s in zip(axes, ours.shape, strict=True)))]
                 alive[theirs] = np.all(
                     np.meshgrid(*(axis < s for axis, s in zip(axes, ours.shape, strict=True)), indexing="ij"), axis=0
                 )
             value = value.index_select(dim, torch.from_numpy(origin))
-            if dim == reads(teacher, entry.source):
+            if dim == reads(teacher, entry.teacher_key):
                 value = value * torch.from_numpy(alive).view([-1 if d == dim else 1 for d in range(value.ndim)])
-        state[entry.source] = value
+        state[entry.teacher_key] = value
     return state
 
 
@@ -50,40 +53,40 @@ def hidden(plan, teacher, student):
 def test_a_student_hidden_in_a_teacher_is_what_the_teacher_computes_and_is_found_again(name):
     teacher, student = models(name)
     lively(student)
-    plan = make_plan(teacher, student, include_head=True)
+    plan = make_plan(teacher, student, include_head=True, element_selection="consecutive")
     teacher.double().eval().load_state_dict(hidden(plan, teacher, student))
     images = torch.randn(2, *input_size(student), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = student(images)
         assert expected.std() > 1e-3, "this student computes nothing"
         torch.testing.assert_close(teacher(images), expected, rtol=1e-9, atol=1e-9)
-    assert_same(apply_plan(plan, teacher.state_dict(), element_selection="consecutive"), student.state_dict())
+    assert_same(apply_plan(plan, teacher.state_dict()), student.state_dict())
 
 
 @pytest.mark.parametrize("method", ["uniform", "random"])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "vgg"])  # whose layers have streams of their own
 def test_all_that_meets_in_a_sum_or_a_product_keeps_the_same_neurons(name, method):
     teacher, student = models(name)
-    plan = make_plan(teacher, student, include_head=True)
+    plan = make_plan(teacher, student, include_head=True, element_selection=method)
     check_neurons(plan, teacher, student, method)
 
 
 def check_neurons(plan, teacher, student, method):
     """Select from a teacher whose elements are their own places, and compare with what meets in a forward pass."""
-    large, small = trace(teacher), trace(student)
+    large, small = trace(teacher, input_size(teacher)), trace(student, input_size(student))
     shapes = {key: value.shape for key, value in teacher.state_dict().items()}
     places = {key: torch.arange(shape.numel(), dtype=torch.float64).view(shape) for key, shape in shapes.items()}
-    chosen = apply_plan(plan, places, element_selection=method)
+    chosen = apply_plan(plan, places)
     kept = {}  # {neuron of the student: neuron of the teacher}
-    for entry in plan:
+    for entry in plan.entries:
         assert entry.resampling is None
-        indices = torch.unravel_index(chosen[entry.key].long(), entry.source_shape)
+        indices = torch.unravel_index(chosen[entry.key].long(), entry.teacher_shape)
         for dim, size in enumerate(entry.shape):
             lines = indices[dim].movedim(dim, 0).reshape(size, -1)
             assert (lines == lines[:, :1]).all(), f"{entry.key}: another choice in every row"
             assert len(lines[:, 0].unique()) == size, f"{entry.key}: an element twice"
             ours = small.labels.find(small.dims[entry.key][dim]).tolist()
-            theirs = large.labels.find(large.dims[entry.source][dim][lines[:, 0]]).tolist()
+            theirs = large.labels.find(large.dims[entry.teacher_key][dim][lines[:, 0]]).tolist()
             for our, their in zip(ours, theirs, strict=True):
                 assert kept.setdefault(our, their) == their, (
                     f"{entry.key}, dimension {dim}: other neurons than elsewhere"
@@ -108,7 +111,7 @@ def test_every_planned_pair_of_timms_models_keeps_the_same_neurons(request, meth
 
 def numbered_neurons(name):
     """{key: for each dimension the number of the neuron at each index}."""
-    traced = trace(meta(name))
+    traced = trace(meta(name), input_size(meta(name)))
     return {key: [traced.labels.find(dim).numpy() for dim in dims] for key, dims in traced.dims.items()}
 
 
@@ -120,12 +123,12 @@ def check_places(plan, teacher, student, method, pair):
     """
     count = max(dim.max() for dims in student.values() for dim in dims) + 1
     kept, index = np.full(count, -1), np.full((count, 2), -1)
-    for entry in plan:
-        for dim, parts in (entry.parts or {}).items():
+    for entry in plan.entries:
+        for dim, parts in (entry.slices or {}).items():
             for theirs, ours in parts:
                 shape = torch.empty(theirs.shape, device="meta")
                 chosen = [element_indices(method, shape, axis, size).numpy() for axis, size in enumerate(ours.shape)]
-                large = teacher[entry.source][dim][theirs[np.ix_(*chosen)]].flatten()
+                large = teacher[entry.teacher_key][dim][theirs[np.ix_(*chosen)]].flatten()
                 place = np.arange(theirs.size).reshape(theirs.shape)[np.ix_(*chosen)].flatten()
                 place = np.stack([place, np.full_like(place, theirs.size)], axis=1)
                 small = student[entry.key][dim][ours].flatten()
@@ -141,7 +144,7 @@ def check_places(plan, teacher, student, method, pair):
 def sources(teacher, student, method, pattern):
     """{group 1 of a pattern in a student's key: the same of the teacher's}, in the student's order."""
     plan = make_plan(teacher, student, layer_selection=method)
-    found = ((re.search(pattern, entry.key), re.search(pattern, entry.source or "")) for entry in plan)
+    found = ((re.search(pattern, entry.key), re.search(pattern, entry.teacher_key or "")) for entry in plan.entries)
     return {ours[1]: theirs[1] for ours, theirs in found if ours and theirs}
 
 
@@ -167,7 +170,7 @@ def test_layers_may_lose_what_the_student_does_not_have():  # LayerScale, in few
     with pytest.raises(InputError, match="blocks.0.ls1.gamma: the student has no such tensor"):
         make_plan(teacher, student)
     plan = make_plan(teacher, student, layer_selection="last_n", allow_unused=True)
-    assert {entry.key: entry.source for entry in plan}["blocks.0.norm1.bias"] == "blocks.6.norm1.bias"
+    assert {entry.key: entry.teacher_key for entry in plan.entries}["blocks.0.norm1.bias"] == "blocks.6.norm1.bias"
 
 
 def test_a_plain_stack_has_layers_per_stage_between_poolings():
@@ -204,20 +207,21 @@ def test_students_that_are_no_smaller_versions_are_refused_with_the_reason(teach
 
 
 def selected_entry(teacher, student, key):
-    entry = next(entry for entry in make_plan(teacher, student) if entry.key == key)
-    return entry, apply_plan([entry], teacher.state_dict())[key]
+    """How a tensor is made, in words, and the tensor."""
+    plan = make_plan(teacher, student)
+    return tensor_words(plan.selected[key], plan), apply_plan(plan, teacher.state_dict())[key]
 
 
 def test_a_student_for_small_images_from_a_teacher_for_large_ones():
     teacher = create_model("vit_tiny", embed_dim=48, num_heads=3, depth=1)
     student = meta("vit_tiny", embed_dim=24, num_heads=3, depth=1, img_size=32, patch_size=4, in_chans=1)
     weights = teacher.state_dict()
-    entry, positions = selected_entry(teacher, student, "pos_embed")
-    assert entry.describe("uniform") == "resample 14x14 to 8x8, uniform"
+    words, positions = selected_entry(teacher, student, "pos_embed")
+    assert words == "resample 14x14 to 8x8, uniform"
     expected = resample_abs_pos_embed(weights["pos_embed"], [8, 8], [14, 14], num_prefix_tokens=1)
     torch.testing.assert_close(positions, expected[..., ::2])
-    entry, kernel = selected_entry(teacher, student, "patch_embed.proj.weight")
-    assert entry.describe("uniform") == "adapt 3 channels to 1, resample 16x16 to 4x4, uniform"
+    words, kernel = selected_entry(teacher, student, "patch_embed.proj.weight")
+    assert words == "adapt 3 channels to 1, resample 16x16 to 4x4, uniform"
     grey = weights["patch_embed.proj.weight"].sum(1, keepdim=True)
     torch.testing.assert_close(kernel, resample_patch_embed(grey, [4, 4])[::2])
 
@@ -240,8 +244,8 @@ def test_tables_of_relative_positions_are_resampled_and_their_heads_selected(nam
         widths = [{"embed_dim": 8 * heads, "num_heads": (heads,), "depths": (2,)} for heads in (4, 2)]
     teacher, student = create_model(name, **widths[0], **sizes[0]), meta(name, **widths[1], **sizes[1])
     teacher.load_state_dict({k: torch.rand_like(v) for k, v in teacher.state_dict().items()})
-    entry, table = selected_entry(teacher, student, key)
-    assert entry.describe("uniform").startswith("resample relative positions of a ")
+    words, table = selected_entry(teacher, student, key)
+    assert words.startswith("resample relative positions of a ")
     source, window = teacher.state_dict()[key], student.get_submodule(key.rpartition(".")[0]).window_size
     expected = resize_rel_pos_bias_table(source, window, (table.shape[0], source.shape[1]))
     torch.testing.assert_close(table, expected[:, ::2])

@@ -5,16 +5,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from weight_selection.tracing.groups import find_neurons
+from weight_selection.tracing.groups import find_groups
 from weight_selection.tracing.tracer import Untraceable, trace
 
 CHANNELS = 16
+IMAGES = (3, 8, 8)
 
 
 class Toy(nn.Module):
     """A stem, whatever ``forward`` does with it, and a head."""
-
-    pretrained_cfg = {"input_size": (3, 8, 8)}
 
     def __init__(self, operation, **modules):
         super().__init__()
@@ -30,13 +29,13 @@ class Toy(nn.Module):
 
 def labels(operation, **modules):
     """{key: label of each index of each dimension}."""
-    traced = trace(Toy(operation, **modules))
+    traced = trace(Toy(operation, **modules), IMAGES)
     return {key: [traced.labels.find(dim).tolist() for dim in dims] for key, dims in traced.dims.items()}
 
 
 def parts(key, operation, **modules):
     """For each dimension of a tensor the shapes of its parts, or None for positions."""
-    found = find_neurons(trace(Toy(operation, **modules))).parts[key]
+    found = find_groups(trace(Toy(operation, **modules), IMAGES)).slices[key]
     return [dim and [part.indices.shape for part in dim] for dim in found]
 
 
@@ -94,8 +93,8 @@ def test_channels_that_are_shuffled_are_told_apart():
         both = torch.stack((x, y), dim=2).flatten(1, 2)  # x0 y0 x1 y1 ...
         return model.next(both)
 
-    traced = trace(Toy(operation, next=nn.Conv2d(2 * CHANNELS, 5, 1)))
-    first, second = find_neurons(traced).parts["next.weight"][1]
+    traced = trace(Toy(operation, next=nn.Conv2d(2 * CHANNELS, 5, 1)), IMAGES)
+    first, second = find_groups(traced).slices["next.weight"][1]
     assert first.indices.tolist() == list(range(0, 2 * CHANNELS, 2))
     assert second.indices.tolist() == list(range(1, 2 * CHANNELS, 2))
 
@@ -142,9 +141,9 @@ def test_rotary_pairs_stay_together_in_heads_of_the_same_size():
     qk = nn.Linear(CHANNELS, 32)
     pairs = labels(operation, qk=qk)["qk.weight"][0][:16]
     assert pairs[::2] == pairs[1::2] and len(set(pairs)) == 8
-    neurons = find_neurons(trace(Toy(operation, qk=qk)))
-    assert {part.indices.shape for part in neurons.parts["qk.weight"][0]} == {(2, 4)}
-    assert neurons.spaces[neurons.parts["qk.weight"][0][0].space].fixed == (False, True)
+    neurons = find_groups(trace(Toy(operation, qk=qk), IMAGES))
+    assert {part.indices.shape for part in neurons.slices["qk.weight"][0]} == {(2, 4)}
+    assert neurons.groups[neurons.slices["qk.weight"][0][0].group].fixed == (False, True)
 
 
 def test_positions_are_positions():
@@ -166,13 +165,13 @@ def test_branches_that_are_summed_are_the_same():
     def operation(model, x, y):
         return model.next(torch.stack((x, y), dim=1).sum(1))
 
-    neurons = find_neurons(trace(Toy(operation, next=nn.Conv2d(CHANNELS, 5, 1))))
-    space = neurons.parts["stem.weight"][0][0].space
-    assert neurons.parts["a.weight"][0][0].space == neurons.parts["next.weight"][1][0].space == space
+    neurons = find_groups(trace(Toy(operation, next=nn.Conv2d(CHANNELS, 5, 1)), IMAGES))
+    space = neurons.slices["stem.weight"][0][0].group
+    assert neurons.slices["a.weight"][0][0].group == neurons.slices["next.weight"][1][0].group == space
 
 
 def test_tensors_that_are_not_used_are_known_to_be_so():
-    unused = find_neurons(trace(Toy(lambda model, x, y: x, idle=nn.Linear(3, 4)))).unused
+    unused = find_groups(trace(Toy(lambda model, x, y: x, idle=nn.Linear(3, 4)), IMAGES)).unused
     assert unused == {"idle.weight", "idle.bias"}
 
 
@@ -193,12 +192,12 @@ def overwritten(model, x, y):
 )
 def test_what_cannot_be_followed_is_refused(operation, reason):
     with pytest.raises(Untraceable, match=reason):
-        trace(Toy(operation, slide=nn.Conv1d(1, 1, 3, padding=1)))
+        trace(Toy(operation, slide=nn.Conv1d(1, 1, 3, padding=1)), IMAGES)
 
 
 def test_a_trace_leaves_the_model_as_it_was():
     model = Toy(lambda model, x, y: x).double().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    trace(model)
+    trace(model, IMAGES)
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

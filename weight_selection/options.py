@@ -1,0 +1,104 @@
+"""What a selection can be asked for. Imports no torch, so that a command is checked before torch is."""
+
+import os
+from dataclasses import dataclass
+
+from weight_selection.errors import InputError
+from weight_selection.files import check_directory
+from weight_selection.sources import COMPONENTS
+
+LAYER_SELECTION = ("first_n", "mid_n", "last_n", "uniform", "quadratic")  # the last one goes beyond the paper
+CONSISTENT = ("uniform", "consecutive", "random")  # they keep the same neurons in every tensor
+PER_TENSOR = ("random_inconsistent", "l1", "magnitude")  # they choose anew in every tensor
+ELEMENT_SELECTION = CONSISTENT + PER_TENSOR
+PROJECTION = ("project", "greedy")  # beyond the paper: weights that are fitted to the teacher's on a few images
+SEEDED = ("random", "random_inconsistent")  # of ELEMENT_SELECTION, what the seed changes
+CALIBRATION_IMAGES = 256
+NOISE = "noise"  # in place of a directory of images
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """The options of one selection.
+
+    Errors speak the language of the command line; ``errors.in_python`` translates them for ``select_weights``.
+
+    Attributes:
+        layer_selection: one of ``LAYER_SELECTION`` (paper, section 3.1), applied to the layers of each stage.
+        element_selection: one of ``ELEMENT_SELECTION`` (section 3.2) or of ``PROJECTION``.
+        exclude: components that keep the student's own initialisation, of ``COMPONENTS`` (Table 10).
+        include_head: select the classifier too; teacher and student must have the same classes.
+        include_head_norm: select the normalisation inside ConvNeXt's head too, which the release leaves out.
+        allow_unused: let teacher tensors go that the student has no counterpart of.
+        seed: of the random rules, of noise and of the draw of images.
+        calibration: for ``PROJECTION``: a directory of images, ``noise``, or batches of images (in Python).
+        calibration_images: how many images of the directory or of noise; None: 256, or all if there are fewer.
+        calibration_size: side of these images in pixels; None: as the student takes them.
+    """
+
+    layer_selection: str = "first_n"
+    element_selection: str = "uniform"
+    exclude: tuple = ()
+    include_head: bool = False
+    include_head_norm: bool = False
+    allow_unused: bool = False
+    seed: int = 0
+    calibration: object = None
+    calibration_images: int | None = None
+    calibration_size: int | None = None
+
+    @property
+    def projects(self) -> bool:
+        """Whether weights are fitted, and not selected."""
+        return self.element_selection in PROJECTION
+
+    def check(self, plan_only: bool = False) -> None:
+        """Raise InputError if an option is unknown, has no effect or contradicts another.
+
+        Args:
+            plan_only: nothing but the plan is wanted, which needs no images.
+        """
+        _choose("--layer_selection", self.layer_selection, LAYER_SELECTION)
+        _choose("--element_selection", self.element_selection, ELEMENT_SELECTION + PROJECTION)
+        if isinstance(self.exclude, str):
+            raise InputError(f"--exclude {self.exclude}: give a list of components, such as {[self.exclude]}")
+        for component in self.exclude:
+            _choose("--exclude", component, COMPONENTS)
+        if self.include_head and self.include_head_norm:
+            raise InputError("--include_head_norm: --include_head selects the normalisation too; leave one out")
+        if type(self.seed) is not int or self.seed < 0:
+            raise InputError(f"--seed {self.seed}: give a number from 0 up")
+        self._check_calibration(plan_only)
+
+    def _check_calibration(self, plan_only):
+        for name in ("calibration", "calibration_images", "calibration_size"):
+            value = getattr(self, name)
+            if value is not None and not self.projects:
+                shown = value if isinstance(value, (str, int, os.PathLike)) else f"of {type(value).__name__}"
+                raise InputError(
+                    f"--{name} {shown}: has no effect with --element_selection {self.element_selection}; leave it out, "
+                    f"or choose {' or '.join(PROJECTION)}"
+                )
+        if not self.projects:
+            return
+        if self.calibration is None and not plan_only:
+            raise InputError(
+                f"--calibration is missing: --element_selection {self.element_selection} needs a directory of images "
+                f"(any, without labels; those of the task are best), or {NOISE}"
+            )
+        if self.exclude:
+            raise InputError(
+                f"--exclude {self.exclude[0]}: {self.element_selection} fits layers to what those before them give, "
+                "which must not be random; leave it out, or select by another rule"
+            )
+        if isinstance(self.calibration, (str, os.PathLike)) and str(self.calibration) != NOISE:
+            check_directory(self.calibration, "--calibration", f"name one of images, or {NOISE}")
+        if self.calibration_images is not None and self.calibration_images < 1:
+            raise InputError(f"--calibration_images {self.calibration_images}: give a number from 1 up")
+        if self.calibration_size is not None and self.calibration_size < 1:
+            raise InputError(f"--calibration_size {self.calibration_size}: give a number of pixels from 1 up")
+
+
+def _choose(option, value, choices):
+    if value not in choices:
+        raise InputError(f"{option} {value}: choose one of {', '.join(choices)}")

@@ -1,0 +1,113 @@
+"""One projection: whatever can be refused is refused before a weight is read; then both models run on the images."""
+
+import copy
+import os
+
+import torch
+import torch.nn as nn
+
+from weight_selection.errors import InputError
+from weight_selection.options import SelectionOptions
+from weight_selection.plan import Plan
+from weight_selection.projection.images import Calibration, check_batches
+from weight_selection.projection.maps import check_heads
+from weight_selection.projection.project import describer, load_teacher, match_geometry, paired_groups, project
+from weight_selection.projection.symmetries import Symmetries
+from weight_selection.projection.symmetry_check import check_streams
+from weight_selection.projection.traced_model import TracedModel
+from weight_selection.sources.teachers import trained_config
+from weight_selection.sources.timm_models import input_size
+
+
+class Projection:
+    """What a projection needs beyond a plan.
+
+    Args:
+        teacher, student: who they are (``selection.Teacher`` and ``Student``).
+        skeletons: both models as they were traced, the teacher of the student's geometry; weights are not needed.
+        structures: of both.
+        plan: of the selection.
+        options: checked.
+
+    Raises:
+        InputError: no stream of the teacher can be rotated, heads would have to be merged, or the images cannot be used.
+    """
+
+    def __init__(self, teacher, student, skeletons: tuple, structures: tuple, plan: Plan, options: SelectionOptions):
+        self.teacher, self.student, self.structures, self.plan, self.options = (
+            teacher,
+            student,
+            structures,
+            plan,
+            options,
+        )
+        for who in (teacher, student):
+            if isinstance(who.model, nn.Module) and next(who.model.parameters()).is_meta:
+                raise InputError(f"{who.option}: is on the meta device, but projection runs it; give a real one")
+        self.symmetries = Symmetries(skeletons[0], structures[0].neurons)
+        if options.element_selection == "project":
+            name = teacher.model if isinstance(teacher.model, str) else type(teacher.model).__name__
+            check_streams(self.symmetries, name)
+        self._teacher_groups = paired_groups(plan.selected, *structures)
+        self.images = self._images(*skeletons) if options.calibration is not None else None
+        traced = TracedModel(skeletons[0], structures[0], self.symmetries), TracedModel.of(skeletons[1], structures[1])
+        check_heads(plan.selected, *traced)
+        on_gpu = isinstance(teacher.model, str) and torch.cuda.is_available()
+        self.device = "cuda" if on_gpu else "cpu" if isinstance(teacher.model, str) else _device(teacher.model)
+
+    def weights(self, weights, origin: str) -> dict:
+        """The student's first weights on the CPU: its state_dict without what is left out.
+
+        Args:
+            weights: the teacher's state_dict.
+            origin: what named them, for errors.
+        """
+        teacher, student = (_own(who).to(self.device).eval() for who in (self.teacher, self.student))
+        load_teacher(teacher, weights, origin, self.options.include_head)
+        match_geometry(teacher, student)
+        traced = (
+            TracedModel.of(model, structure)
+            for model, structure in zip((teacher, student), self.structures, strict=True)
+        )
+        student.to(next(teacher.parameters()))
+        return project(self.plan.selected, *traced, self.images, self.options.element_selection)
+
+    def provenance(self) -> dict:
+        """What the provenance file says about the images."""
+        return {
+            "calibration": str(self.options.calibration),
+            "calibration_images": self.images.count,
+            "calibration_size": list(self.images.size[1:]),
+            "calibration_sha256": self.images.sha256,
+            "calibration_device": str(self.device),
+        }
+
+    def describer(self):
+        """A function that says in words how a plan's entry is made."""
+        rotate = self.options.element_selection == "project"
+        return describer(self.plan.entries, self.symmetries, *self.structures, rotate)
+
+    def describe_group(self, number: int) -> str:
+        """What is done with a group of the student's, in words."""
+        teacher_group = self.plan.groups[number]
+        if teacher_group.teacher.size == teacher_group.student.size:
+            return "all"
+        return self.symmetries.treatment(self._teacher_groups[number], self.options.element_selection == "project")
+
+    def _images(self, teacher, student):
+        options = self.options
+        size = input_size(student)
+        if not isinstance(options.calibration, (str, os.PathLike)):
+            return check_batches(options.calibration, size[0], options.calibration_images, options.calibration_size)
+        config = trained_config(teacher, self.teacher.file, self.teacher.weights_option)
+        count, side = options.calibration_images, options.calibration_size
+        return Calibration(options.calibration, count, side, size, config, options.seed)
+
+
+def _own(who):
+    """A model that may be changed: a user's module is copied."""
+    return who.create() if isinstance(who.model, str) else copy.deepcopy(who.model)
+
+
+def _device(model):
+    return next(model.parameters()).device

@@ -1,0 +1,142 @@
+"""What a plan says to a person: neuron groups, layers, totals, and if wanted a line for every tensor."""
+
+import re
+from collections import Counter
+
+import numpy as np
+
+from weight_selection.layers import Layers
+from weight_selection.plan import Plan, PlanEntry, block_words
+
+ROLES = ("selected", "excluded", "classifier")
+
+
+def summary(plan: Plan) -> str:
+    """How many tensors have which role: "150 selected, 2 classifier"."""
+    counts = Counter(entry.role for entry in plan.entries)
+    return ", ".join(f"{counts[role]} {role}" for role in ROLES if counts[role])
+
+
+def group_lines(plan: Plan, describe=None) -> list:
+    """One line for each kind of neuron group: "stream: 384 -> 192, every 2nd, in 74 tensors".
+
+    Groups that differ only in the layer that they are in share a line.
+
+    Args:
+        describe: says in words how a group (by its number) is made smaller; default: by the plan's rule.
+    """
+    kinds = {}
+    for number, group in plan.groups.items():
+        if group.teacher.size == group.student.size == 1:
+            continue  # of a depthwise convolution, say
+        name, layers = _fold(_where(group.keys))
+        sizes = f"{_shape(group.teacher)} -> {_shape(group.student)}"
+        words = describe(number) if describe else _rule_words(plan, group)
+        kinds.setdefault((name, sizes, words, len(group.keys)), []).append(layers)
+    lines = []
+    for (name, sizes, words, tensors), layers in kinds.items():
+        each = f"{tensors} tensor{'s' * (tensors > 1)}" + " each" * (len(layers) > 1)
+        lines.append(f"{_with_layers(name, layers)}: {sizes}, {words}, in {each}")
+    return lines
+
+
+def layer_lines(plan: Plan, teacher: Layers, student: Layers) -> list:
+    """One line for each container of layers: "blocks.{0..11} from 0..11"."""
+    pairs = {}
+    for key, entry in plan.selected.items():
+        for (start, end), (first, last) in zip(student.spans[key], teacher.spans[entry.teacher_key], strict=True):
+            pairs.setdefault(key[:start], {})[int(key[start:end])] = int(entry.teacher_key[first:last])
+    return [f"{name}{_span(chosen)} from {_span(chosen.values()).strip('{}')}" for name, chosen in pairs.items()]
+
+
+def tensor_lines(plan: Plan, describe=None) -> list:
+    """The plan as a table with a line for every student tensor.
+
+    Args:
+        describe: says in words how an entry is made; default: by the plan's rule.
+    """
+    rows = [("student key", "shape", "teacher key", "shape", "rule")]
+    for entry in plan.entries:
+        words = describe(entry) if describe else tensor_words(entry, plan)
+        rows.append((entry.key, _size(entry.shape), entry.teacher_key or "-", _size(entry.teacher_shape), words))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return ["  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[4]]) for row in rows]
+
+
+def role_words(entry: PlanEntry) -> str:
+    """What happens to a tensor that is not selected."""
+    return f"{entry.role}: student's own initialisation"
+
+
+def tensor_words(entry: PlanEntry, plan: Plan) -> str:
+    """How a tensor is made by the plan's rule, in words."""
+    if entry.role != "selected":
+        return role_words(entry)
+    words = [] if entry.resampling is None else [entry.resampling.words]
+    if len(entry.teacher_shape) != len(entry.shape):
+        words.append("reshape")
+    smaller = [
+        pairs for pairs in entry.slices.values() if any(pair.teacher.shape != pair.student.shape for pair in pairs)
+    ]
+    if smaller:
+        inside = " x ".join(str(len(pairs)) for pairs in smaller if len(pairs) > 1)
+        words.append(plan.element_selection + (f" in each of {inside} parts" if inside else ""))
+        pairs = [pair for pairs in smaller for pair in pairs if pair.teacher.ndim > 1]
+        blocks = {f"{block_words(pair.teacher)} to {block_words(pair.student)}" for pair in pairs}
+        if blocks:
+            words.append("blocks of " + " and ".join(sorted(blocks)))
+    return ", ".join(words) or "copy"
+
+
+def _rule_words(plan, group):
+    if group.teacher.size == group.student.size:
+        return "all"
+    if group.kept is None:
+        return f"{plan.element_selection}, per tensor"
+    steps = np.unique(np.diff(group.kept))
+    if plan.element_selection == "uniform" and len(steps) == 1:
+        return f"every {steps[0]}{'nd' if steps[0] == 2 else 'rd' if steps[0] == 3 else 'th'}"
+    return plan.element_selection
+
+
+def _where(keys):
+    """The module that holds all tensors of a group, or ``stream`` if that is the whole model."""
+    modules = [key.split(".")[:-1] for key in keys]
+    common = []
+    for names in zip(*modules, strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    return ".".join(common) or "stream"
+
+
+def _fold(name):
+    """A module's name with a star for every number, and the numbers."""
+    numbers = tuple(int(number) for number in re.findall(r"(?<=\.)\d+(?=\.|$)", name))
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), numbers
+
+
+def _with_layers(name, layers):
+    """The name with the numbers of its layers in place of the stars."""
+    for position in range(name.count("*")):
+        numbers = [some[position] for some in layers]
+        name = name.replace("*", _span(numbers), 1)
+    return name
+
+
+def _span(numbers):
+    """Numbers in short: {0..11}, {0, 2, 4}, 3."""
+    numbers = list(dict.fromkeys(numbers))
+    if len(numbers) == 1:
+        return str(numbers[0])
+    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{{{numbers[0]}..{numbers[-1]}}}"
+    return "{" + ", ".join(map(str, numbers)) + "}"
+
+
+def _shape(group):
+    return "x".join(map(str, group.block_shape))
+
+
+def _size(shape):
+    return "-" if shape is None else "x".join(map(str, shape))

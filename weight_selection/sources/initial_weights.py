@@ -1,0 +1,87 @@
+"""A student's first weights, from weight_selection.py or from a trained model: every key is accounted for."""
+
+import re
+from pathlib import Path
+
+import torch.nn as nn
+
+from weight_selection.errors import InputError
+from weight_selection.files import SUFFIXES, Damaged, parse_json, provenance_path, read_text, sha256
+from weight_selection.sources.architectures import architecture_of, classifier_pattern
+from weight_selection.sources.weight_files import first_mismatch, read_weights
+
+
+def find_weights(path, model: nn.Module, option: str) -> Path:
+    """``path`` itself, or the file that ``weight_selection.py`` wrote into that directory for the model.
+
+    Raises:
+        InputError: there is no such file in the directory, or the model is not one of timm's.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    name = architecture_of(model, f"{option} {path}").name
+    found = [path / f"{name}{suffix}" for suffix in SUFFIXES if (path / f"{name}{suffix}").is_file()]
+    if not found:
+        raise InputError(f"{option} {path}: no {name}.pth in that directory; name the file")
+    return found[0]
+
+
+def load_initial(model: nn.Module, path, option: str) -> list:
+    """Load first weights into a student, and make sure that the file lacks only what it may lack.
+
+    It may lack the classifier, and the keys that the provenance beside the file lists as left out.
+
+    Args:
+        model: the student, changed in place.
+        path: file of a state_dict.
+        option: the option that named the file, for errors.
+
+    Returns:
+        The keys that keep the model's own initialisation.
+
+    Raises:
+        InputError: the file cannot be read, is for another architecture or of another shape (the message names the
+            first key), or has changed since its provenance was written.
+    """
+    state_dict = read_weights(path, option)
+    return _load(model, state_dict, _left_out(path, option), f"{option} {path}")
+
+
+def load_finetune(model: nn.Module, path, option: str, nested) -> list:
+    """Load the weights of a trained model; a classifier of another shape keeps the model's own initialisation.
+
+    Args, Returns, Raises: as ``load_initial``; ``nested`` as in ``read_weights``.
+    """
+    state_dict = read_weights(path, option, nested)
+    classifier = classifier_pattern(model)
+    for key, value in model.state_dict().items():
+        if re.search(classifier, key) and key in state_dict and state_dict[key].shape != value.shape:
+            del state_dict[key]
+    return _load(model, state_dict, set(), f"{option} {path}")
+
+
+def _load(model, state_dict, left_out, origin):
+    """Load a state_dict that may lack the classifier and ``left_out``, nothing else; returns the keys that it lacks."""
+    classifier = classifier_pattern(model)
+    problem = first_mismatch(state_dict, model, lambda key: re.search(classifier, key) or key in left_out)
+    if problem:
+        raise InputError(f"{origin}: does not fit this model: {problem}")
+    return list(model.load_state_dict(state_dict, strict=False).missing_keys)
+
+
+def _left_out(path, option):
+    """The keys that the provenance beside a file lists as left out."""
+    provenance = provenance_path(path)
+    if not provenance.is_file():
+        return set()
+    try:
+        content = parse_json(read_text(provenance))
+        left_out, digest = set(content["left_out"]), content["sha256"]
+    except (Damaged, KeyError, TypeError) as error:
+        raise InputError(
+            f"{option} {path}: the {provenance.name} beside it is not weight_selection.py's; move it"
+        ) from error
+    if digest != sha256(path):
+        raise InputError(f"{option} {path}: changed since {provenance.name} beside it was written; make both anew")
+    return left_out

@@ -1,0 +1,230 @@
+"""A teacher's weights, in any layout that timm accepts for it: from a file, from the hub or from its local cache."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from pkgutil import resolve_name
+
+import huggingface_hub
+import numpy as np
+import torch.nn as nn
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
+
+from weight_selection.errors import InputError
+from weight_selection.files import check_file
+from weight_selection.sources.architectures import architecture_of, classifier_pattern
+from weight_selection.sources.safe_load import check_archive
+from weight_selection.sources.timm_models import create_model
+from weight_selection.sources.weight_files import (
+    Weights,
+    first_mismatch,
+    open_state_dict,
+    read_weights,
+    training_options,
+)
+
+# ---------------------------------------------------------------------------------------------------------
+# From a file
+
+
+def open_teacher(path, model: nn.Module, option: str) -> tuple:
+    """As ``read_teacher``, but if the file uses timm's names, a tensor is read only when it is asked for.
+
+    Other layouts (those of publishers, .npz, TorchScript, ``torch.save`` before PyTorch 1.6) are read whole.
+    """
+    stored = _stored_under_timms_names(path, model, option)
+    if stored is None:
+        return read_teacher(path, model, option)
+    expected = model.state_dict()
+    known = {key: value for key, value in stored.items() if key in expected}
+    return Weights(known), [key for key in stored if key not in known]
+
+
+def read_teacher(path, model: nn.Module, option: str) -> tuple:
+    """Read a teacher's weights in any layout that timm accepts for this model: foreign names, JAX's .npz.
+
+    Args:
+        path: .pth, .pt, .bin, .safetensors or .npz file.
+        model: the teacher; only a .npz file needs it off the meta device, and is loaded into it.
+        option: the option that named the file, for errors.
+
+    Returns:
+        ({timm's key: tensor}, the file's names of tensors that the model has no place for). Classifier keys are as
+        the file has them: of any number of classes, or absent.
+
+    Raises:
+        InputError: the file cannot be read, or its keys or shapes are not the model's; the message names the first.
+    """
+    architecture = architecture_of(model, f"{option} {path}")
+    if Path(path).suffix == ".npz":
+        state_dict, unused = _read_npz(path, model, architecture, option)
+    else:
+        state_dict, unused = _converted(read_weights(path, option), model, architecture, f"{option} {path}")
+    pattern = classifier_pattern(model)
+    classifier = [key for key in state_dict if re.search(pattern, key)]
+    backbone = {key: value for key, value in state_dict.items() if key not in classifier}
+    problem = first_mismatch(backbone, model, lambda key: re.search(pattern, key))
+    if problem:
+        raise InputError(f"{option} {path}: not the weights of this teacher: {problem}; name another or set its kwargs")
+    expected = model.state_dict()
+    unused += [key for key in classifier if key not in expected]
+    return {key: value for key, value in state_dict.items() if key in expected}, unused
+
+
+def load_into_teacher(model: nn.Module, path, option: str) -> None:
+    """Load a file of ``read_teacher`` into a whole teacher, classifier included unless the model has none.
+
+    Raises:
+        InputError: as ``read_teacher``, or the classifier is absent or of another size.
+    """
+    weights, _ = read_teacher(path, model, option)
+    problem = first_mismatch(weights, model)
+    if problem:
+        raise InputError(f"{option} {path}: does not fit a teacher of {model.num_classes} classes: {problem}")
+    model.load_state_dict(weights)
+
+
+def _stored_under_timms_names(path, model, option):
+    """{key: StoredTensor} of a file whose tensors are the model's but for its classifier; None for another layout."""
+    stored = open_state_dict(path, option)
+    if stored is None:
+        return None
+    pattern = classifier_pattern(model)
+    backbone = {key: value for key, value in stored.items() if not re.search(pattern, key)}
+    return stored if first_mismatch(backbone, model, lambda key: re.search(pattern, key)) is None else None
+
+
+def _converted(state_dict, model, architecture, origin):
+    """timm's names for a file's tensors, and the file's names of the tensors that may be left out."""
+    if architecture.filter_fn is None:
+        return state_dict, []
+    state_dict, unused = _tower(state_dict, architecture)
+    extras = [key for key in state_dict if architecture.extras and re.search(architecture.extras, key)]
+    try:
+        converted = resolve_name(architecture.filter_fn)(dict(state_dict), model, **architecture.filter_options)
+    except Exception as error:  # they assume one of the layouts they know, and fail in their own ways on any other
+        raise InputError(f"{origin}: timm cannot convert it for a {architecture.name} model ({error!r})") from error
+    converted = {key: value for key, value in converted.items() if key not in extras}
+    lost = len(state_dict) - len(extras) - len(converted)
+    if lost > 0:  # timm drops keys that it does not know without a word
+        raise InputError(
+            f"{origin}: timm's conversion loses {lost} of its tensors; give a file of the image model alone"
+        )
+    return converted, unused + extras
+
+
+def _tower(state_dict, architecture):
+    """In a file of a larger whole: the image model under timm's prefix, and the names of everything else."""
+    for prefix, timms in architecture.towers.items():
+        inside = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if inside:
+            outside = [key for key in state_dict if key not in inside]
+            return {timms + key.removeprefix(prefix): value for key, value in inside.items()}, outside
+    return state_dict, []
+
+
+def _read_npz(path, model, architecture, option):
+    check_file(path, option)
+    if not hasattr(model, "load_pretrained"):
+        raise InputError(
+            f"{option} {path}: timm reads no .npz for a {type(model).__name__}; convert it to .safetensors"
+        )
+    try:
+        check_archive(path)
+        with np.load(path, allow_pickle=False) as arrays:
+            names = arrays.files
+            classes = arrays["head/bias"].shape[0] if "head/bias" in names else 0
+        model.load_pretrained(str(path))
+    except Exception as error:  # the zip, numpy and timm layers each have their own errors for a file that is not one
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{option} {path}: timm cannot read it for this model ({reason})") from error
+    state_dict = model.state_dict()
+    deep = len({match[1] for match in map(re.compile(r"/encoderblock_(\d+)/").search, names) if match})
+    shallow = len(getattr(model, "blocks", ()))
+    if deep > shallow:  # timm fills the model's layers and does not look for more
+        raise InputError(f"{option} {path}: not the weights of this teacher: it has {deep} layers, the model {shallow}")
+    if classes != model.num_classes:  # then timm has left the classifier as it was: random
+        state_dict = {key: value for key, value in state_dict.items() if not re.search(architecture.classifier, key)}
+    return state_dict, [name for name in names if architecture.extras and re.search(architecture.extras, name)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Published weights
+
+
+def create_pretrained(name: str, kwargs: dict, option: str, remedy: str) -> nn.Module:
+    """A model with its published weights, from the hub or its local cache.
+
+    Args:
+        name: timm name.
+        kwargs: of ``create_model``.
+        option: the option that named it, for errors.
+        remedy: what the user can do if the weights cannot be had, for errors.
+
+    Raises:
+        InputError: there are none, or they cannot be fetched.
+    """
+    if not create_model(name, option=option, **{**kwargs, "device": "meta"}).pretrained_cfg.get("tag"):
+        raise InputError(f"{option} {name}: timm has no weights for it; {remedy}")
+    try:
+        return create_model(name, option=option, pretrained=True, **kwargs)
+    except OSError as error:  # what requests, urllib and huggingface_hub raise without a network or such a file
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{option} {name}: cannot fetch its weights ({reason}); {remedy}") from error
+
+
+def open_published(name: str, model: nn.Module, kwargs: dict, option: str, remedy: str) -> Mapping:
+    """The published weights of a model; read tensor by tensor if the hub's cache has them under timm's names.
+
+    The hub is not asked whether it has a newer file than the cache.
+
+    Args, Raises: as ``create_pretrained``. ``model`` may be on the meta device.
+    """
+    file = downloaded_file(model.pretrained_cfg)
+    stored = file and _stored_under_timms_names(file, model, f"{option} {name}:")
+    if stored:
+        return Weights(stored)
+    return create_pretrained(name, kwargs, option, remedy).state_dict()
+
+
+def downloaded_file(pretrained_cfg: dict) -> Path | None:
+    """The file in the hub's local cache that timm took the pretrained weights from, or None if there is none."""
+    repository = pretrained_cfg.get("hf_hub_id")
+    for name in (pretrained_cfg.get("hf_hub_filename"), "model.safetensors", "pytorch_model.bin"):
+        if repository and name:
+            path = huggingface_hub.try_to_load_from_cache(repository, name)
+            if isinstance(path, str):
+                return Path(path)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The images that a teacher was trained on
+
+
+def normalization(imagenet: bool) -> tuple:
+    """(mean, std) by channel that images are normalised with: ImageNet's, or 0.5 and 0.5."""
+    if imagenet:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+
+
+def trained_config(model: nn.Module, path, option: str) -> dict:
+    """A timm model's configuration with the ``mean`` and ``std`` of the images that its weights were trained on.
+
+    A checkpoint of main.py says itself which these were; of all other files timm's configuration is right.
+
+    Args:
+        model: of timm.
+        path: file of the weights that ``option`` named, or None if they are timm's.
+    """
+    options = {} if path is None else training_options(path, option)
+    if isinstance(options.get("imagenet_default_mean_and_std"), bool):
+        mean, std = normalization(options["imagenet_default_mean_and_std"])
+        return model.pretrained_cfg | {"mean": mean, "std": std}
+    return model.pretrained_cfg
