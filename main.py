@@ -14,13 +14,14 @@ from weight_selection.errors import InputError
 
 
 def main(argv=None) -> None:
+    """Check the options, find this process among those of the run, and train. A mistake raises InputError."""
     args = parse_args(argv)
     check_weights(args)
     launch = find_launch(os.environ, args.dist_on_itp)
     if args.world_size not in (None, launch.world_size):
         raise InputError(f"--world_size {args.world_size}: the launcher started {launch.world_size} processes")
     args = share_batch(args, launch.world_size)
-    from training.run import run
+    from training.run import run  # imports torch, which takes seconds: mistakes in options do not wait for it
 
     run(args, launch)
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Seconds and memory of weight_selection.py --element_selection project and greedy, against uniform, in the same run.
+"""Seconds and memory of weight_selection.py with project and with greedy, as ratios to uniform in the same run.
 
     python benchmarks/bench_projection.py
 
-The teacher is ViT-S/16 at 224 pixels with random values, the student ViT-T, the images are noise: 64 and 256 of them
-show what a pass over images costs, and whether memory grows with their number. Of each, the median of some starts.
+The teacher is ViT-S/16 at 224 pixels with random values, the student ViT-T, and the images are noise. 64 and 256 images
+show what a pass over images costs, and whether memory grows with their number. We print the median of several starts.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main():
                 found[name].append(measure([*words, "--element_selection", rule, *options]))
     medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
     for name, (seconds, memory) in medians.items():
-        ratios = [figure / base for figure, base in zip((seconds, memory), medians["uniform"], strict=True)]
+        ratios = [value / base for value, base in zip((seconds, memory), medians["uniform"], strict=True)]
         print(f"{name:24}  {seconds:7.2f}  {ratios[0]:10.2f}  {memory:7.0f}  {ratios[1]:10.2f}", flush=True)
 
 

@@ -1,37 +1,36 @@
 #!/usr/bin/env python3
-"""weight_selection.py --element_selection project or greedy, with one of its parts taken out.
+"""Run weight_selection.py --element_selection project or greedy with one part of the method taken out.
 
-python scripts/ablate_projection.py reads --output_dir init/no_reads --element_selection project --calibration ...
+python experiments/ablate_projection.py reads --output_dir init/no_reads --element_selection project --calibration ...
 
-Everything after the part goes to weight_selection.py. The parts, by the equations of selection/projection.py:
+Everything after the part goes to weight_selection.py. The parts, with their equations of projection/equations.py:
 
-  reads        (7) the least squares: layers read as they would without images
-  frame        (2) the rotation's nearness to coordinates: a random one in the same space
-  coordinates  (3) the choice of the stream's coordinates (greedy): evenly spaced ones
-  weights      (3) the readers' weights in that choice: coordinates that explain the rest, whoever reads it
-  units        (4) the choice of hidden units: evenly spaced ones
-  heads    (5) (6) the low-rank heads: evenly spaced dimensions of queries, keys and values
+  reads        (7) the least squares: layers keep the up maps that need no images
+  frame        (2) the rotation's nearness to coordinates: a random rotation of the same space instead
+  coordinates  (3) the choice of the stream's coordinates (greedy): evenly spaced ones instead
+  weights      (3) the next layers' weights in that choice: the coordinates that explain the others best instead
+  units        (4) the choice of hidden units: evenly spaced ones instead
+  heads    (5) (6) the low-rank heads: evenly spaced dimensions of queries, keys and values instead
 """
 
 import sys
 from pathlib import Path
 from unittest import mock
 
-from weight_selection.cli import main as select_main
-from weight_selection.projection import equations
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 import torch
 
+from weight_selection.cli import main as select_main
 from weight_selection.errors import InputError, run_program
-from weight_selection.projection.symmetries import Structure
+from weight_selection.projection import equations
+from weight_selection.projection.symmetries import Symmetries
 from weight_selection.rules import uniform_indices
 
 ROTATION, GREEDY, STRONGEST = equations.rotation, equations.greedy, equations.strongest
 
 
 def turned(normalised, frame):
-    """The rotation, in another frame of the student's stream orthogonal to ones."""
+    """The same rotation, followed by a random one of the student's stream."""
     turn = equations.random_rotation(len(frame), torch.Generator().manual_seed(0))
     return turn.to(normalised.device) @ ROTATION(normalised, frame)
 
@@ -42,24 +41,24 @@ def spaced_coordinates(covariance, weight, count):
 
 
 def explaining_coordinates(covariance, weight, count):
-    """The coordinates that explain most of all others."""
+    """The coordinates that explain the others best, whatever the next layers do with them."""
     return GREEDY(covariance, torch.eye(len(weight)).to(weight), count)
 
 
-def spaced_units(variance, outgoing, groups, count):
-    """Evenly spaced hidden units; of heads, the strongest as ever."""
-    if groups.shape[1] > 1:
-        return STRONGEST(variance, outgoing, groups, count)
-    return uniform_indices(len(groups), count).to(variance.device)
+def spaced_units(variance, outgoing, units, count):
+    """Evenly spaced hidden units; heads are still chosen by their strength."""
+    if units.shape[1] > 1:
+        return STRONGEST(variance, outgoing, units, count)
+    return uniform_indices(len(units), count).to(variance.device)
 
 
 PARTS = {
-    "reads": (equations, "read_through", lambda across, own, prior, constant: prior),
+    "reads": (equations, "solve_up_map", lambda across, own, prior, constant: prior),
     "frame": (equations, "rotation", turned),
     "coordinates": (equations, "greedy", spaced_coordinates),
     "weights": (equations, "greedy", explaining_coordinates),
     "units": (equations, "strongest", spaced_units),
-    "heads": (Structure, "_attention", lambda self, name, heads, local: None),
+    "heads": (Symmetries, "_find_attention", lambda self, name, heads, inside: None),
 }
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first experiments of docs/RESULTS.md: a small ViT, 112 pixels, short training, on a CPU in minutes a run.
+# The first experiments of docs/results.md: a small ViT, 112 pixels, short training, on a CPU in minutes a run.
 # Environment and arguments: scripts/experiment.sh. DATA holds flowers-102/ and what this makes of CIFAR-100:
 #   python experiments/cifar100_folders.py data/ data/cifar100_50 --train 50
 source "$(dirname "$0")/../scripts/experiment.sh" "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Projection beside selection (docs/RESULTS.md): a small ViT, 112 pixels, short training, on a CPU in minutes a run.
+# Projection beside selection (docs/results.md): a small ViT, 112 pixels, short training, on a CPU in minutes a run.
 # Environment and arguments: scripts/experiment.sh. DATA holds flowers-102/ and what these make of CIFAR-100 and Flowers:
 #   python experiments/cifar100_folders.py data/ data/cifar100_50 --train 50
 #   python scripts/calibration_images.py flowers data/ data/flowers_256 --count 256

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Count the pairs of timm models of which the smaller can be selected from the larger; writes COVERAGE.md.
+"""Count the pairs of timm models of which the smaller can be selected from the larger; writes docs/coverage.md.
 
-    python scripts/coverage.py [--output COVERAGE.md] [--families resnet vgg] [--examples]
+    python scripts/coverage.py [--output docs/coverage.md] [--families resnet vgg] [--examples]
 
-Every architecture of timm is built on the meta device, so nothing is downloaded and no weight exists. Every pair of a
-family of which one has more parameters is planned; a plan fills every key of the student but the classifier's. Takes
-a quarter of an hour on two cores.
+Every model of timm is built on the meta device, so nothing is downloaded and no weight exists. Every pair of the same
+architecture that differs in its number of parameters is planned. A plan fills every key of the student but the
+classifier's. This takes a quarter of an hour on two cores.
 """
 
 import re
@@ -144,7 +144,7 @@ def architectures_by_family() -> dict:
 
 
 def report(families: list) -> str:
-    """COVERAGE.md."""
+    """The text of docs/coverage.md."""
     total = Family("all", sum(family.models for family in families))
     for family in families:
         total.planned += family.planned
@@ -153,13 +153,17 @@ def report(families: list) -> str:
     rows = "\n".join(family.row() for family in [*families, total])
     return f"""# Which small models can be selected from which large ones
 
-Every pair of architectures within a family of timm of which one has more parameters, planned without weights by
-`python scripts/coverage.py --output COVERAGE.md` (timm {timm.__version__}, PyTorch {torch.__version__}).
-*Planned*: every tensor of the smaller but the classifier has its place in the larger. *With `--allow_unused`*: so, too,
-but the larger has tensors that the smaller has no place for (a LayerScale, another token). All others are refused, with
-the reasons counted here; most pairs of a family are no narrower or shallower versions of each other.
+`python scripts/coverage.py --output docs/coverage.md` planned every pair of timm's models that have the same
+architecture and differ in their number of parameters (timm {timm.__version__}, PyTorch {torch.__version__}). It
+needs no weights.
 
-| family | models | pairs | planned | with `--allow_unused` | refused |
+- *planned*: every tensor of the smaller model but the classifier has its place in the larger one.
+- *with `--allow_unused`*: the same, but the larger model has tensors that the smaller one has no place for (a
+  LayerScale, another token).
+- *refused*: all other pairs, counted by reason. Most pairs of an architecture are no narrower or shallower versions of
+  each other.
+
+| architecture | models | pairs | planned | with `--allow_unused` | refused |
 |---|---|---|---|---|---|
 {rows}
 """

@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
-# Lint and tests, offline, on a CPU. Arguments go to pytest: bash scripts/test.sh tests/test_models.py -k clip
+# Lint and tests, offline, on a CPU.
+#   bash scripts/test.sh                             all of them, as a change must pass them
+#   bash scripts/test.sh --quick                     while editing: without tests that train, start processes or are slow
+#   bash scripts/test.sh tests/test_models.py -k ema all arguments go to pytest
+# What --quick leaves out is decided in tests/conftest.py; the last line of the output counts it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-CUDA_VISIBLE_DEVICES="" .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# worksteal: half of the tests for each process, and who is done first takes from the other.
+CUDA_VISIBLE_DEVICES="" .venv/bin/python -m pytest -n 2 --dist worksteal "$@"

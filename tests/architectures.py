@@ -55,7 +55,7 @@ MODELS = {
     "wide_resnet": ("wide_resnet50_2", SMALL, *({**sizes, "base_width": 128} for sizes in CHANNELS)),
     "resnext": (
         "resnext50_32x4d",
-        SMALL,
+        SMALL | {"channels": (32, 64, 64, 64)},
         {"layers": (2, 2, 2, 1), "cardinality": 8, "base_width": 8},
         {"layers": (1, 1, 2, 1), "cardinality": 4, "base_width": 4},
     ),
@@ -82,7 +82,7 @@ MODELS = {
         {"model_cfg": (16, 16, "M", 32, 32, 32, "M", 64, 64, 64, "M"), "mlp_ratio": 1 / 32},
         {"model_cfg": (8, "M", 16, 16, "M", 32, "M"), "mlp_ratio": 1 / 64},
     ),
-    "efficientnet": ("efficientnet_b1", SMALL, {}, {}),
+    "efficientnet": ("test_efficientnet", SMALL, {}, {}),
     "mobilenet_v3": ("mobilenetv3_small_050", SMALL, {}, {}),
     "metaformer": (
         "poolformer_s12",
@@ -98,7 +98,12 @@ def models(name):
     if name == "efficientvit" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
         pytest.skip("timm's model uses autocast, which this PyTorch does not have on the meta device")
     architecture, both, large, small = MODELS[name]
-    return create_model(architecture, **both, **large), create_model(architecture, **both, **small)
+    pair = create_model(architecture, **both, **large), create_model(architecture, **both, **small)
+    if name == "vgg":  # timm's have 4096 features before the classifier, whatever their other widths
+        for model in pair:
+            model.pre_logits.fc2 = nn.Conv2d(model.pre_logits.fc2.in_channels, 128, 1)
+            model.head.fc = nn.Linear(128, SMALL["num_classes"])
+    return pair
 
 
 def lively(model):

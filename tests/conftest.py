@@ -27,8 +27,44 @@ COLOURS = {"blue": (40, 60, 200), "green": (60, 190, 70), "red": (200, 50, 50)}
 TRAIN_IMAGES, TEST_IMAGES = 48, 13
 
 
+# With --quick, tests are left out that use one of these fixtures or modules, or are marked as slow.
+TRAINING_FIXTURES = {"train", "interrupted", "tiny_run"}
+PROCESS_MODULES = ("subprocess", "processes", "start_together")
+
+
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also every pair of timm's models, which takes most of an hour")
+    parser.addoption("--quick", action="store_true", help="no tests that train, start processes or are marked as slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes seconds; left out by --quick")
+    config.left_out = 0
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--quick"):
+        return
+    slow = [item for item in items if is_slow(item)]
+    items[:] = [item for item in items if item not in set(slow)]
+    config.left_out = len(slow)
+    if hasattr(config, "workeroutput"):  # a process of pytest-xdist, which the one that reports reads
+        config.workeroutput["left_out"] = len(slow)
+
+
+def is_slow(item):
+    starts_processes = any(hasattr(item.module, name) for name in PROCESS_MODULES)
+    return starts_processes or item.get_closest_marker("slow") or TRAINING_FIXTURES & set(item.fixturenames)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    node.config.left_out = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--quick"):
+        terminalreporter.write_line(f"--quick left out {config.left_out} tests; all must pass: bash scripts/test.sh")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the command lines here share: parsers that report in one line, and arguments of models. Imports no torch."""
+"""What all command lines share: the parser, values that are true or false, arguments of a model. Imports no torch."""
 
 import argparse
 import ast
@@ -7,9 +7,9 @@ from weight_selection.errors import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations and reports what is wrong in one line."""
+    """A parser that takes no abbreviated options, and raises InputError where argparse would print its usage."""
 
-    def __init__(self, program, description):
+    def __init__(self, program: str, description: str):
         super().__init__(
             prog=program,
             description=description,
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Kwargs(argparse.Action):
-    """``K=V ...`` arguments, as {K: V} with V the Python value that it reads as, or else the text."""
+    """Makes {K: V} of the words ``K=V ...``. V is the Python value that the word is a literal of, or else the text."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         pairs = {}
@@ -37,8 +37,8 @@ class Kwargs(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
-def boolean(text):
-    """Value of an option that takes true or false."""
+def boolean(text: str) -> bool:
+    """The value of a word such as true, yes, 1, false, no or 0. As an option's ``type`` it refuses all other words."""
     if text.lower() in ("true", "1", "yes"):
         return True
     if text.lower() in ("false", "0", "no"):
@@ -47,18 +47,18 @@ def boolean(text):
 
 
 def check_kwargs(kwargs: dict, option: str, taken: dict) -> None:
-    """Refuse model arguments that are set in another way.
+    """Refuse arguments of a model that are set in another way, and those of ``create_model`` itself.
 
     Args:
-        kwargs: what the user gave.
-        option: the option it was given with.
-        taken: {argument: what to do instead}, beside the arguments of ``create_model`` itself.
+        kwargs: the arguments that the user gave.
+        option: the option that gave them.
+        taken: {argument: why the user is not to give it}.
 
     Raises:
-        InputError: names the first.
+        InputError: names the first argument that is refused.
     """
     own = ("name", "option", "device", "input_size", "pretrained", "checkpoint_path")
-    own = dict.fromkeys(own, "it is not the model's")
+    refused = dict.fromkeys(own, "it is not the model's") | taken
     for key, value in kwargs.items():
-        if key in own | taken:
-            raise InputError(f"{option} {key}={value}: leave it out; {(own | taken)[key]}")
+        if key in refused:
+            raise InputError(f"{option} {key}={value}: leave it out; {refused[key]}")

@@ -55,7 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--student_config",
         metavar="FILE",
-        help="instead: a recipe of main.py, FILE or FILE:SECTION, whose model, its arguments and size are the student's",
+        help="instead: a recipe of main.py, FILE or FILE:SECTION, whose model, arguments and size are the student's",
     )
     add("--teacher_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V", help="likewise for the teacher")
     add("--layer_selection", choices=LAYER_SELECTION, default="first_n")

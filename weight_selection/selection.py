@@ -247,6 +247,9 @@ class Selection:
         if self.options.projects:
             from weight_selection.projection.project import match_geometry
 
+            for who in (self.teacher, self.student):
+                if not isinstance(who.model, str) and _on_meta(who.model):
+                    raise InputError(f"{who.option}: is on the meta device, but projection runs it; give a real one")
             models = tuple(map(skeleton_of, models))
             match_geometry(*models)
         return models

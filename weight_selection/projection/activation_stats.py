@@ -1,122 +1,124 @@
-"""The first pass over the images: the moments of what a teacher's layers take, and what follows what."""
+"""The first pass over the images: the moments of the teacher's activations, and which layer follows which."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 from weight_selection.errors import InputError
-from weight_selection.plan import Anatomy
+from weight_selection.projection.activation_tap import ActivationTap, vectors
 from weight_selection.projection.equations import Moments, Variances
-from weight_selection.projection.images import Tap, vectors
-from weight_selection.projection.symmetries import STRONGEST, Structure
+from weight_selection.projection.symmetries import STRONGEST
+from weight_selection.projection.traced_model import TracedModel
 
 
-@dataclass(frozen=True)
-class Side:
-    """One of the two models: with its weights, taken apart."""
-
-    model: nn.Module
-    anatomy: Anatomy
-    structure: Structure
-
-    @classmethod
-    def of(cls, model: nn.Module, anatomy: Anatomy) -> "Side":
-        return cls(model, anatomy, Structure(model, anatomy.neurons))
-
-    def parts(self, key: str, dim: int) -> list:
-        """[(number of its space, how many parts of that space came before, indices (n,))] along a dimension."""
-        seen, found = {}, []
-        for part in self.anatomy.neurons.parts[key][dim]:
-            nth = seen[part.space] = seen.get(part.space, -1) + 1
-            found.append((part.space, nth, torch.from_numpy(part.indices.reshape(-1)).to(self.device)))
-        return found
-
-    def space_of(self, key: str) -> int | None:
-        """The one space of a tensor's last dimension: that of a norm, a LayerScale; None if it has several."""
-        dims = self.anatomy.neurons.parts[key]
-        return dims[-1][0].space if dims and dims[-1] is not None and len(dims[-1]) == 1 else None
-
-    def size(self, space: int) -> int:
-        return self.anatomy.neurons.spaces[space].size
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-
-class Survey:
-    """What a teacher's layers do while it sees the images.
+class ActivationStats:
+    """What the teacher's layers take and give while it sees the images.
 
     Args:
         teacher: in evaluation mode.
         images: batches of images on its device.
 
     Raises:
-        InputError: activations that are not finite.
+        InputError: an activation is not finite.
 
     Attributes:
-        moments: {key of a dense weight: ``Moments`` of what it takes; ``Variances`` if it takes hidden units}.
-        normalised: {key of a norm's gain: ``Moments`` of what it makes before gain and shift}.
+        teacher: as given.
+        moments: {key of a dense weight: ``Moments`` of the layer's inputs; ``Variances`` if these are hidden units}.
+        normalised: {key of a norm's gain: ``Moments`` of what the norm gives before gain and shift}.
         norm_of: {key of a dense weight: key of the last norm before it over the same neurons}.
-        scaled: {key of a LayerScale: key of the dense weight that gives what it scales}.
-        early: {key of a norm in the stream itself, which no dense layer but another norm reads: keys of the dense
+        scaled: {key of a LayerScale: key of the dense weight whose output it scales}.
+        early: {key of a norm in the stream itself, which no dense layer but another norm takes: keys of the dense
             weights before it}.
     """
 
-    def __init__(self, teacher: Side, images):
-        self.moments, self.normalised, self.norm_of, self.scaled, self.early = {}, {}, {}, {}, {}
-        self._teacher = teacher
-        structure = teacher.structure
-        valued = {attention.out for attention in structure.attentions.values()}
-        self._units = {
-            key
-            for key in structure.dense
-            if key not in valued
-            and all(structure.role(part.space, False) == STRONGEST for part in structure.neurons.parts[key][1] or ())
-        }
+    def __init__(self, teacher: TracedModel, images: Iterable):
+        self.teacher = teacher
+        self.moments, self.normalised, self.norm_of, self.scaled = {}, {}, {}, {}
+        self._before = {}  # key of a norm: keys of the dense weights that ran before it
+        self._hidden = self._takes_hidden_units()
+        followed = set()
         for batch in images:
-            self._last, self._given, self._before, self._followed = {}, {}, [], set()
-            with Tap(teacher.model, self._dense, self._norm, self._scale):
+            recorder = _BatchRecorder(self)
+            with ActivationTap(teacher.model, recorder.dense, recorder.norm, recorder.scale):
                 teacher.model(batch)
-        followed = self._followed
-        del self._last, self._given, self._before, self._followed
+            followed = recorder.followed
         for key, moments in self.moments.items():
             if not moments.total.isfinite().all():
                 raise InputError(
                     f"--calibration: what the teacher's {key} takes is not finite; check weights and images"
                 )
-        read = set(self.norm_of.values())
-        self.early = {key: self.early[key] for key in followed - read}
+        self.early = {key: self._before[key] for key in followed - set(self.norm_of.values())}
 
-    def _dense(self, key, x, y):
-        structure = self._teacher.structure
-        self._before.append(key)
-        self._given[y.data_ptr()] = key, y  # held, so that nothing else gets its memory
-        parts = structure.neurons.parts[key][1] if key in structure.dense else None
-        if parts is None:
-            return y
-        for part in parts:
-            if part.space in self._last:
-                self.norm_of[key] = self._last[part.space]
-        x = vectors(x, structure.dense[key].weight.ndim)
-        if key in self._units:
+    def outgoing(self, key: str) -> Tensor:
+        """The weights of a dense layer by its inputs, with the LayerScale behind it: float64 (inputs, rest)."""
+        weights = self.teacher.model.state_dict()
+        weight = weights[key].double()
+        for scale, scaled in self.scaled.items():
+            if scaled == key:
+                weight = weight * weights[scale].double().view(-1, *[1] * (weight.ndim - 1))
+        return weight.transpose(0, 1).flatten(1)
+
+    def add_input(self, key: str, x: Tensor) -> None:
+        """Add what a dense layer takes."""
+        x = vectors(x, self.teacher.symmetries.dense[key].weight.ndim)
+        if key in self._hidden:
             self.moments.setdefault(key, Variances()).add(x)
         else:
             self.moments.setdefault(key, Moments()).add(x, x)
+
+    def add_normalised(self, key: str, n: Tensor, before: list) -> None:
+        """Add what a norm gives before gain and shift; ``before`` are the dense weights that ran before it."""
+        self.normalised.setdefault(key, Moments()).add(n, n)
+        self._before.setdefault(key, list(before))
+
+    def _takes_hidden_units(self):
+        """Keys of the dense layers of which only variances are needed, for (4): they take nothing but hidden units."""
+        symmetries = self.teacher.symmetries
+        values = {attention.out for attention in symmetries.attentions.values()}
+        return {
+            key
+            for key in symmetries.dense
+            if key not in values
+            and all(symmetries.treatment(part.group, False) == STRONGEST for part in symmetries.slices(key, 1))
+        }
+
+
+class _BatchRecorder:
+    """Follows one batch through the teacher and adds what it sees to the statistics.
+
+    Attributes:
+        followed: keys of the norms that another norm over the same neurons follows, and of the first norm over them.
+    """
+
+    def __init__(self, stats: ActivationStats):
+        self.stats, self.followed = stats, set()
+        self._last_norm = {}  # number of a group: key of the last norm over it
+        self._outputs = {}  # address of a dense layer's output: (key of the weight, output)
+        self._ran = []  # keys of the dense weights, in the order in which they ran
+
+    def dense(self, key, x, y):
+        self._ran.append(key)
+        self._outputs[y.data_ptr()] = key, y  # we hold the output, so that no other tensor gets its memory
+        symmetries = self.stats.teacher.symmetries
+        slices = symmetries.slices(key, 1) if key in symmetries.dense else ()
+        for part in slices:
+            if part.group in self._last_norm:
+                self.stats.norm_of[key] = self._last_norm[part.group]
+        if slices:
+            self.stats.add_input(key, x)
         return y
 
-    def _norm(self, key, x, y):
-        space = self._teacher.space_of(key)
-        if space is not None:
-            self._followed.add(self._last.get(space, key))
-            self._last[space] = key
+    def norm(self, key, x, y):
+        group = self.stats.teacher.group_of(key)
+        if group is not None:
+            self.followed.add(self._last_norm.get(group, key))
+            self._last_norm[group] = key
             n = F.layer_norm(x, y.shape[-1:]).reshape(-1, y.shape[-1])
-            self.normalised.setdefault(key, Moments()).add(n, n)
-            self.early.setdefault(key, list(self._before))
+            self.stats.add_normalised(key, n, self._ran)
         return y
 
-    def _scale(self, key, x):
-        if isinstance(x, torch.Tensor) and x.data_ptr() in self._given:
-            self.scaled[key] = self._given[x.data_ptr()][0]
+    def scale(self, key, x):
+        if isinstance(x, torch.Tensor) and x.data_ptr() in self._outputs:
+            self.stats.scaled[key] = self._outputs[x.data_ptr()][0]

@@ -1,38 +1,41 @@
-"""Projection: the small matrices that turn a larger model's weights into a smaller one's, equation by equation.
+"""The equations of projection: small matrices that turn a larger model's weights into a smaller one's.
 
-A student's dense layer (linear, convolution) does what the teacher's does, on fewer neurons:
+A dense layer (linear layer or convolution) of the student does on few neurons what the teacher's does on many:
 
     W_student = Q W_teacher B        b_student = Q (b_teacher + W_teacher c)                                        (1)
 
-of a convolution at every place of its kernel (at the image's border, padded with zeros, c is only nearly right). Q, the
-*write* of the neurons that the layer gives, is chosen; B and c, the *read* of those that it takes, follow by
-least squares. Everything here is float64 and knows nothing of models. x are a teacher's activations, z a student's,
-x~ is x with a 1 appended.
+Q is the *down map* of the neurons that the layer gives. It makes the student's neurons from the teacher's; we choose
+it. B and c are the *up map* of the neurons that the layer takes. It restores the teacher's neurons from the student's;
+least squares finds it. A convolution applies (1) at every place of its kernel; where the kernel meets the zeros that
+pad the image's border, c is only approximately right.
 
-Rotation and slicing is SliceGPT's idea (Ashkboos et al. 2024); choosing neurons by what the next layer can restore of
-the others is that of optimal brain compression and ThiNet (Luo et al. 2017).
+This module knows no models. All matrices are float64. x are activations of the teacher, z of the student, and x~ is x
+with a 1 appended.
+
+To rotate a stream and then cut it is the idea of SliceGPT (Ashkboos et al. 2024). To choose neurons by how well the
+next layer can restore the others is that of optimal brain compression and ThiNet (Luo et al. 2017).
 """
 
 import torch
 from torch import Tensor
 
-RIDGE = 1e-3  # of the least squares, times the mean square of what is read
-FLAT = 1e-9  # directions with less than this of the largest variance carry nothing but rounding
+RIDGE = 1e-3  # of the least squares, times the mean square of the student's activations
+FLAT = 1e-9  # a direction with less than this share of the largest variance holds only rounding errors
 
 
 class Moments:
-    """The second moments E[x~ z~'] of two sequences of vectors that come in batches.
+    """The second moments E[x~ z~'] of pairs of vectors (x, z), which come in batches.
 
     Attributes:
-        count: number of vectors.
-        total: float64 (X + 1, Z + 1), the sum of x~ z~'; on the device of the vectors.
+        count: number of pairs.
+        total: float64 (X + 1, Z + 1), the sum of x~ z~', on the device of the vectors.
     """
 
     def __init__(self):
         self.count, self.total = 0, 0.0
 
     def add(self, x: Tensor, z: Tensor) -> None:
-        """Add ``x``, (n, X), and ``z``, (n, Z), floating point."""
+        """Add n pairs: ``x``, (n, X), and ``z``, (n, Z), floating point."""
         x, z = (torch.cat([v, v.new_ones(len(v), 1)], dim=1) for v in (x, z))
         self.count += len(x)
         self.total = self.total + (x.T @ z).double()
@@ -50,12 +53,12 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """The diagonal of the covariance, (X,), where z is x."""
+        """The variance of each x, (X,), if z is x: the diagonal of the covariance."""
         return self.covariance.diagonal()
 
 
 class Variances:
-    """As ``Moments`` of a sequence with itself, but of the diagonal only.
+    """The variances of vectors that come in batches: of ``Moments`` with z = x only the diagonal, in little memory.
 
     Attributes:
         count: number of vectors.
@@ -66,40 +69,41 @@ class Variances:
         self.count, self.total = 0, 0.0
 
     def add(self, x: Tensor) -> None:
-        """Add ``x``, (n, X)."""
+        """Add n vectors ``x``, (n, X)."""
         self.count += len(x)
         self.total = self.total + torch.stack([x.double().sum(0), x.double().square().sum(0)])
 
     @property
     def variance(self) -> Tensor:
-        """(X,)."""
+        """The variance of each x, (X,)."""
         mean, square = self.total / self.count
         return square - mean**2
 
 
 def share(moments: Tensor) -> Tensor:
-    """Moments divided by their trace, so that every layer counts alike; of a layer that is all zero, zeros."""
+    """Moments divided by their trace, so that every layer counts alike. Moments that are all zero stay zero."""
     return moments / moments.trace().clamp(min=torch.finfo(moments.dtype).tiny)
 
 
 def rotation(normalised: Tensor, frame: Tensor) -> Tensor:
-    """Q = E U' of a residual stream that only normalisations read.
+    """The down map Q = E U' of a residual stream that only layer normalisations read.
 
-    LayerNorm takes the mean away: U are the k = d - 1 leading eigenvectors of C that are orthogonal to the vector of
-    ones, E, d x k, has orthonormal columns orthogonal to ones, so the student's stream s = E U' x has mean zero and its
-    own LayerNorm only scales it.                                                                                   (2)
+    LayerNorm takes the mean away. So U, (D, k), holds the k = d - 1 leading eigenvectors of C that are orthogonal to
+    the vector of ones, and E, (d, k), has orthonormal columns that are orthogonal to ones too. The student's stream
+    s = E U' x then has mean zero, and its own LayerNorm only scales it.                                            (2)
 
-    Any E gives the same function. This one, nearest to keeping coordinates, |E U' - S| least, trains a little better
-    than a random one (RESULTS.md), and depends on the space that U spans and not on its basis.
+    Any such E gives the same function. This one brings Q nearest to the selection S of the coordinates ``frame``: it
+    makes |E U' - S| smallest. Students trained from it are a little better than from a random E (docs/results.md), and it
+    depends only on the space that U spans, not on the basis that eigh happens to return.
 
     Args:
-        normalised: C = E[n n'], (D, D).
-        frame: the d coordinates S of the stream that E comes near to, integers.
+        normalised: C = E[n n'], (D, D), of the normalised stream n.
+        frame: the d coordinates of the stream that S selects, integers.
 
     Returns:
-        (d, D).
+        Q, (d, D).
     """
-    _, directions = torch.linalg.eigh(normalised - normalised.trace() / len(normalised))  # of ones the least
+    _, directions = torch.linalg.eigh(normalised - normalised.trace() / len(normalised))  # makes ones the last
     basis = directions[:, 1 - len(frame) :]
     centring = torch.eye(len(frame), dtype=basis.dtype, device=basis.device) - 1 / len(frame)
     centred = torch.linalg.qr(centring[:, 1:]).Q
@@ -108,21 +112,22 @@ def rotation(normalised: Tensor, frame: Tensor) -> Tensor:
 
 
 def random_rotation(size: int, generator: torch.Generator) -> Tensor:
-    """A random rotation of a stream without its mean, (size, size): from what is orthogonal to ones onto the same."""
+    """A random rotation, (size, size), of the vectors that are orthogonal to ones; it maps ones to zero."""
     first, second = (torch.randn(size, size, dtype=torch.float64, generator=generator) for _ in range(2))
     first[:, 0] = second[:, 0] = 1
     return torch.linalg.qr(first).Q[:, 1:] @ torch.linalg.qr(second).Q[:, 1:].T
 
 
 def greedy(covariance: Tensor, weight: Tensor, count: int) -> Tensor:
-    """Coordinates from which least squares restores the most of what is read of all of them.
+    """Choose the coordinates from which least squares restores best what the next layers use of all coordinates.
 
-    With S chosen, what readers lose is trace(G R), R the covariance of x that x_S does not explain. The next one is
-    that which lessens it most, by (R G R)_jj / R_jj, and R loses what it explains.                                 (3)
+    Let S be the chosen coordinates and R the covariance of x that x_S does not explain. The next layers then lose
+    trace(G R). Each step chooses the coordinate j that lowers this most, by (R G R)_jj / R_jj, and takes what j
+    explains out of R.                                                                                              (3)
 
     Args:
         covariance: of x, (D, D).
-        weight: G = sum of W'W over the readers of x, (D, D).
+        weight: G, (D, D), the sum of W'W over the layers that take x.
         count: number of coordinates to keep.
 
     Returns:
@@ -146,32 +151,36 @@ def greedy(covariance: Tensor, weight: Tensor, count: int) -> Tensor:
     return torch.tensor(sorted(chosen), device=rest.device)
 
 
-def strongest(variance: Tensor, outgoing: Tensor, groups: Tensor, count: int) -> Tensor:
-    """Groups of hidden units of the largest variance times |outgoing weights|^2, ascending.                        (4)
+def strongest(variance: Tensor, outgoing: Tensor, units: Tensor, count: int) -> Tensor:
+    """Choose the hidden units, or heads, with the largest variance times |outgoing weights|^2.                     (4)
 
     Args:
-        variance: of each unit, (D,).
-        outgoing: sum of the squares of the weights that read it, (D,).
-        groups: integers (number of groups, size of a group): single units, or heads.
-        count: number of groups to keep.
+        variance: of each neuron, (D,).
+        outgoing: sum of the squares of each neuron's outgoing weights, (D,).
+        units: indices of each unit's neurons, integers (number of units, neurons in one): single neurons, or heads.
+        count: number of units to keep.
+
+    Returns:
+        The numbers of the units, ascending, (count,).
     """
-    strength = (variance * outgoing)[groups].sum(1)
+    strength = (variance * outgoing)[units].sum(1)
     return strength.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def shared_products(queries: Tensor, keys: Tensor, rank: int) -> tuple:
-    """Q of queries and of keys: the best ``rank`` of a head's dimensions for their product.
+    """The down maps of a head's queries and keys that keep their products best.
 
-    Attention sees q'k / sqrt(a) only. Of all F_q, F_k of that rank, these make E|q'k - (F_q q)'(F_k k)|^2 least for
-    independent q and k: with roots of the moments R_q, R_k and R_q R_k = U S V', F_q = S^1/2 U' R_q^-1 of the leading
-    singular values, F_k likewise, and (b/a)^1/4 each for the student's own 1 / sqrt(b).                            (5)
+    Attention sees only q'k / sqrt(a), with a dimensions in a head. Of all F_q and F_k with b rows, we take those that
+    make E|q'k - (F_q q)'(F_k k)|^2 smallest for independent q and k. With R_q and R_k the roots of the moments and
+    R_q R_k = U S V', these are F_q = S^1/2 U' R_q^-1 and F_k = S^1/2 V' R_k^-1 of the b leading singular values. Each
+    is multiplied by (b/a)^1/4, because the student divides by sqrt(b).                                             (5)
 
     Args:
-        queries, keys: second moments (a, a); of keys, the covariance, since softmax ignores what all keys share.
-        rank: b; of all a there is nothing to gain, and they stay as they are.
+        queries, keys: second moments, (a, a). Softmax ignores what all keys share, so for keys give the covariance.
+        rank: b. If it is a, nothing is to be gained, and both stay as they are.
 
     Returns:
-        (F_q, F_k), each (rank, a).
+        (F_q, F_k), each (b, a).
     """
     if rank == len(queries):
         return torch.eye(rank, dtype=queries.dtype, device=queries.device).expand(2, rank, rank)
@@ -182,18 +191,20 @@ def shared_products(queries: Tensor, keys: Tensor, rank: int) -> tuple:
 
 
 def values(context: Tensor, out: Tensor, rank: int) -> Tensor:
-    """Q of a head's values, the best directions first.
+    """The directions of a head's values, best first.
 
-    Values reach the stream through W_out only: with R the root of the covariance of what the head hands on and W_out R
-    = U S V', the best are V' R^-1 of the leading singular values; here an orthonormal basis of them.               (6)
+    Values reach the stream only through W_out. With R the root of the covariance of the head's output and
+    W_out R = U S V', the best directions are the rows of V' R^-1 of the leading singular values. Their first rows are
+    the down map; we return an orthonormal basis of them.                                                           (6)
 
     Args:
-        context: covariance (a, a) of the head's output.
+        context: covariance of the head's output, (a, a).
         out: W_out, (D, a).
-        rank: number of directions that a student's head takes; if all a, they stay as they are.
+        rank: number of directions that a head of the student takes. If it is a, the values stay as they are.
 
     Returns:
-        (a, a), of which the first ``rank`` rows are Q; the next belong to another head that is made from the same.
+        (a, a). The first ``rank`` rows are the down map; a second head of the student that is made from the same head
+        of the teacher takes the next rows.
     """
     if rank == len(context):
         return torch.eye(rank, dtype=context.dtype, device=context.device)
@@ -202,24 +213,25 @@ def values(context: Tensor, out: Tensor, rank: int) -> Tensor:
     return torch.linalg.qr((right @ inverse).T).Q.T
 
 
-def read_through(across: Tensor, own: Tensor, prior: Tensor, constant: bool = True) -> Tensor:
-    """The read (B, c) that gives the teacher's x from the student's z: x ~ B z + c.
+def solve_up_map(across: Tensor, own: Tensor, prior: Tensor, constant: bool = True) -> Tensor:
+    """The up map (B, c) that restores the teacher's x from the student's z best: x ~ B z + c.
 
-    Ridge regression towards the read that one would take without images, so that directions that they do not show stay
-    there, and a student as large as its teacher reads exactly as that does:
+    This is ridge regression towards a given up map B~_0, the one that we would use without images:
 
         B~ = B~_0 + (E[x z~'] - B~_0 E[z~ z~']) (E[z~ z~'] + ridge)^-1                                              (7)
 
-    The ridge is RIDGE times the mean square of z, so that scaling z changes nothing, and leaves c free.
+    So B~_0 stays along directions that the images do not show, and a student as large as its teacher gets exactly the
+    teacher's function. The ridge is RIDGE times the mean square of z, so that the scale of z does not matter; it leaves
+    c free.
 
     Args:
         across: E[x z~'], (D, d + 1).
         own: E[z~ z~'], (d + 1, d + 1).
         prior: B~_0, (D, d + 1).
-        constant: whether there is a c; if not, c = 0.
+        constant: whether the layer has a bias that can take c; if not, c is 0.
 
     Returns:
-        (D, d + 1), or (D, d) without a c.
+        B~ = (B, c), (D, d + 1); without a constant B, (D, d).
     """
     if not constant:
         across, own, prior = across[:, :-1], own[:-1, :-1], prior[:, :-1]
@@ -234,7 +246,7 @@ def read_through(across: Tensor, own: Tensor, prior: Tensor, constant: bool = Tr
 
 
 def _root(moments):
-    """(R, R^-1) of R R = moments, positive."""
+    """(R, R^-1) with R positive and R R = moments."""
     energies, directions = torch.linalg.eigh(moments)
     energies = energies.clamp(min=max(FLAT * energies.max().item(), torch.finfo(energies.dtype).tiny)).sqrt()
     return directions * energies @ directions.T, directions / energies @ directions.T

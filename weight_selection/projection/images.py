@@ -1,93 +1,81 @@
-"""Calibration: a few images, without labels, and what a model's dense layers take and give while it sees them."""
+"""Calibration: the few images, without labels, that both models see."""
 
 import hashlib
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from timm.data import create_transform
-from torch.overrides import TorchFunctionMode
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datasets import ImageFiles
-from weight_selection import CALIBRATION_IMAGES, NOISE, check_calibration
 from weight_selection.errors import InputError
 from weight_selection.files import sha256
-from weight_selection.image_files import BadImage
+from weight_selection.image_files import BadImage, read_image
+from weight_selection.options import CALIBRATION_IMAGES, NOISE
 
 BATCH_SIZE = 16
-DENSE = {F.linear, F.conv2d, torch.conv2d}
-PRODUCTS = {"mul", "mul_", "__mul__", "__rmul__"}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
 
 class Calibration:
-    """Images in batches; they are made or read anew each time, so that they need no memory.
+    """Images in batches. They are made or read anew in every pass, so that they need no memory.
 
     Args:
-        source: ``noise``, or a directory, searched with all below it.
-        count: number of images; of a directory that has more, a random draw. None: ``CALIBRATION_IMAGES``, or all that
-            a directory has if these are fewer.
-        side: of the square images in pixels. None: as the student takes them.
-        size: (channels, height, width) that the student is built for.
-        config: the teacher's pretrained_cfg: its mean, std and interpolation.
+        source: ``noise``, or a directory, which is searched with all directories below it.
+        count: number of images. If a directory has more, they are drawn at random. None: ``CALIBRATION_IMAGES``, or all
+            images of a directory that has fewer.
+        side: of the square images, in pixels. None: the size that the student takes.
+        size: (channels, height, width) of the images that the student takes.
+        config: how the teacher's images were prepared: ``mean`` and ``std``; for a directory also ``interpolation`` and
+            ``crop_pct``.
         seed: of the draw and of the noise.
 
     Raises:
-        InputError: no such directory, no images in it, or not as many as ``count``.
+        InputError: the directory has no images, or fewer than ``count``.
     """
 
-    def __init__(self, source, count: int | None, side: int | None, size: tuple, config: dict, seed: int):
-        check_calibration(source, count, side)
-        if seed < 0:
-            raise InputError(f"--seed {seed}: give a number from 0 up")
+    def __init__(
+        self, source: str | os.PathLike, count: int | None, side: int | None, size: tuple, config: Mapping, seed: int
+    ):
         self.size = (size[0], side, side) if side else tuple(size)
-        self.config, self.seed, self.images = config, seed, None
+        self.config, self.seed, self._paths = config, seed, None
         self.count = count or CALIBRATION_IMAGES
         if str(source) == NOISE:
             return
-        root = Path(source)
         if self.size[0] != 3:
             raise InputError(
-                f"--calibration {root}: images are RGB, the model takes {self.size[0]} channels; use {NOISE}"
+                f"--calibration {Path(source)}: images are RGB, the model takes {self.size[0]} channels; use {NOISE}"
             )
-        files = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-        paths = sorted(path for path in files if path.suffix.lower() in IMG_EXTENSIONS)
-        if not paths:
-            raise InputError(
-                f"--calibration {root}: no images there ({' '.join(IMG_EXTENSIONS)}); name another directory"
-            )
+        paths = _find_images(Path(source))
         if len(paths) < (count or 1):
             raise InputError(
-                f"--calibration {root}: {len(paths)} images there, --calibration_images asks for {count}; give fewer"
+                f"--calibration {Path(source)}: {len(paths)} images there, --calibration_images asks for {count}; give "
+                "fewer"
             )
         self.count = min(self.count, len(paths))
-        words = ("mean", "std", "interpolation", "crop_pct")
-        transform = create_transform(self.size, **{word: config[word] for word in words})
-        self.images = ImageFiles([(paths[index], None) for index in draw(len(paths), self.count, seed)], transform)
+        self._paths = [paths[index] for index in draw(len(paths), self.count, seed)]
+        self._transform = _transform(self.size, config)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return -(-self.count // BATCH_SIZE)
 
     @property
-    def sha256(self):
-        """SHA-256 of the lines of the images' SHA-256, in their order, as hexadecimal digits; None of noise."""
-        if self.images is None:
+    def sha256(self) -> str | None:
+        """The SHA-256, in hexadecimal, of lines with the SHA-256 of each image in order; None of noise."""
+        if self._paths is None:
             return None
-        lines = (f"{sha256(path)}\n" for path, _ in self.images.samples)
+        lines = (f"{sha256(path)}\n" for path in self._paths)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def __iter__(self):
         """Batches, float32 (n, channels, height, width), normalised."""
         for first in range(0, self.count, BATCH_SIZE):
             indices = range(first, min(first + BATCH_SIZE, self.count))
-            yield torch.stack([self._noise(index) if self.images is None else self._read(index) for index in indices])
+            yield torch.stack([self._noise(index) if self._paths is None else self._read(index) for index in indices])
 
     def _read(self, index):
         try:
-            return self.images[index][0]
+            return self._transform(read_image(self._paths[index]))
         except BadImage as error:
             raise InputError(f"--calibration: {error}; remove it, or give another directory") from error
 
@@ -102,8 +90,10 @@ def draw(total: int, count: int, seed: int) -> list:
 
 
 def noise(size: tuple, entropy) -> torch.Tensor:
-    """Noise with what photographs have in common: amplitudes that fall as 1/frequency, channels that are much alike,
-    brightness and contrast of their own.
+    """An image of noise with some properties of photographs.
+
+    Amplitudes fall as 1/frequency, the channels are much alike, and each image has a brightness and a contrast of its
+    own.
 
     Args:
         size: (channels, height, width).
@@ -116,23 +106,23 @@ def noise(size: tuple, entropy) -> torch.Tensor:
     random = np.random.Generator(np.random.PCG64(entropy))
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = np.inf
-    layers = np.fft.irfft2(np.fft.rfft2(random.standard_normal((1 + channels, height, width))) / frequency, s=size[1:])
-    layers /= layers.std(axis=(1, 2), keepdims=True)
-    image = 0.85 * layers[:1] + 0.5 * layers[1:]  # light, and colour
+    planes = np.fft.irfft2(np.fft.rfft2(random.standard_normal((1 + channels, height, width))) / frequency, s=size[1:])
+    planes /= planes.std(axis=(1, 2), keepdims=True)
+    image = 0.85 * planes[:1] + 0.5 * planes[1:]  # light, and colour
     image = random.uniform(0.4, 1.2) * image + random.normal(0, 0.4) + random.normal(0, 0.3, (channels, 1, 1))
     return torch.from_numpy((0.5 + 0.25 * image).clip(0, 1)).float()
 
 
-def check_batches(images, channels: int, count: int | None, side: int | None):
-    """Images of a caller's own, in batches.
+def check_batches(images, channels: int, count: int | None, side: int | None) -> Iterable:
+    """Images that the caller gives as tensors, in batches.
 
     Args:
-        images: a tensor (n, channels, height, width), or an iterable of such.
-        channels: of the model.
-        count, side: must be None: all are taken, as they are.
+        images: a tensor (n, channels, height, width), or an iterable of such tensors.
+        channels: of the images that the student takes.
+        count, side: must be None, since all images are taken as they are.
 
     Raises:
-        InputError: they are something else, or can be gone through only once.
+        InputError: they are something else, or an iterator, which can be gone through only once.
     """
     for option, value in (("calibration_images", count), ("calibration_size", side)):
         if value is not None:
@@ -150,42 +140,17 @@ def check_batches(images, channels: int, count: int | None, side: int | None):
     return images
 
 
-class Tap(TorchFunctionMode):
-    """Shows a model's layers as they run.
-
-    Args:
-        model: whose parameters are named.
-        dense: ``(key of the weight, input, output) -> output``, called after every linear layer and convolution.
-        norm: likewise after every ``layer_norm``.
-        scaled: ``(key, other factor)``, called before every product with a parameter.
-
-    A weight that the model computes from parameters (weight standardisation) is none of them, and not shown.
-    """
-
-    def __init__(self, model: nn.Module, dense, norm=None, scaled=None):
-        super().__init__()
-        self.keys = {id(parameter): key for key, parameter in model.named_parameters()}
-        self.dense, self.norm, self.scaled = dense, norm, scaled
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in DENSE:
-            key = self.keys.get(id(args[1] if len(args) > 1 else kwargs["weight"]))
-            if key is not None:
-                return self.dense(key, args[0], func(*args, **kwargs))
-        elif func is F.layer_norm and self.norm is not None:
-            key = self.keys.get(id(args[2] if len(args) > 2 else kwargs.get("weight")))
-            if key is not None:
-                return self.norm(key, args[0], func(*args, **kwargs))
-        elif self.scaled is not None and getattr(func, "__name__", "") in PRODUCTS:
-            factors = (*args, *kwargs.values())[:2]
-            for one, other in (factors, factors[::-1]):
-                if id(one) in self.keys:
-                    self.scaled(self.keys[id(one)], other)
-        return func(*args, **kwargs)
+def _find_images(root):
+    """Paths of the images in a directory and below it, in order; InputError if there are none."""
+    files = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
+    paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise InputError(f"--calibration {root}: no images there ({' '.join(SUFFIXES)}); name another directory")
+    return paths
 
 
-def vectors(x: torch.Tensor, weight_ndim: int) -> torch.Tensor:
-    """What a dense layer takes or gives, as (n, channels): the channels of a convolution are dimension 1."""
-    x = x.movedim(1, -1) if weight_ndim > 2 else x
-    return x.reshape(-1, x.shape[-1])
+def _transform(size, config):
+    """timm's preparation of images for evaluation."""
+    from timm.data import create_transform
+
+    return create_transform(size, **{word: config[word] for word in ("mean", "std", "interpolation", "crop_pct")})

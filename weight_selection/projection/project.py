@@ -1,36 +1,44 @@
-"""First weights by projection, from two models and images: what they are made from is planned as ever, how is fitted.
+"""Projection: a student's first weights, made from a teacher's by least squares on a few images.
 
-Two passes over the images: in the first the teacher shows the moments of what its layers take (survey.py), from which
-the write of every set of neurons is chosen (writes.py); in the second the student's layers learn to read (fitting.py),
-and to write for layers that are left out (gaps.py).
+The plan says which teacher tensor each student tensor comes from; least squares decides the values. Both models see the
+images in two passes. In the first the teacher shows the moments of its activations (activation_stats.py). From these we
+choose the down map of every neuron group (maps.py). In the second pass we fit the up map of every dense layer of the
+student (up_maps.py), and what its layers give in place of layers that it leaves out (skipped_layers.py).
 """
 
 import inspect
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+from weight_selection.apply import checked_weight
 from weight_selection.errors import InputError
-from weight_selection.plan import Anatomy, anatomy, checked_weight, plan_selection
-from weight_selection.projection.activation_stats import Side, Survey
-from weight_selection.projection.fit import Fit, spaces_of
-from weight_selection.projection.images import Calibration, check_batches
-from weight_selection.projection.maps import choose_writes
-from weight_selection.projection.skipped_layers import Gaps, find_gaps
-from weight_selection.projection.symmetries import Structure
-from weight_selection.projection.symmetry_check import check_free, check_streams
+from weight_selection.geometry import find_geometry
+from weight_selection.plan import ModelStructure
+from weight_selection.projection.activation_stats import ActivationStats
+from weight_selection.projection.maps import choose_down_maps
+from weight_selection.projection.skipped_layers import SkippedLayers, find_skipped
+from weight_selection.projection.student_weights import StudentWeights
+from weight_selection.projection.symmetries import Symmetries
+from weight_selection.projection.symmetry_check import check_streams, check_symmetries
+from weight_selection.projection.traced_model import TracedModel, paired_groups
+from weight_selection.projection.up_maps import fit_up_maps
+from weight_selection.report import role_words
 from weight_selection.sources.architectures import classifier_pattern
-from weight_selection.sources.timm_models import check_images, input_size
+from weight_selection.sources.timm_models import check_images, first_convolutions, input_size
 
 
 def load_teacher(teacher: nn.Module, weights: Mapping, option: str, include_head: bool = False) -> None:
-    """Load all of a teacher's weights, in single precision or double.
+    """Load all of a teacher's weights, in single or double precision.
 
-    Unless it is to be selected, the classifier may be missing or have other classes: then it is zero and reads nothing.
+    Args:
+        teacher: it is changed.
+        weights: {key: tensor}.
+        option: where the weights came from, for errors.
+        include_head: the classifier is selected. If not, it may be missing or have other classes; then it is zero.
 
     Raises:
         InputError: as ``checked_weight``.
@@ -48,136 +56,132 @@ def load_teacher(teacher: nn.Module, weights: Mapping, option: str, include_head
     teacher.load_state_dict(state)
 
 
-def fit_weights(
-    teacher: nn.Module,
-    student: nn.Module,
-    *,
-    method: str,
-    calibration,
-    calibration_images: int | None = None,
-    calibration_size: int | None = None,
-    seed: int = 0,
-    **plan_options,
-) -> dict:
-    """A student's first weights by projection.
+def match_geometry(teacher: nn.Module, student: nn.Module) -> None:
+    """Bring the teacher to the student's image size and patch size, if their positions differ.
+
+    timm resamples what the teacher knows of positions. Call this before tracing, on the meta device too. A teacher that
+    cannot be brought there stays as it is; ``project`` then refuses it.
 
     Args:
-        teacher: a timm model with its weights, on the device to work on; it may be changed to the student's geometry.
-        student: a timm model on any device; its weights are replaced.
-        method: ``project`` or ``greedy``.
-        calibration: ``noise``, a directory of images, or images as the teacher takes them, normalised: a tensor (n,
-            channels, height, width), or an iterable of such batches that is gone through three times.
-        calibration_images, calibration_size: ``count`` and ``side`` of noise or a directory, as for ``Calibration``.
-        seed: of the noise, or of the draw from the directory.
-        **plan_options: of ``plan_selection``, but ``exclude``: layers are fitted to what those before them give.
-
-    Returns:
-        The student's state_dict, in its order, without what is not selected, on the CPU.
-
-    Raises:
-        InputError: as ``plan_selection``, ``Calibration`` and ``fit_plan``, or the teacher cannot be brought to the
-            student's images.
+        teacher: it may be changed.
+        student: only its geometry is used.
     """
-    student = student.to(next(teacher.parameters())).eval()
-    taken_apart = anatomy(student, "student")
-    teacher.eval()
-    whole, plan = _at_geometry(teacher, student, taken_apart, plan_options)
-    if isinstance(calibration, str | Path):
-        calibration = Calibration(
-            calibration, calibration_images, calibration_size, input_size(student), teacher.pretrained_cfg, seed
-        )
-    else:
-        calibration = check_batches(calibration, input_size(student)[0], calibration_images, calibration_size)
-    return fit_plan(plan, Side.of(teacher, whole), Side.of(student, taken_apart), calibration, method)
+    (channels, *_), (taken, *size) = input_size(teacher), input_size(student)
+    if channels != taken or not hasattr(teacher, "set_input_size") or _has_same_positions(teacher, student):
+        return
+    patch = getattr(getattr(student, "patch_embed", None), "patch_size", None)
+    accepted = inspect.signature(teacher.set_input_size).parameters
+    teacher.set_input_size(img_size=tuple(size), **({"patch_size": patch} if "patch_size" in accepted else {}))
+    teacher.pretrained_cfg = {**teacher.pretrained_cfg, "input_size": (taken, *size)}
 
 
 @torch.no_grad()
-def fit_plan(plan: list, teacher: Side, student: Side, images, method: str) -> dict:
+def project(entries: dict, teacher: TracedModel, student: TracedModel, images: Iterable, method: str) -> dict:
     """Carry out a plan by projection.
 
     Args:
-        plan: of ``plan_selection``, without resampling.
-        teacher, student: on one device, in evaluation mode; the student's weights are replaced.
-        images: batches of normalised images, (n, channels, height, width); gone through three times.
-        method: ``project`` or ``greedy``.
+        entries: {student's key: its entry of the plan}, of the selected tensors.
+        teacher, student: on one device, in evaluation mode. The student's weights are replaced.
+        images: batches of normalised images, (n, channels, height, width); they are gone through three times.
+        method: ``project`` rotates residual streams; ``greedy`` keeps coordinates of them.
 
-    Returns, Raises: as ``fit_weights``.
+    Returns:
+        The selected part of the student's state_dict, in its order, on the CPU.
+
+    Raises:
+        InputError: the plan resamples positions, the teacher has no stream that can be rotated, a model cannot take the
+            images, or activations are not finite.
     """
     rotate = method == "project"
+    check_positions(entries, teacher.model, student.model)
     if rotate:
-        check_streams(teacher.structure, type(teacher.model).__name__)
-    some = next(iter(images)).to(next(teacher.model.parameters()))
-    height, width = some.shape[2:]
-    for who, side in (("student", student), ("teacher", teacher)):
-        check_images(
-            side.model,
-            some[:1],
-            f"calibration: the {who} cannot take {height} x {width} pixels; give images of its size, or leave "
-            "--calibration_size out",
-        )
-    survey = Survey(teacher, _shown(images, "teacher", teacher))
-    check_free(teacher, student, survey, some, rotate)
-    entries = {entry.key: entry for entry in plan if entry.role == "selected"}
-    pairs = spaces_of(plan, teacher.anatomy, student.anatomy)
-    writes = choose_writes(entries, pairs, teacher, student, survey, rotate)
-    fit = Fit(entries, teacher, student, survey, writes)
-    gaps = find_gaps(entries, teacher.anatomy.layers, student.anatomy.layers, fit.rows)
-    fit.fit_reads(_shown(images, "student", teacher), Gaps(gaps, teacher, some))
-    return {key: fit.state[key].to("cpu", copy=True) for key in entries}
+        check_streams(teacher.symmetries, type(teacher.model).__name__)
+    batch = next(iter(images)).to(next(teacher.model.parameters()))
+    _check_size(batch, teacher.model, student.model)
+    stats = ActivationStats(teacher, _shown(images, "teacher", batch))
+    check_symmetries(stats, student, batch, rotate)
+    maps = choose_down_maps(entries, student, stats, rotate)
+    weights = StudentWeights(entries, student, stats, maps)
+    skipped = find_skipped(entries, teacher.structure.layers, student.structure.layers, weights.rows)
+    fit_up_maps(weights, SkippedLayers(skipped, teacher, batch), _shown(images, "student", batch))
+    return {key: weights.state[key].to("cpu", copy=True) for key in entries}
 
 
-def _at_geometry(teacher, student, taken_apart, plan_options):
-    """Bring the teacher to the student's images: its anatomy, and a plan without resampling."""
+def check_positions(entries: dict, teacher: nn.Module, student: nn.Module) -> None:
+    """Raise InputError unless the teacher can see the student's images: unless the plan resamples nothing."""
     if input_size(teacher)[0] != input_size(student)[0]:
         raise InputError("in_chans: the teacher cannot see images of other channels than its own; select by a rule")
-
-    def planned():
-        whole = anatomy(teacher, "teacher")
-        plan = plan_selection(whole, taken_apart, **plan_options)
-        return whole, plan, [entry.key for entry in plan if entry.resampling is not None]
-
-    whole, plan, resampled = planned()
-    if resampled and hasattr(teacher, "set_input_size"):
-        patch = getattr(getattr(student, "patch_embed", None), "patch_size", None)
-        accepted = inspect.signature(teacher.set_input_size).parameters
-        sizes = {"img_size": input_size(student)[1:]} | ({"patch_size": patch} if "patch_size" in accepted else {})
-        teacher.set_input_size(**sizes)
-        whole, plan, resampled = planned()
-    if resampled:
+    resampled = next((key for key, entry in entries.items() if entry.resampling is not None), None)
+    if resampled is not None:
         raise InputError(
-            f"{resampled[0]}: the teacher's images or patches are of another size than the student's; give the teacher "
+            f"{resampled}: the teacher's images or patches are of another size than the student's; give the teacher "
             "the student's (--teacher_kwargs img_size=N)"
         )
-    return whole, plan
 
 
-def _shown(images, who, teacher):
-    """Batches on the teacher's device and in its precision, with progress."""
-    with tqdm(images, desc=f"calibration, {who}", unit="batch", leave=False) as batches:
-        for batch in batches:
-            yield batch.to(next(teacher.model.parameters()))
+def describer(
+    plan: list, symmetries: Symmetries, teacher: ModelStructure, student: ModelStructure, rotate: bool
+) -> Callable:
+    """A function that says in words how projection makes an entry of a plan. No weights are needed.
 
-
-def describer(plan: list, structure: Structure, teacher: Anatomy, student: Anatomy, rotate: bool):
-    """A function that says of an entry of a plan, in words, what is done with it."""
-    reads = {entry.key for entry in plan if entry.source in structure.dense and 1 in entry.parts}
+    Args:
+        plan: all entries.
+        symmetries: of the teacher.
+        teacher, student: their structures.
+        rotate: whether streams are going to be rotated.
+    """
     entries = {entry.key: entry for entry in plan if entry.role == "selected"}
-    gaps = find_gaps(entries, teacher.layers, student.layers, reads)
-    pairs = spaces_of(plan, teacher, student)
-    roles = {our: structure.role(their, rotate) for our, their in pairs.items()}
-    sizes = {our: (teacher.neurons.spaces[t].size, student.neurons.spaces[our].size) for our, t in pairs.items()}
+    up_mapped = {key for key, entry in entries.items() if entry.teacher_key in symmetries.dense and 1 in entry.slices}
+    skipped = find_skipped(entries, teacher.layers, student.layers, up_mapped)
+    treatments = {
+        our: symmetries.treatment(their, rotate)
+        for our, their in paired_groups(entries, teacher, student).items()
+        if teacher.neurons.groups[their].size != student.neurons.groups[our].size
+    }
 
-    def describe(entry):
+    def describe(entry) -> str:
         if entry.role != "selected":
-            return entry.describe("")
+            return role_words(entry)
         words = [] if entry.resampling is None else [entry.resampling.words]
-        for dim in entry.parts:
-            if not (entry.key in reads and dim == 1):
-                spaces = [part.space for part in student.neurons.parts[entry.key][dim]]
-                words += [roles[space] for space in spaces if len(set(sizes[space])) > 1]
-        words += ["least-squares read"] * (entry.key in reads)
-        if entry.key in gaps:
-            words.append(f"writes for the layers up to {gaps[entry.key].last} too, if it ends in a sum")
+        for dim in entry.slices:
+            if not (entry.key in up_mapped and dim == 1):
+                groups = [part.group for part in student.neurons.slices[entry.key][dim]]
+                words += [treatments[group] for group in groups if group in treatments]
+        words += ["least-squares read"] * (entry.key in up_mapped)
+        if entry.key in skipped:
+            words.append(f"writes for the layers up to {skipped[entry.key].last} too, if it ends in a sum")
         return ", ".join(dict.fromkeys(words)) or "copy"
 
     return describe
+
+
+def _has_same_positions(teacher, student):
+    """Whether the teacher's position embeddings, windows and patches are of the student's size."""
+    convolutions = [first_convolutions(model) for model in (teacher, student)]
+    theirs, ours = map(find_geometry, (teacher, student), convolutions)
+    embedded = all(isinstance(getattr(model, "pos_embed", None), torch.Tensor) for model in (teacher, student))
+    if embedded and theirs.grid != ours.grid:
+        return False
+    if any(theirs.windows.get(key, window) != window for key, window in ours.windows.items()):
+        return False
+    first, second = ({key: c.kernel_size for key, c in found.items()} for found in convolutions)
+    return all(first.get(key, size) == size for key, size in second.items())
+
+
+def _check_size(batch, teacher, student):
+    """Raise InputError unless both models take images of this size."""
+    height, width = batch.shape[2:]
+    for name, model in (("student", student), ("teacher", teacher)):
+        check_images(
+            model,
+            batch[:1],
+            f"calibration: the {name} cannot take {height} x {width} pixels; give images of its size, or leave "
+            "--calibration_size out",
+        )
+
+
+def _shown(images, name, like):
+    """Batches in the device and precision of ``like``, with progress; ``name`` is the model that sees them."""
+    with tqdm(images, desc=f"calibration, {name}", unit="batch", leave=False) as batches:
+        for batch in batches:
+            yield batch.to(like)

@@ -4,9 +4,7 @@ import copy
 import os
 
 import torch
-import torch.nn as nn
 
-from weight_selection.errors import InputError
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import Plan
 from weight_selection.projection.images import Calibration, check_batches
@@ -30,7 +28,7 @@ class Projection:
         options: checked.
 
     Raises:
-        InputError: no stream of the teacher can be rotated, heads would have to be merged, or the images cannot be used.
+        InputError: no stream of the teacher can be rotated, heads would have to be merged, or images cannot be used.
     """
 
     def __init__(self, teacher, student, skeletons: tuple, structures: tuple, plan: Plan, options: SelectionOptions):
@@ -41,9 +39,6 @@ class Projection:
             plan,
             options,
         )
-        for who in (teacher, student):
-            if isinstance(who.model, nn.Module) and next(who.model.parameters()).is_meta:
-                raise InputError(f"{who.option}: is on the meta device, but projection runs it; give a real one")
         self.symmetries = Symmetries(skeletons[0], structures[0].neurons)
         if options.element_selection == "project":
             name = teacher.model if isinstance(teacher.model, str) else type(teacher.model).__name__

@@ -1,4 +1,4 @@
-"""Are streams and heads as free as they look? They are mixed at random in the teacher, which must change nothing."""
+"""Check of the symmetries: rotate streams and mix heads of the teacher at random, which must change nothing."""
 
 import copy
 
@@ -6,86 +6,99 @@ from torch import Tensor
 from tqdm import tqdm
 
 from weight_selection.errors import InputError
+from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection
-from weight_selection.projection.activation_stats import Side, Survey
-from weight_selection.projection.fit import Fit, spaces_of
-from weight_selection.projection.images import Tap
-from weight_selection.projection.maps import mixed_writes
-from weight_selection.projection.symmetries import ROTATED, Structure
+from weight_selection.projection.activation_stats import ActivationStats
+from weight_selection.projection.activation_tap import ActivationTap
+from weight_selection.projection.maps import random_down_maps
+from weight_selection.projection.student_weights import StudentWeights
+from weight_selection.projection.symmetries import Symmetries
+from weight_selection.projection.traced_model import TracedModel, paired_groups
 
-TOLERANCE = 1e-2  # relative; where neurons are not free the difference is as large as what is compared
+TOLERANCE = 1e-2  # relative; without the symmetry the difference is as large as what is compared
 
 
-def check_streams(structure: Structure, name: str) -> None:
-    """Raise InputError unless a residual stream of a model can be rotated; ``name`` is what to call it."""
-    if all(structure.role(space, True) != ROTATED for space in structure.uses):
+def check_streams(symmetries: Symmetries, name: str) -> None:
+    """Raise InputError if no residual stream of a model can be rotated; ``name`` is what to call the model."""
+    if not symmetries.rotated():
         raise InputError(
-            f"--element_selection project: {name} has no residual stream that can be rotated: {structure.why_not()}; "
-            "choose greedy, which keeps coordinates"
+            f"--element_selection project: {name} has no residual stream that can be rotated: "
+            f"{symmetries.why_none_rotatable()}; choose greedy, which keeps coordinates"
         )
 
 
-def check_free(teacher: Side, student: Side, survey: Survey, batch: Tensor, rotate: bool) -> None:
-    """Make sure that what is mixed is free: mix it at random in the teacher, undo it where it is read, compare.
+def check_symmetries(stats: ActivationStats, student: TracedModel, batch: Tensor, rotate: bool) -> None:
+    """Check the symmetries that projection is going to use.
 
-    Heads that are not free are left to plain selection, which is said.
+    Where heads cannot be mixed, the program says so and selects them uniformly in both models.
 
     Args:
-        survey: of the teacher.
+        stats: of the teacher.
         batch: of images.
-        rotate: whether streams are to be rotated.
+        rotate: whether streams are going to be rotated.
 
     Raises:
         InputError: the teacher computes something else when its streams are rotated.
     """
-    structure = teacher.structure
+    teacher = stats.teacher
     kinds = {}
-    for attention in structure.attentions.values():
-        kinds.setdefault(type(structure.modules[attention.name]), []).append(attention)
+    for attention in teacher.symmetries.attentions.values():
+        kinds.setdefault(type(teacher.symmetries.modules[attention.name]), []).append(attention)
     for kind, attentions in kinds.items():
-        if not _unchanged(teacher, survey, batch, [], attentions):
+        if not _is_unchanged(stats, batch, [], attentions):
             tqdm.write(f"{kind.__name__}: queries, keys and values are not free inside a head; selected uniformly")
-            for side in (teacher, student):
-                side.structure.refuse(kind)
-    streams = [space for space in structure.uses if structure.role(space, rotate) == ROTATED]
-    readers = [key for space in streams for key in structure.readers(space) if key in survey.moments]
-    normalised = all(key in survey.norm_of for key in readers)
-    if streams and not (normalised and _unchanged(teacher, survey, batch, streams, [])):
+            for traced in (teacher, student):
+                traced.symmetries.leave_heads(kind)
+    streams = teacher.symmetries.rotated(rotate)
+    readers = [key for group in streams for key in teacher.symmetries.readers(group) if key in stats.moments]
+    normalised = all(key in stats.norm_of for key in readers)
+    if streams and not (normalised and _is_unchanged(stats, batch, streams, [])):
         raise InputError(
             "--element_selection project: this teacher computes something else when its residual stream is rotated; "
             "choose greedy, which keeps coordinates"
         )
 
 
-def _unchanged(teacher, survey, batch, streams, attentions):
-    """Whether all dense layers give the same when streams are rotated and heads are mixed."""
-    plan = plan_selection(teacher.anatomy, teacher.anatomy)
-    entries = {entry.key: entry for entry in plan if entry.role == "selected"}
-    copied = Side(copy.deepcopy(teacher.model), teacher.anatomy, teacher.structure)
-    spaces = spaces_of(plan, teacher.anatomy, teacher.anatomy)
-    fit = Fit(entries, teacher, copied, survey, mixed_writes(spaces, streams, attentions, teacher))
-    given, norms, errors = {}, {}, []
-
-    def record(key, x, y):
-        given.setdefault(key, []).append(y.clone())
-        return y
-
-    def record_norm(key, x, y):
-        norms.setdefault(key, []).append(y.clone())
-        return y
-
-    def compare(key, x, y):
-        expected = given[key].pop(0)
-        if fit.comparable(key):
-            errors.append(((y - expected).norm() / expected.norm().clamp(min=1e-30)).item())
-        return y
-
-    def force(key, x, y):
-        expected = norms[key].pop(0)
-        return fit.written(key, expected) if key in survey.early else y
-
-    with Tap(teacher.model, record, record_norm):
+def _is_unchanged(stats, batch, streams, attentions):
+    """Whether the dense layers of a copy of the teacher, with streams rotated and heads mixed, give what they gave."""
+    teacher = stats.teacher
+    entries = plan_selection(teacher.structure, teacher.structure, SelectionOptions()).selected
+    mixed = TracedModel(copy.deepcopy(teacher.model), teacher.structure, teacher.symmetries)
+    maps = random_down_maps(teacher, paired_groups(entries, teacher.structure, teacher.structure), streams, attentions)
+    comparison = _Comparison(StudentWeights(entries, mixed, stats, maps))
+    with ActivationTap(teacher.model, comparison.record, comparison.record_norm):
         teacher.model(batch)
-    with Tap(copied.model, compare, force):
-        copied.model(batch)
-    return bool(errors) and max(errors) < TOLERANCE
+    with ActivationTap(mixed.model, comparison.compare, comparison.replace_norm):
+        mixed.model(batch)
+    return bool(comparison.errors) and max(comparison.errors) < TOLERANCE
+
+
+class _Comparison:
+    """Compares the layers of a teacher with those of its mixed copy.
+
+    Attributes:
+        errors: the relative difference of each output that mixing should not change.
+    """
+
+    def __init__(self, weights: StudentWeights):
+        self.weights, self.errors = weights, []
+        self._outputs, self._normalised = {}, {}  # of the teacher: {key: [output of each time that the layer ran]}
+
+    def record(self, key, x, y):
+        self._outputs.setdefault(key, []).append(y.clone())
+        return y
+
+    def record_norm(self, key, x, y):
+        self._normalised.setdefault(key, []).append(y.clone())
+        return y
+
+    def compare(self, key, x, y):
+        expected = self._outputs[key].pop(0)
+        if self.weights.keeps_outputs(key):
+            self.errors.append(((y - expected).norm() / expected.norm().clamp(min=1e-30)).item())
+        return y
+
+    def replace_norm(self, key, x, y):
+        """A norm in the stream is only nearly right, by (8): go on with what it should give."""
+        expected = self._normalised[key].pop(0)
+        return self.weights.map_norm(key, expected) if key in self.weights.stats.early else y

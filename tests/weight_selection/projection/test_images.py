@@ -14,7 +14,8 @@ from input_pipeline.transforms import normalization
 from weight_selection import select_weights
 from weight_selection.cli import main as select_main
 from weight_selection.errors import InputError
-from weight_selection.projection.images import Calibration, Tap, noise
+from weight_selection.projection.activation_tap import ActivationTap
+from weight_selection.projection.images import Calibration, noise
 from weight_selection.sources.timm_models import create_model
 
 CONFIG = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 0.9}
@@ -60,7 +61,10 @@ def test_a_tap_shows_layers_and_takes_what_is_given_back():
     model = lively(create_model("test_vit", num_classes=7))
     images = images_for(model, 2)
     seen = []
-    with torch.no_grad(), Tap(model, lambda key, x, y: seen.append(key) or (y * 0 if key == "head.weight" else y)):
+    with (
+        torch.no_grad(),
+        ActivationTap(model, lambda key, x, y: seen.append(key) or (y * 0 if key == "head.weight" else y)),
+    ):
         assert not model(images).any()
     assert seen[0] == "patch_embed.proj.weight" and seen[-1] == "head.weight" and len(seen) == 2 + 4 * 6
 
@@ -162,19 +166,30 @@ def test_images_are_normalised_as_a_checkpoint_of_main_says_that_it_was_trained(
     assert_same(written, project(weights=weights, calibration=images))
 
 
+METHODS = {part: "greedy" if part in ("coordinates", "weights") else "project" for part in ablate_projection.PARTS}
+
+
+@pytest.fixture(scope="module")
+def ablated(command, tmp_path_factory):
+    """{name: weights}: of both methods whole and, after all parts have been taken out, again; without each part."""
+    directory = tmp_path_factory.mktemp("ablated")
+
+    def run(program, *first, name, method):
+        program([str(word) for word in [*first, *command(directory / f"{name}.pth", "--element_selection", method)]])
+        return torch.load(directory / f"{name}.pth", weights_only=True)
+
+    whole = {method: run(select_main, name=method, method=method) for method in ("project", "greedy")}
+    without = {part: run(ablate_projection.main, part, name=part, method=METHODS[part]) for part in METHODS}
+    return (
+        whole
+        | without
+        | {f"{method}, again": run(select_main, name="again_" + method, method=method) for method in whole}
+    )
+
+
 @pytest.mark.parametrize("part", ablate_projection.PARTS)
-def test_without_a_part_other_weights_come_out_and_afterwards_the_same_as_ever(cli, command, part, tmp_path):
-    method = "greedy" if part in ("coordinates", "weights") else "project"
-    written = {}
-    for name, program, first in (
-        ("whole", select_main, []),
-        ("without", ablate_projection.main, [part]),
-        ("again", select_main, []),
-    ):
-        words = command(tmp_path / f"{name}.pth", "--element_selection", method)
-        assert cli(program, *first, *words) is None
-        written[name] = torch.load(tmp_path / f"{name}.pth", weights_only=True)
-    whole, without, again = written.values()
+def test_without_a_part_other_weights_come_out_and_afterwards_the_same_as_ever(ablated, part):
+    whole, without, again = (ablated[name] for name in (METHODS[part], part, f"{METHODS[part]}, again"))
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     changed = [key for key in whole if not torch.allclose(whole[key], without[key], atol=1e-6)]
     assert {"blocks.1.mlp.fc1.weight", "blocks.1.attn.qkv.weight"} & set(changed)
@@ -182,7 +197,7 @@ def test_without_a_part_other_weights_come_out_and_afterwards_the_same_as_ever(c
 
 
 def test_a_dry_run_says_what_is_done_and_needs_no_images(cli, command, tmp_path, capsys):
-    words = [str(word) for word in command(tmp_path, "--element_selection", "project", "--dry_run")]
+    words = [str(word) for word in command(tmp_path, "--element_selection", "project", "--dry_run", "--verbose")]
     without = words[: words.index("--calibration")] + words[words.index("--calibration_images") + 2 :]
     assert cli(select_main, *without) is None
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
@@ -226,13 +241,15 @@ def test_projection_asks_for_images(cli, command, tmp_path):
     words = [str(word) for word in command(tmp_path, "--element_selection", "greedy")]
     words = words[: words.index("--calibration")] + words[words.index("--calibration_images") + 2 :]
     assert cli(select_main, *words).startswith("--calibration is missing: --element_selection greedy needs")
-    with pytest.raises(InputError, match="calibration is missing: a directory of images, batches of images, or noise"):
+    with pytest.raises(
+        InputError, match="calibration is missing: element_selection=greedy needs a directory of images"
+    ):
         select_weights(*models("vit"), element_selection="greedy")
-    with pytest.raises(InputError, match="--exclude mlp: greedy fits layers"):
+    with pytest.raises(InputError, match="exclude=mlp: greedy fits layers"):
         select_weights(*models("vit"), element_selection="greedy", calibration="noise", exclude=["mlp"])
     with pytest.raises(InputError, match="element_selection=projekt: choose one of uniform"):
         select_weights(*models("vit"), element_selection="projekt", calibration="noise")
-    with pytest.raises(InputError, match="calibration: has no effect with element_selection=uniform"):
+    with pytest.raises(InputError, match="calibration=noise: has no effect with element_selection=uniform"):
         select_weights(*models("vit"), calibration="noise")
     with pytest.raises(InputError, match="calibration_size=32: has no effect with images given as tensors"):
         select_weights(*models("vit"), element_selection="greedy", calibration=torch.zeros(1), calibration_size=32)

@@ -8,9 +8,13 @@ import torch
 from architectures import SWIN_SIZES, TINY, VIT_SIZES, lively
 from helpers import images_for
 from weight_selection import select_weights
+from weight_selection.apply import apply_plan
 from weight_selection.cli import main as select_main
-from weight_selection.plan import make_plan
+from weight_selection.options import SelectionOptions
+from weight_selection.plan import plan_selection, structure_of
 from weight_selection.projection import equations
+from weight_selection.projection.project import project
+from weight_selection.projection.traced_model import TracedModel
 from weight_selection.sources.timm_models import create_model
 
 SEVEN = {"num_classes": 7}
@@ -41,24 +45,27 @@ def deep(name):
 @pytest.mark.parametrize("name", DEEP)
 def test_layers_left_out_that_add_a_constant_are_made_up_for(name):
     teacher, student = deep(name)
-    kept = {entry.source for entry in make_plan(teacher, student, layer_selection="uniform", include_head=True)}
+    traced = [TracedModel.of(model, structure_of(model, name)) for model in (teacher, student)]
+    options = SelectionOptions(layer_selection="uniform", include_head=True)
+    plan = plan_selection(*(model.structure for model in traced), options)
+    kept = {entry.teacher_key for entry in plan.entries}
     for key, value in teacher.state_dict().items():
         if key not in kept and value.ndim > 1:
             value.zero_()
-    images = images_for(teacher)
-    for rule, near in (("uniform", False), ("greedy", True)):
-        fitted = {"calibration": images} if near else {}
-        options = {"layer_selection": "uniform", "element_selection": rule, "include_head": True}
-        student.load_state_dict(select_weights(teacher, student, **options, **fitted))
+    side = None if "img_size" in DEEP[name][1] else 32
+    images = images_for(teacher, side=side)
+    for near in (False, True):
+        first = project(plan.selected, *traced, [images], "greedy") if near else apply_plan(plan, teacher.state_dict())
+        student.load_state_dict(first)
         with torch.no_grad():
-            theirs, ours = (model(images_for(teacher, 3)) for model in (teacher, student))
+            theirs, ours = (model(images_for(teacher, 3, side)) for model in (teacher, student))
         assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6 * theirs.abs().max().item()) == near
 
 
 def test_a_dry_run_names_the_layers_that_are_written_for(cli, capsys):
     kwargs = " ".join(f"{key}={value}" for key, value in TINY.items())
     pair = f"--pretrained_model vit_tiny --teacher_kwargs depth=4 {kwargs} --student vit_tiny --student_kwargs depth=2"
-    words = f"{pair} {kwargs} --output_dir none --element_selection greedy --dry_run".split()
+    words = f"{pair} {kwargs} --output_dir none --element_selection greedy --dry_run --verbose".split()
     for layers, expected in (("first_n", []), ("uniform", ["blocks.0.mlp.fc2.weight"])):
         assert cli(select_main, *words, "--layer_selection", layers) is None
         lines = [line for line in capsys.readouterr().out.splitlines() if "writes for" in line]
@@ -92,7 +99,13 @@ def test_what_a_layer_writes_for_those_left_out_is_their_ridge_regression():
 @pytest.mark.parametrize(
     ("architecture", "options", "large", "small", "layer"),
     [
-        ("resnet18", SEVEN, {"layers": (1, 4, 1, 1)}, {"layers": (1, 3, 1, 1)}, "layer2.1"),
+        (
+            "resnet18",
+            SEVEN | {"channels": (8, 16, 16, 16)},
+            {"layers": (1, 4, 1, 1)},
+            {"layers": (1, 3, 1, 1)},
+            "layer2.1",
+        ),
         ("swinv2_tiny_window8_256", TINY | {"window_size": 4}, {"depths": (3,)}, {"depths": (2,)}, "layers.0.blocks.0"),
     ],
 )

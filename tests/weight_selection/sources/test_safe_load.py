@@ -284,7 +284,7 @@ def _files():
     }
 
 
-FILES = _files()
+FILES, MODEL = _files(), tiny()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -294,11 +294,11 @@ FILES = _files()
 def test_mutated_weights_are_read_or_refused(name, data):
     Path(name).write_bytes(mutate(data, FILES[name]))
     try:
-        weights, _ = read_teacher(Path(name), tiny(), "--pretrained_path")
+        weights, _ = read_teacher(Path(name), MODEL, "--pretrained_path")
     except InputError as error:
         assert "\n" not in str(error)
         return
-    assert weights.keys() <= tiny().state_dict().keys()
+    assert weights.keys() <= MODEL.state_dict().keys()
 
 
 @given(data=st.data())

@@ -1,5 +1,6 @@
 """Every family: what is coupled keeps the same neurons, and a student hidden in a larger teacher is found again."""
 
+import copy
 import re
 
 import numpy as np
@@ -14,7 +15,7 @@ from architectures import MODELS, lively, models, reads
 from helpers import assert_same, meta
 from weight_selection.apply import apply_plan
 from weight_selection.errors import InputError
-from weight_selection.plan import make_plan
+from weight_selection.plan import SelectionOptions, make_plan, plan_selection, structure_of
 from weight_selection.report import tensor_words
 from weight_selection.rules import element_indices
 from weight_selection.sources.timm_models import create_model, input_size
@@ -49,11 +50,22 @@ def hidden(plan, teacher, student):
     return state
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_student_hidden_in_a_teacher_is_what_the_teacher_computes_and_is_found_again(name):
-    teacher, student = models(name)
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request):
+    """Name, teacher, student and the structures of both, of one pair after another."""
+    teacher, student = models(request.param)
+    return request.param, teacher, student, (structure_of(teacher, "teacher"), structure_of(student, "student"))
+
+
+def plan_all(structures, method):
+    return plan_selection(*structures, SelectionOptions(include_head=True, element_selection=method))
+
+
+def test_a_student_hidden_in_a_teacher_is_what_the_teacher_computes_and_is_found_again(pair):
+    _, *both, structures = pair
+    teacher, student = copy.deepcopy(both)
     lively(student)
-    plan = make_plan(teacher, student, include_head=True, element_selection="consecutive")
+    plan = plan_all(structures, "consecutive")
     teacher.double().eval().load_state_dict(hidden(plan, teacher, student))
     images = torch.randn(2, *input_size(student), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -63,17 +75,17 @@ def test_a_student_hidden_in_a_teacher_is_what_the_teacher_computes_and_is_found
     assert_same(apply_plan(plan, teacher.state_dict()), student.state_dict())
 
 
-@pytest.mark.parametrize("method", ["uniform", "random"])
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "vgg"])  # whose layers have streams of their own
-def test_all_that_meets_in_a_sum_or_a_product_keeps_the_same_neurons(name, method):
-    teacher, student = models(name)
-    plan = make_plan(teacher, student, include_head=True, element_selection=method)
-    check_neurons(plan, teacher, student, method)
+def test_all_that_meets_in_a_sum_or_a_product_keeps_the_same_neurons(pair):
+    name, teacher, student, structures = pair
+    if name == "vgg":
+        pytest.skip("its layers have streams of their own")
+    traces = trace(teacher, input_size(teacher)), trace(student, input_size(student))
+    for method in ("uniform", "random"):
+        check_neurons(plan_all(structures, method), teacher, *traces)
 
 
-def check_neurons(plan, teacher, student, method):
+def check_neurons(plan, teacher, large, small):
     """Select from a teacher whose elements are their own places, and compare with what meets in a forward pass."""
-    large, small = trace(teacher, input_size(teacher)), trace(student, input_size(student))
     shapes = {key: value.shape for key, value in teacher.state_dict().items()}
     places = {key: torch.arange(shape.numel(), dtype=torch.float64).view(shape) for key, shape in shapes.items()}
     chosen = apply_plan(plan, places)

@@ -1,6 +1,7 @@
-"""Projection: the equations, what they give back exactly, and families."""
+"""Projection: what it gives back exactly, and how near to its teacher it brings a student."""
 
 import copy
+from functools import cache
 
 import numpy as np
 import pytest
@@ -9,160 +10,20 @@ import torch.nn as nn
 from timm.layers import StdConv2d
 
 from architectures import MODELS, lively, models, reads
-from helpers import images_for, meta, random
+from helpers import images_for, random
 from weight_selection import select_weights
+from weight_selection.apply import apply_plan
 from weight_selection.errors import InputError
-from weight_selection.plan import anatomy, make_plan
+from weight_selection.options import SelectionOptions
+from weight_selection.plan import plan_selection, structure_of
 from weight_selection.projection import equations
-from weight_selection.projection.activation_stats import Side, Survey
-from weight_selection.projection.symmetries import HEADS, ROTATED, UNIFORM, Structure
+from weight_selection.projection.project import project
+from weight_selection.projection.symmetries import HEADS, Symmetries
 from weight_selection.projection.symmetry_check import check_streams
+from weight_selection.projection.traced_model import TracedModel
 from weight_selection.sources.timm_models import create_model
 
 DOUBLE = torch.float64
-
-# ---------------------------------------------------------------------------------------------------------
-# Equations
-
-
-def test_moments_of_batches_are_those_of_a_plain_loop():
-    x, z = random(50, 4) + 1, random(50, 3, seed=1) - 2
-    moments, variances = equations.Moments(), equations.Variances()
-    for part, other in zip(x.split(7), z.split(7), strict=True):
-        moments.add(part, other)
-        variances.add(part)
-    loop = (
-        sum(
-            torch.outer(torch.cat([a, a.new_ones(1)]), torch.cat([b, b.new_ones(1)])) for a, b in zip(x, z, strict=True)
-        )
-        / 50
-    )
-    torch.testing.assert_close(moments.mean, loop)
-    torch.testing.assert_close(moments.covariance, (x - x.mean(0)).T @ (z - z.mean(0)) / 50)
-    torch.testing.assert_close(variances.variance, x.var(0, correction=0))
-
-
-@pytest.mark.parametrize("batch", [1, 5])
-def test_a_survey_has_the_moments_of_what_every_layer_takes(batch):
-    model = lively(create_model("test_vit", num_classes=7))
-    images = images_for(model, 5)
-    side = Side.of(model, anatomy(model, "teacher"))
-    with torch.no_grad():
-        survey = Survey(side, images.split(batch))
-        taken = {}
-        hooks = [
-            module.register_forward_pre_hook(lambda _, args, key=f"{name}.weight": taken.__setitem__(key, args[0]))
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-        ]
-        model(images)
-    for hook in hooks:
-        hook.remove()
-    assert taken.keys() <= survey.moments.keys()
-    for key, x in taken.items():
-        x = x.reshape(-1, x.shape[-1])
-        torch.testing.assert_close(survey.moments[key].variance, x.var(0, correction=0))
-        if isinstance(survey.moments[key], equations.Moments):
-            torch.testing.assert_close(survey.moments[key].mean[:-1, :-1], x.T @ x / len(x))
-    assert survey.norm_of["blocks.1.mlp.fc1.weight"] == "blocks.1.norm2.weight"
-
-
-def test_a_rotation_has_orthonormal_rows_that_are_orthogonal_to_ones_but_for_their_mean():
-    n = random(200, 12)
-    n = n - n.mean(1, keepdim=True)
-    frame = torch.arange(0, 12, 2)
-    write = equations.rotation(n.T @ n, frame)
-    torch.testing.assert_close(write @ write.T, torch.eye(6, dtype=DOUBLE) - 1 / 6)  # a projection off ones
-    torch.testing.assert_close(write.sum(0), torch.zeros(12, dtype=DOUBLE))
-    energies = torch.linalg.eigvalsh(n.T @ n)
-    torch.testing.assert_close(((write @ n.T) ** 2).sum(), energies[-5:].sum())  # the leading ones
-
-
-def test_a_rotation_is_the_nearest_to_its_coordinates():
-    n = random(200, 12)
-    n = n - n.mean(1, keepdim=True)
-    frame = torch.tensor([1, 2, 5, 6, 8, 11])
-    write = equations.rotation(n.T @ n, frame)
-    select = torch.eye(12, dtype=DOUBLE)[frame]
-    best = (write - select).norm()
-    for seed in range(20):
-        turn = random(6, 6, seed=seed)
-        turn[:, 0] = 1
-        turn = torch.linalg.qr(turn).Q[:, 1:]
-        other = random(6, 6, seed=seed + 100)
-        other[:, 0] = 1
-        turned = turn @ torch.linalg.qr(other).Q[:, 1:].T @ write
-        assert (turned - select).norm() > best
-
-
-def test_a_rotation_of_a_stream_that_uses_few_directions_keeps_off_ones_too():
-    n = random(200, 3) @ random(3, 12)
-    n = n - n.mean(1, keepdim=True)
-    write = equations.rotation(n.T @ n, torch.arange(8))
-    torch.testing.assert_close(write @ write.T, torch.eye(8, dtype=DOUBLE) - 1 / 8)
-    torch.testing.assert_close(write.sum(0), torch.zeros(12, dtype=DOUBLE))
-    torch.testing.assert_close(((write @ n.T) ** 2).sum(), (n**2).sum())
-
-
-def test_greedy_coordinates_explain_their_copies_and_what_is_read():
-    base = random(100, 4) * torch.tensor([1.0, 2, 3, 4], dtype=DOUBLE)
-    x = base[:, [0, 0, 1, 1, 2, 2, 3, 3]]
-    covariance = torch.cov(x.T)
-    kept = equations.greedy(covariance, torch.eye(8, dtype=DOUBLE), 4)
-    assert (kept // 2).tolist() == [0, 1, 2, 3]  # one of each pair
-    reader = torch.zeros(8, dtype=DOUBLE)
-    reader[1] = 1
-    assert equations.greedy(covariance, torch.diag(reader), 1).item() in (0, 1)  # the only pair that is read
-
-
-def test_each_greedy_choice_is_the_best_one():
-    x = random(60, 7)
-    covariance, read = torch.cov(x.T), random(3, 7, seed=2)
-    weight = read.T @ read
-
-    def lost(kept):
-        inside = covariance[kept][:, kept]
-        rest = covariance - covariance[:, kept] @ torch.linalg.inv(inside) @ covariance[kept]
-        return (weight * rest).sum()
-
-    kept = []
-    for _ in range(3):
-        kept.append(min(set(range(7)) - set(kept), key=lambda index: lost([*kept, index])))
-    assert equations.greedy(covariance, weight, 3).tolist() == sorted(kept)
-
-
-def test_shared_products_are_the_best_of_their_rank():
-    q, k = random(300, 6) @ random(6, 6, seed=3), random(300, 6, seed=1) @ random(6, 6, seed=4)
-    queries, keys = q.T @ q / 300, k.T @ k / 300
-
-    def error(to_q, to_k):
-        middle = torch.eye(6, dtype=DOUBLE) - to_q.T @ to_k * (6 / len(to_q)) ** 0.5
-        return (queries @ middle @ keys @ middle.T).trace()
-
-    best = error(*equations.shared_products(queries, keys, 2))
-    for seed in range(20):
-        some = torch.linalg.qr(random(6, 2, seed=seed)).Q.T * (2 / 6) ** 0.25
-        assert error(some, some) > best
-    exact = equations.shared_products(queries, keys, 6)
-    assert error(*exact) < 1e-12 and torch.equal(exact[0], torch.eye(6, dtype=DOUBLE))
-
-
-def test_a_read_is_least_squares_and_stays_at_its_prior_where_nothing_is_seen(monkeypatch):
-    monkeypatch.setattr(equations, "RIDGE", 1e-12)
-    z = random(100, 4)
-    z[:, 3] = 0  # never seen
-    x = z @ random(4, 6, seed=1) + 3
-    moments, own = equations.Moments(), equations.Moments()
-    moments.add(x, z)
-    own.add(z, z)
-    prior = random(6, 5, seed=2)
-    read = equations.read_through(moments.mean[:-1], own.mean, prior)
-    torch.testing.assert_close(z @ read[:, :-1].T + read[:, -1], x)
-    torch.testing.assert_close(read[:, 3], prior[:, 3])
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What comes back exactly
 
 STREAMS = (
     "vit",
@@ -179,57 +40,79 @@ STREAMS = (
 SMALL_IMAGES = {name: 32 for name in MODELS if "img_size" not in MODELS[name][1]}
 
 
+@cache
+def structures(name):
+    """Both models of a pair, traced once for all tests."""
+    return [structure_of(model, name) for model in models(name)]
+
+
+@cache
+def large(name):
+    """A teacher with random values, traced, and images that it takes."""
+    model = lively(models(name)[0])
+    return TracedModel.of(model, structures(name)[0]), images_for(model, 3, SMALL_IMAGES.get(name))
+
+
+def first_weights(plan, teacher, student, images, method):
+    """A student's first weights, from copies of models that are traced already."""
+    teacher, student = (TracedModel.of(copy.deepcopy(traced.model), traced.structure) for traced in (teacher, student))
+    return project(plan.selected, teacher, student, images.split(16), method)
+
+
+def projected(teacher, student, images, method):
+    """A copy of the student's model with the weights that projection gives it."""
+    plan = plan_selection(teacher.structure, student.structure, SelectionOptions(include_head=True))
+    first = first_weights(plan, teacher, student, images, method)
+    found = copy.deepcopy(student.model)
+    for parameter in found.parameters():
+        parameter.data += 1
+    found.load_state_dict(first, strict=False)
+    return found
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", ["project", "greedy"])
 def test_a_student_as_large_as_its_teacher_has_its_function(name, method):
-    teacher, _ = models(name)
-    lively(teacher)
-    if method == "project" and not _streams(teacher):
+    teacher, images = large(name)
+    if method == "project" and not teacher.symmetries.rotated():
         with pytest.raises(InputError, match="choose greedy"):
-            check_streams(Structure(teacher, anatomy(teacher, name).neurons), name)
+            check_streams(teacher.symmetries, name)
         return
-    images = images_for(teacher, 3, SMALL_IMAGES.get(name))
-    student = lively(copy.deepcopy(teacher))
-    for parameter in student.parameters():
-        parameter.data += 1
     try:
-        first = select_weights(teacher, student, element_selection=method, calibration=images, include_head=True)
+        student = projected(teacher, teacher, images, method)
     except InputError as error:
         assert method == "project" and "computes something else when its residual stream is rotated" in str(error)
         assert name not in STREAMS
         return
     assert method == "greedy" or name in (*STREAMS, "swin", "swin_v2")
-    student.load_state_dict(first, strict=False)
     with torch.no_grad():
-        expected = teacher(images)
+        expected = teacher.model(images)
         assert expected.std() > 1e-3
         torch.testing.assert_close(student(images), expected, rtol=1e-8, atol=1e-8 * expected.abs().max().item())
 
 
-def _streams(model):
-    structure = Structure(model, anatomy(model, "teacher").neurons)
-    return [space for space in structure.uses if structure.role(space, True) == ROTATED]
-
-
-def disguised(plan, teacher, student):
+def disguised(plan, teacher, whole, student):
     """A teacher's state_dict that computes what the student does with more neurons of each kind.
 
     Beside every neuron of the student's are copies that nobody reads, so a normalisation sees the same statistics;
     whole heads are copied, for whom none writes. Layers that the plan drops are zero.
+
+    Args:
+        whole: the teacher's structure.
     """
-    whole = anatomy(teacher, "teacher")
-    structure = Structure(teacher, whole.neurons)
+    symmetries = Symmetries(teacher, whole.neurons)
     state = {key: torch.zeros_like(value) for key, value in teacher.state_dict().items()}
     weights = student.state_dict()
-    for entry in plan:
+    for entry in plan.entries:
         value = weights[entry.key]
-        for dim, size in enumerate(entry.source_shape):
+        for dim, size in enumerate(entry.teacher_shape):
             origin, alive = np.arange(size), np.ones(size, bool)
-            spaces = [part.space for part in whole.neurons.parts[entry.source][dim] or ()]
-            for (theirs, ours), space in zip((entry.parts or {}).get(dim, ()), spaces, strict=False):
+            groups = [part.group for part in whole.neurons.slices[entry.teacher_key][dim] or ()]
+            for pair, group in zip(entry.slices.get(dim, ()), groups, strict=False):
+                theirs, ours = pair.teacher, pair.student
                 times = [t // s for t, s in zip(theirs.shape, ours.shape, strict=True)]
                 axes = [np.arange(t) for t in theirs.shape]
-                if structure.role(space, False) == HEADS:
+                if symmetries.treatment(group, False) == HEADS:
                     places = [axis % s for axis, s in zip(axes, ours.shape, strict=True)]
                     first = [axis < s for axis, s in zip(axes, ours.shape, strict=True)]
                 else:
@@ -238,9 +121,9 @@ def disguised(plan, teacher, student):
                 origin[theirs] = ours[np.ix_(*places)]
                 alive[theirs] = np.all(np.meshgrid(*first, indexing="ij"), axis=0)
             value = value.index_select(dim, torch.from_numpy(origin))
-            if dim == reads(teacher, entry.source):
+            if dim == reads(teacher, entry.teacher_key):
                 value = value * torch.from_numpy(alive).view([-1 if d == dim else 1 for d in range(value.ndim)])
-        state[entry.source] = value
+        state[entry.teacher_key] = value
     return state
 
 
@@ -259,17 +142,14 @@ def test_a_teacher_that_uses_only_a_part_of_its_neurons_is_recovered(method, nam
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-12  # a part of the variance of another size
-    plan = make_plan(teacher, student, include_head=True)
-    teacher.double().eval().load_state_dict(disguised(plan, teacher, student))
+    whole, small = structures(name)
+    plan = plan_selection(whole, small, SelectionOptions(include_head=True))
+    teacher.double().eval().load_state_dict(disguised(plan, teacher, whole, student))
     images = images_for(student, 24, SMALL_IMAGES.get(name))
     with torch.no_grad():
         expected = student(images)
         torch.testing.assert_close(teacher(images), expected, rtol=1e-9, atol=1e-9)
-        found = copy.deepcopy(student)
-        first = select_weights(teacher, student, element_selection=method, calibration=images, include_head=True)
-        for parameter in found.parameters():
-            parameter.data += 1
-        found.load_state_dict(first, strict=False)
+        found = projected(TracedModel.of(teacher, whole), TracedModel.of(student, small), images, method)
         error = (found(images) - expected).norm() / expected.norm()
     assert error < 1e-6, error
 
@@ -359,51 +239,6 @@ def test_heads_of_a_low_rank_are_recovered_in_smaller_and_in_more_heads(monkeypa
         torch.testing.assert_close(student(images), teacher(images), rtol=1e-6, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Families
-
-
-def test_roles_follow_from_what_touches_the_neurons():
-    model = meta("vit_tiny")
-    structure = Structure(model, anatomy(model, "teacher").neurons)
-    assert [attention.heads for attention in structure.attentions.values()] == [3] * 12
-    parts = structure.neurons.parts
-    assert structure.role(parts["cls_token"][2][0].space, True) == ROTATED
-    assert structure.role(parts["blocks.0.mlp.fc2.weight"][1][0].space, True) == "strongest"
-    rotary = meta("vit_small_patch16_dinov3")
-    structure = Structure(rotary, anatomy(rotary, "teacher").neurons)
-    assert not structure.attentions
-    assert structure.role(structure.neurons.parts["blocks.0.attn.qkv.weight"][0][0].space, True) == UNIFORM
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("convnext_tiny", "conv_dw.weight works on single coordinates"),
-        ("resnet18", "no layer normalisation reads it"),
-        ("vit_small_patch16_dinov3", "blocks.0.attn.qkv.weight has no bias to take over"),
-    ],
-)
-def test_a_stream_that_is_tied_to_its_coordinates_is_not_rotated(name, reason):
-    model = meta(name)
-    with pytest.raises(InputError, match=reason):
-        check_streams(Structure(model, anatomy(model, name).neurons), name)
-
-
-def test_a_rotation_that_structure_allows_but_the_function_does_not_is_refused():
-    teacher, student = (lively(model) for model in models("mixer"))  # its hidden units are of tokens and channels
-    with pytest.raises(InputError, match="computes something else when its residual stream is rotated; choose greedy"):
-        select_weights(teacher, student, element_selection="project", calibration=images_for(teacher))
-
-
-def test_heads_that_are_not_free_are_selected_uniformly_which_is_said(capsys):
-    teacher, student = (lively(model) for model in models("cait"))
-    select_weights(teacher, student, element_selection="greedy", calibration=images_for(teacher))
-    said = capsys.readouterr()
-    assert (said.out + said.err).count("ClassAttn: queries, keys and values are not free inside a head") == 1
-    assert "TalkingHeadAttn" not in said.out + said.err
-
-
 ODD = {  # what the models above do not have: (arguments of both, of the teacher, of the student)
     "resnetv2_50": (
         {"layers": (1, 1, 1, 1), "conv_layer": StdConv2d},
@@ -445,15 +280,14 @@ def test_weights_that_are_computed_shared_modules_and_tables_of_all_blocks_stay_
     if "srelpos" in name:  # the table of all blocks has one element per head, and blocks keep the same heads
         large, small = (model.shared_rel_pos.mlp.fc2.weight for model in (teacher, student))
         assert [(row == large[:, 0]).nonzero().item() for row in small[:, 0]] == [0, 2, 4, 6]
-        structure = Structure(teacher, anatomy(teacher, "teacher").neurons)
-        assert not structure.attentions, "these heads are chosen apart from their table"
+        symmetries = Symmetries(teacher, structure_of(teacher, "teacher").neurons)
+        assert not symmetries.attentions, "these heads are chosen apart from their table"
     with pytest.raises(InputError, match="choose greedy"):
         select_weights(teacher, student, element_selection="project", calibration=images)
 
 
-def closeness(teacher, student, images, **options):
-    """Correlation of what a student's first weights and the teacher compute."""
-    first = select_weights(teacher, student, include_head=True, **options)
+def closeness(teacher, student, first, images):
+    """Correlation of what a student with its first weights and the teacher compute."""
     student = copy.deepcopy(student)
     student.load_state_dict(first, strict=False)
     with torch.no_grad():
@@ -505,17 +339,14 @@ def test_projected_weights_are_nearer_to_the_teacher_than_selected_ones(kind):
     seen = copy.deepcopy(teacher)
     if kind == "other images":
         seen.set_input_size(img_size=32)
-    rules = {method: {"element_selection": method, "calibration": images} for method in ("project", "greedy")}
-    if kind == "fewer layers":
-        rules = {"greedy": rules["greedy"]}
-    layers = {"layer_selection": "uniform"}  # 0, 2, 4 of five
-    plain = closeness(seen, student, images, **layers)
-    for method, options in rules.items():
-        options |= layers
-        near = closeness(seen, student, images, **options)
-        assert near > plain + 0.03, method
-        given = select_weights(teacher, student, **options, include_head=True)
-        again = select_weights(seen, student, **options, include_head=True)
+    layers = {"layer_selection": "uniform", "include_head": True}  # 0, 2, 4 of five
+    traced = [TracedModel.of(model, structure_of(model, kind)) for model in (seen, student)]
+    plan = plan_selection(*(model.structure for model in traced), SelectionOptions(**layers))
+    plain = closeness(seen, student, apply_plan(plan, seen.state_dict()), images)
+    for method in ("project", "greedy") if kind != "fewer layers" else ("greedy",):
+        given = select_weights(teacher, student, element_selection=method, calibration=images, **layers)
+        again = first_weights(plan, *traced, images, method)
+        assert closeness(seen, student, again, images) > plain + 0.03, method
         assert all(torch.equal(given[key], again[key]) for key in given), "the teacher was not brought to the images"
 
 

@@ -1,0 +1,30 @@
+"""Weights of the small teachers, as tensors and as files, and what is selected from them."""
+
+import pytest
+import torch
+
+from helpers import random_weights
+from pairs import PAIRS
+from weight_selection.apply import apply_plan
+from weight_selection.plan import make_plan
+
+
+@pytest.fixture(scope="session")
+def weights():
+    """{family: weights of its small teacher}."""
+    return {name: random_weights(pair.models()[0]) for name, pair in PAIRS.items()}
+
+
+@pytest.fixture(scope="session")
+def files(weights, tmp_path_factory):
+    """{family: file of its small teacher's weights}."""
+    directory = tmp_path_factory.mktemp("teachers")
+    for name, value in weights.items():
+        torch.save(value, directory / f"{name}_teacher.pth")
+    return {name: directory / f"{name}_teacher.pth" for name in weights}
+
+
+@pytest.fixture(scope="session")
+def selected(weights):
+    """{family: what the release's rule selects for the small student}."""
+    return {name: apply_plan(make_plan(*pair.models()), weights[name]) for name, pair in PAIRS.items()}

@@ -1,0 +1,147 @@
+"""The student's weights, made from the teacher's by equation (1)."""
+
+import torch
+from torch import Tensor
+
+from weight_selection.plan import PlanEntry
+from weight_selection.projection import equations
+from weight_selection.projection.activation_stats import ActivationStats
+from weight_selection.projection.maps import DownMaps
+from weight_selection.projection.rotated_norms import RotatedNorms, fold_layer_scales
+from weight_selection.projection.traced_model import TracedModel
+
+
+class StudentWeights:
+    """A student's weights. At first its layers have the up maps that we would use without images.
+
+    Args:
+        entries: {student's key: its entry of the plan}, of the selected tensors.
+        student: in evaluation mode, on the teacher's device; its weights are replaced.
+        stats: of the teacher.
+        maps: down maps of the student's groups.
+
+    Attributes:
+        state: the student's state_dict.
+        rows, priors: {key of a dense weight with an up map: Q W; the up map (B, c) that it has without images}.
+    """
+
+    def __init__(self, entries: dict, student: TracedModel, stats: ActivationStats, maps: DownMaps):
+        self.entries, self.student, self.stats, self.maps = entries, student, stats, maps
+        self.teacher = stats.teacher
+        self.state = student.model.state_dict()
+        self.weights, self._folded = fold_layer_scales(entries, student, stats, maps)
+        up_mapped = [entry.teacher_key for key, entry in entries.items() if self._has_up_map(key)]
+        taken_over = {stats.norm_of[source] for source in up_mapped if source in stats.norm_of}
+        self._norms = RotatedNorms(entries, student, stats, maps, self.weights, taken_over)
+        self.rows, self.priors = {}, {}
+        for key, entry in entries.items():
+            self._convert(key, entry)
+        self._shifts = {}  # key of a dense weight: {key of its bias: (outputs that it is for, Q b)}
+        for key, prior in self.priors.items():
+            biases = student.symmetries.biases(key)
+            self._shifts[key] = {name: (outputs, self.state[name].double().clone()) for name, outputs in biases.items()}
+            self.set_up_map(key, prior)
+
+    def set_up_map(self, key: str, up_map: Tensor) -> None:
+        """Give a dense layer its weight and bias by (1), for an up map (B, c), or B alone."""
+        rows, columns = self.rows[key].double(), self.entries[key].shape[1]
+        self.state[key].copy_(torch.tensordot(rows, up_map[:, :columns], dims=([1], [0])).movedim(-1, 1))
+        if up_map.shape[1] > columns:
+            constant = rows.reshape(*rows.shape[:2], -1).sum(2) @ up_map[:, -1]
+            for name, (outputs, shift) in self._shifts[key].items():
+                self.state[name].copy_(shift + constant[outputs])
+
+    def solve_up_map(self, key: str, across: Tensor, own: Tensor) -> None:
+        """Give a dense layer the up map of (7), from E[x z~'] and E[z~ z~']."""
+        self.set_up_map(key, equations.solve_up_map(across, own, self.priors[key], constant=bool(self._shifts[key])))
+
+    def add_skipped(self, key: str, across: Tensor, own: Tensor) -> None:
+        """Add to a dense layer (V, v) of (10), for the layers that are left out, from E[Q m z~'] and E[z~ z~']."""
+        biases = self._shifts[key]
+        added = equations.solve_up_map(across, own, torch.zeros_like(across), constant=bool(biases))
+        weight = self.state[key]
+        weight += added[:, : weight.shape[1]].reshape(weight.shape)
+        for name, (outputs, _) in biases.items():
+            self.state[name] += added[outputs, -1]
+
+    def map_output(self, entry: PlanEntry, y: Tensor) -> Tensor:
+        """Q y: what the student's layer should give where the teacher's gives y."""
+        convolution = len(entry.teacher_shape) > 2
+        if entry.teacher_key in self._folded:
+            scale = self._folded[entry.teacher_key]
+            y = y * (scale.view(-1, 1, 1) if convolution else scale)
+        y = self._map_down(entry, 0, y, 1 if convolution else y.ndim - 1)
+        if len(entry.teacher_shape) != len(entry.shape):  # a linear layer for a 1x1 convolution or the reverse
+            y = y.movedim(1, -1) if convolution else y.movedim(-1, 1)
+        return y
+
+    def map_norm(self, gain: str, x: Tensor) -> Tensor:
+        """Q x: what the student's norm in the stream, which has this gain, should give where the teacher's gives x."""
+        down = self.maps.of[self.student.group_of(gain)]
+        return x if down.ndim == 1 else (x.double() @ down.T).to(x.dtype)
+
+    def keeps_outputs(self, key: str) -> bool:
+        """Whether a dense layer of the student, if nothing is lost, gives outputs of the teacher's unmixed."""
+        if key not in self.entries or len(self._shifts.get(key, ())) > 1:  # what a bias would add to keys is lost
+            return False
+        slices = self.student.slices(key, 0) if 0 in self.entries[key].slices else ()
+        return all(self.maps.get(group, nth).ndim == 1 for group, nth, _ in slices)
+
+    def _has_up_map(self, key):
+        """Whether a tensor is the weight of a dense layer whose inputs the teacher showed."""
+        entry = self.entries[key]
+        return 1 in entry.slices and key in self.student.symmetries.dense and entry.teacher_key in self.stats.moments
+
+    def _convert(self, key, entry):
+        """Give a tensor its value; of a dense weight with an up map, prepare it."""
+        if self._norms.covers(key):
+            self.state[key].copy_(self._norms.value(key).reshape(entry.shape))
+            return
+        weight, has_up_map = self.weights[entry.teacher_key], self._has_up_map(key)
+        for dim in entry.slices:
+            if not (has_up_map and dim == 1):
+                weight = self._map_down(entry, dim, weight, dim)
+        if has_up_map:
+            self.rows[key] = weight.reshape(entry.shape[0], entry.teacher_shape[1], *entry.shape[2:])
+            self.priors[key] = self._prior(entry)
+        else:
+            self.state[key].copy_(weight.reshape(entry.shape))
+
+    def _map_down(self, entry, dim, x, axis):
+        """Q x along ``axis`` of x, which holds the teacher's neurons of dimension ``dim`` of a tensor."""
+        if dim not in entry.slices:
+            return x
+        out = x.new_zeros(*x.shape[:axis], entry.shape[dim], *x.shape[axis + 1 :])
+        pairs = zip(self.student.slices(entry.key, dim), self.teacher.slices(entry.teacher_key, dim), strict=True)
+        for (group, nth, ours), (_, _, theirs) in pairs:
+            down = self._norms.map_before(entry, group)
+            down = self.maps.get(group, nth) if down is None else down
+            taken = x.index_select(axis, theirs)
+            if down.ndim == 1:
+                taken = taken.index_select(axis, down)
+            else:
+                taken = torch.tensordot(taken.double(), down, dims=([axis], [1])).movedim(-1, axis).to(x.dtype)
+            out.index_copy_(axis, ours, taken)
+        return out
+
+    def _prior(self, entry):
+        """The up map (B_0, c_0), (D, d + 1), that we would use without images.
+
+        Kept neurons are restored as they are. Of a rotated stream n = sqrt(D r / d) U E' LN(s), with r the share of the
+        energy of n that is kept.                                                                                   (9)
+        """
+        prior = torch.zeros(entry.teacher_shape[1], entry.shape[1] + 1, dtype=torch.float64, device=self.teacher.device)
+        pairs = zip(self.student.slices(entry.key, 1), self.teacher.slices(entry.teacher_key, 1), strict=True)
+        for (group, nth, ours), (_, _, theirs) in pairs:
+            down = self.maps.get(group, nth)
+            if down.ndim == 1:
+                prior[theirs[down], ours] = 1
+            elif group not in self.maps.rotated:
+                prior[theirs[:, None], ours] = torch.linalg.pinv(down)
+            else:
+                gain = self.stats.norm_of[entry.teacher_key]
+                moments = self.stats.normalised[gain].mean[:-1, :-1]
+                kept = ((down @ moments) * down).sum() / len(down)  # D r / d, since the trace of C is D
+                prior[theirs[:, None], ours] = self.weights[gain].double()[:, None] * down.T * kept.sqrt()
+                prior[theirs, -1] = self._norms.shift(gain)
+        return prior

@@ -1,0 +1,77 @@
+"""A model together with what tracing found in it."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from weight_selection.plan import ModelStructure
+from weight_selection.projection.symmetries import Symmetries
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """The teacher or the student.
+
+    Attributes:
+        model: the module; on the meta device it serves for checks that need no weights.
+        structure: its layers and neuron groups, from tracing.
+        symmetries: what its neuron groups allow.
+    """
+
+    model: nn.Module
+    structure: ModelStructure
+    symmetries: Symmetries
+
+    @classmethod
+    def of(cls, model: nn.Module, structure: ModelStructure) -> "TracedModel":
+        """A model whose structure is known already; nothing is traced again."""
+        return cls(model, structure, Symmetries(model, structure.neurons))
+
+    def slices(self, key: str, dim: int) -> list:
+        """The slices of a dimension of a tensor.
+
+        Returns:
+            [(number of the neuron group, how many slices of that group came before in this dimension, indices (n,))].
+        """
+        seen, found = {}, []
+        for part in self.structure.neurons.slices[key][dim]:
+            nth = seen[part.group] = seen.get(part.group, -1) + 1
+            found.append((part.group, nth, torch.from_numpy(part.indices.reshape(-1)).to(self.device)))
+        return found
+
+    def indices(self, key: str, dim: int, group: int) -> torch.Tensor:
+        """Where the first slice of a neuron group is in a dimension of a tensor, integers (n,)."""
+        return next(indices for number, _, indices in self.slices(key, dim) if number == group)
+
+    def group_of(self, key: str) -> int | None:
+        """The neuron group of a tensor's last dimension (of a norm or a LayerScale, say); None if it has several."""
+        dims = self.structure.neurons.slices[key]
+        return dims[-1][0].group if dims and dims[-1] is not None and len(dims[-1]) == 1 else None
+
+    def size(self, group: int) -> int:
+        """Number of neurons in a group."""
+        return self.structure.neurons.groups[group].size
+
+    def block_shape(self, group: int) -> tuple:
+        """Sizes of the blocks in which a group's neurons come."""
+        return self.structure.neurons.groups[group].block_shape
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def paired_groups(entries: dict, teacher: ModelStructure, student: ModelStructure) -> dict:
+    """{number of a student's neuron group: number of the teacher's group that it is made from}.
+
+    Args:
+        entries: {student's key: its entry of the plan}, of the selected tensors.
+    """
+    pairs = {}
+    for key, entry in entries.items():
+        for dim in entry.slices:
+            ours, theirs = student.neurons.slices[key][dim], teacher.neurons.slices[entry.teacher_key][dim]
+            for our, their in zip(ours, theirs, strict=True):
+                pairs.setdefault(our.group, their.group)
+    return pairs
