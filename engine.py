@@ -1,10 +1,10 @@
-"""One epoch of training, and evaluation."""
+"""One epoch of training, and one evaluation."""
 
 import contextlib
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,133 +12,91 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from distributed.program import RunError, Stopped
+from distributed.program import RunError
 from distributed.stop_coordinator import StopCoordinator
 from input_pipeline.bad_images import BadImages
 from input_pipeline.loader import DeviceLoader
 from models.distillation import Loss
-from utils import Progress, print_main, seed_everything
-from weight_selection.errors import printable
+from utils import Progress, seed_everything
 
-READ_INTERVAL = 50  # steps from one look at the figures of training to the next: each look waits for the device
-MIN_LOSS_SCALE = 1.0  # below it, float16 overflows on gradients as they are, not on scaled ones
+SYNCHRONIZE_INTERVAL = 50  # steps between two waits for the device, which bring the metrics to the host
+MIN_LOSS_SCALE = 1.0  # below it, even gradients that are not scaled up overflow float16
 
 
 @dataclass
 class TrainState:
-    """All that a step of training needs.
+    """The model in training, and everything else that a step needs.
 
     Attributes:
         model: the bare model, whose weights are saved.
-        projector: trained beside the model for feature distillation, or None.
-        forward: the model as it is called in training: with the projector if there is one, and wrapped in DDP when
-            there are several processes.
-        optimizer: over the parameters of both.
-        scaler: loss scaler; disabled unless training in float16.
+        projector: the MLP that feature distillation trains beside the model, or None.
+        ddp_model: what a step calls: the model, together with the projector if there is one; DDP wraps it when there
+            are several processes.
+        optimizer: updates the parameters of model and projector.
+        scaler: scales the loss; disabled unless training in float16.
         ema: timm's ``ModelEmaV3`` of the model, or None.
-        lr, weight_decay: value of every step of the run.
-        steps: of an epoch.
-        update_freq: micro-batches whose gradients make a step.
+        lr_schedule, weight_decay_schedule: one value for every step of the run.
+        steps_per_epoch: optimiser steps in an epoch.
+        update_freq: micro-batches whose gradients are summed for a step.
         mixup: timm's ``Mixup``, or None.
-        criterion: ``distillation.Loss``, of (images, what ``forward`` gives for them, targets).
-        autocast: dtype of mixed precision, or None for full precision.
-        clip_grad: largest norm of the gradient, or None.
-        device: where to compute.
-        seed: of the run.
-        rank, world_size: this process among all.
-        consensus: of all processes.
+        criterion: computes the loss from (images, outputs of ``ddp_model``, targets).
+        amp_dtype: dtype of mixed precision, or None for full precision.
+        clip_grad: largest norm of the gradient, or None for any.
+        device: where the model is.
+        seed: the run's.
+        rank, world_size: the number of this process, and how many there are.
+        stop_coordinator: tells all processes when to stop.
     """
 
     model: nn.Module
     projector: nn.Module | None
-    forward: nn.Module
+    ddp_model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: nn.Module | None
-    lr: np.ndarray
-    weight_decay: np.ndarray
-    steps: int
+    lr_schedule: np.ndarray
+    weight_decay_schedule: np.ndarray
+    steps_per_epoch: int
     update_freq: int
     mixup: Callable | None
     criterion: Loss
-    autocast: torch.dtype | None
+    amp_dtype: torch.dtype | None
     clip_grad: float | None
     device: torch.device
     seed: int
     rank: int
     world_size: int
-    consensus: StopCoordinator
+    stop_coordinator: StopCoordinator
 
     def set_schedule(self, step: int) -> None:
-        """Give every parameter group its learning rate and weight decay of a step."""
+        """Set the learning rate and weight decay of every parameter group for a step of the run."""
         for group in self.optimizer.param_groups:
-            group["lr"] = float(self.lr[step]) * group.get("lr_scale", 1.0)
+            group["lr"] = float(self.lr_schedule[step]) * group.get("lr_scale", 1.0)
             if group["weight_decay"] > 0:
-                group["weight_decay"] = float(self.weight_decay[step])
+                group["weight_decay"] = float(self.weight_decay_schedule[step])
 
-    def backward(self, images, targets, last: bool) -> torch.Tensor:
-        """Add the gradient of a micro-batch; returns its loss and the distillation's part, as a tensor.
+    def backward(self, images: torch.Tensor, targets: torch.Tensor, exchange: bool) -> torch.Tensor:
+        """Add the gradient of a micro-batch to the parameters' gradients.
 
-        All is on the device.
+        Args:
+            images: (images, 3, size, size) on the device.
+            targets: (images,) on the device.
+            exchange: let the processes sum their gradients; they do so only at the last micro-batch of a step.
 
-        Processes exchange gradients only at the last micro-batch of a step.
+        Returns:
+            (2,) on the device: the loss, and the distillation distance in it.
         """
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
-        wait = isinstance(self.forward, DistributedDataParallel) and not last
-        with self.forward.no_sync() if wait else contextlib.nullcontext():
-            with autocast(self.device, self.autocast):
-                loss, distance = self.criterion(images, self.forward(images), targets)
+        keep_local = isinstance(self.ddp_model, DistributedDataParallel) and not exchange
+        with self.ddp_model.no_sync() if keep_local else contextlib.nullcontext():
+            with autocast(self.device, self.amp_dtype):
+                loss, distance = self.criterion(images, self.ddp_model(images), targets)
             self.scaler.scale(loss / self.update_freq).backward()
         return torch.stack([loss.detach(), distance.detach()])
 
-    def arrange(self, images: torch.Tensor, targets: torch.Tensor) -> None:
-        """Let DDP sum in the first step of a resumed run as in all later ones.
-
-        DDP arranges gradients for the exchange by the order in which those of its first step came, and with more than
-        two processes the arrangement decides in which order floats are added up.
-        """
-        if isinstance(self.forward, DistributedDataParallel):
-            self.rehearse(images, targets, together=True)
-
-    def compile(self, images: torch.Tensor, targets: torch.Tensor, test_images: torch.Tensor) -> None:
-        """Compile what training and the model's evaluation call, unless that fails in some process; then say so.
-
-        Args:
-            images, targets: of the shapes of training.
-            test_images: of the shape of evaluation.
-        """
-        ddp = isinstance(self.forward, DistributedDataParallel)
-        modules = {self.model, self.forward.module if ddp else self.forward}
-        for module in modules:
-            module.compile()
-        reason = None
-        try:
-            self.rehearse(images, targets, together=False)
-            with torch.no_grad(), autocast(self.device, self.autocast):
-                self.model.eval()(test_images)
-        except Exception as error:  # no compiler, no Triton, an operator without a kernel: each fails in its own way
-            reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-        reasons = [reason for reason in self.consensus.gather_objects(reason) if reason is not None]
-        if reasons:
-            print_main(f"warning: --compile true: goes on without, as it failed ({printable(reasons[0])[:300]})")
-            for module in modules:
-                module._compiled_call_impl = None  # what Module.compile set; there is no public way back
-
-    def rehearse(self, images: torch.Tensor, targets: torch.Tensor, together: bool) -> None:
-        """Compute a gradient, with or without an exchange between processes, and forget it."""
-        before = [buffer.clone() for buffer in self.forward.buffers()]
-        self.forward.train()
-        try:
-            self.backward(images, targets, last=together)
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for buffer, value in zip(self.forward.buffers(), before, strict=True):
-                    buffer.copy_(value)
-
     def update(self) -> torch.Tensor:
-        """Take a step; returns the norm of the gradient before clipping, on the device."""
+        """Take an optimiser step; returns the norm of the gradient before clipping, on the device."""
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = clip_grad_norm_(parameters, self.clip_grad or math.inf)
@@ -150,157 +108,181 @@ class TrainState:
         return norm
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None):
-    """Mixed precision in ``dtype``, or full precision for None."""
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """The context of mixed precision in ``dtype``; for None, of full precision."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-class EpochMetrics:
-    """Figures of an epoch in training, up to the last step that was read.
+@dataclass
+class EpochSums:
+    """Sums over the steps of an epoch, as a checkpoint holds them when it is written within the epoch.
 
-    Steps leave theirs on the device. ``read`` adds them up on the host, one by one in the order of steps and processes,
-    so that the sums are the same wherever a run was interrupted, and the same in all processes.
-
-    Args:
-        trainer: the run.
-        epoch: counted from 0.
-        bad: takes the images that cannot be read.
-        sums: of an epoch that was interrupted, as ``sums`` had them.
+    Attributes:
+        step: steps that are in the sums.
+        loss, distance: sums over these steps of the mean over the processes.
+        grad_norm: sum over the steps that were taken.
+        skipped: steps that the loss scaler skipped.
+        statistics: one {name: tensor} for each process, the buffers of its moving average; only within a checkpoint.
     """
 
-    def __init__(self, trainer: TrainState, epoch: int, bad: BadImages, sums: dict | None = None):
-        self.trainer, self.epoch, self.bad = trainer, epoch, bad
-        self.sums = dict(sums or {"step": 0, "loss": 0.0, "distance": 0.0, "grad_norm": 0.0, "skipped": 0})
+    step: int = 0
+    loss: float = 0.0
+    distance: float = 0.0
+    grad_norm: float = 0.0
+    skipped: int = 0
+    statistics: list = field(default_factory=list)
+
+
+class EpochMetrics:
+    """Metrics of an epoch of training.
+
+    A step leaves its metrics on the device. ``synchronize`` adds them up on the host, one by one in the order of steps
+    and processes. So the sums are the same wherever a run was interrupted, and the same in all processes.
+
+    Args:
+        state: the state of the training.
+        epoch: its number, counted from 0.
+        bad_images: the training images that could not be read.
+        sums: of the steps that were done before an interruption.
+    """
+
+    def __init__(self, state: TrainState, epoch: int, bad_images: BadImages, sums: EpochSums | None = None):
+        self.state, self.epoch, self.bad_images = state, epoch, bad_images
+        self.sums = replace(sums) if sums is not None else EpochSums()
         self.pending = []
 
     @property
     def step(self) -> int:
-        """Steps of the epoch that are done."""
-        return self.sums["step"] + len(self.pending)
+        """Number of steps of the epoch that are done."""
+        return self.sums.step + len(self.pending)
 
     def add(self, losses: torch.Tensor, norm: torch.Tensor) -> None:
-        """Take a step's mean loss and distance in this process, and its norm; nothing waits."""
+        """Note a step's loss and distance, (2,), and its gradient norm, both on the device, without waiting for it."""
         self.pending.append(torch.cat([losses, norm[None]]))
 
     def learning_rate(self, step: int) -> float:
-        """Of a step of this epoch, counted from 1."""
-        return float(self.trainer.lr[self.epoch * self.trainer.steps + step - 1])
+        """The learning rate of a step of this epoch, counted from 1."""
+        return float(self.state.lr_schedule[self.epoch * self.state.steps_per_epoch + step - 1])
 
     def running_loss(self) -> float:
-        """Mean over the epoch so far; of what has not been read, in this process only."""
+        """Mean loss of the epoch so far; steps since the last ``synchronize`` count with this process's loss only."""
         pending = sum(torch.stack(self.pending)[:, 0].tolist()) if self.pending else 0.0
-        return (self.sums["loss"] + pending) / self.step
+        return (self.sums.loss + pending) / self.step
 
-    def read(self) -> None:
-        """Add up what is on the device. All processes must call it after the same step.
+    def synchronize(self) -> None:
+        """Wait for the device and the other processes, and add up the steps. All must call it after the same step.
 
         Raises:
-            RunError: the loss is not finite, or the gradient; or the loss scaler finds no scale; or another process
-                says that the run cannot go on.
+            RunError: loss or gradient is not finite, the loss scaler finds no scale, or another process cannot go on.
         """
-        self.bad.share()
-        self.trainer.consensus.settle()
+        self.bad_images.share()
+        self.state.stop_coordinator.settle()
         if not self.pending:
             return
         rows = torch.stack(self.pending).double().cpu()
         self.pending = []
-        shares = self.trainer.consensus.gather(rows[:, :2].contiguous())
+        shares = self.state.stop_coordinator.gather(rows[:, :2].contiguous())
+        scaler = self.state.scaler
         for (loss, distance), norm in zip((sum(shares) / len(shares)).tolist(), rows[:, 2].tolist(), strict=True):
-            self.sums["step"] += 1
-            skipped = self.trainer.scaler.is_enabled() and not math.isfinite(norm)
+            self.sums.step += 1
+            skipped = scaler.is_enabled() and not math.isfinite(norm)
             if not math.isfinite(loss) or not (skipped or math.isfinite(norm)):
                 raise RunError(
-                    f"loss is {loss} and the gradient's norm {norm} at step {self.sums['step']} of epoch {self.epoch}, "
-                    f"at lr {self.learning_rate(self.sums['step']):.2e}; checkpoints are of before it; lower --lr, set "
+                    f"loss is {loss} and the gradient's norm {norm} at step {self.sums.step} of epoch {self.epoch}, "
+                    f"at lr {self.learning_rate(self.sums.step):.2e}; checkpoints are of before it; lower --lr, set "
                     "--clip_grad or drop --use_amp in another --output_dir, from --resume if you like"
                 )
-            self.sums["loss"] += loss
-            self.sums["distance"] += distance
-            self.sums["grad_norm"] += 0.0 if skipped else norm
-            self.sums["skipped"] += skipped
-        if skipped and self.trainer.scaler.get_scale() < MIN_LOSS_SCALE:
+            self.sums.loss += loss
+            self.sums.distance += distance
+            self.sums.grad_norm += 0.0 if skipped else norm
+            self.sums.skipped += skipped
+        if skipped and scaler.get_scale() < MIN_LOSS_SCALE:
             raise RunError(
-                f"loss scale is {self.trainer.scaler.get_scale():.3g} by step {self.step} of epoch {self.epoch}, and "
+                f"loss scale is {scaler.get_scale():.3g} by step {self.step} of epoch {self.epoch}, and "
                 "gradients still overflow float16; lower --lr, or use --amp_dtype bfloat16"
             )
 
-    def means(self) -> dict:
-        """loss, distance (of a distillation), lr and weight_decay (of the last step), grad_norm (of the steps that were
-        taken), and in float16 skipped_steps and loss_scale."""
-        step, trainer = self.sums["step"], self.trainer
-        row = {"loss": self.sums["loss"] / step}
-        if trainer.criterion.teacher is not None:
-            row["distance"] = self.sums["distance"] / step
-        row["lr"] = self.learning_rate(step)
-        row["weight_decay"] = float(trainer.weight_decay[self.epoch * trainer.steps + step - 1])
-        row["grad_norm"] = self.sums["grad_norm"] / max(1, step - self.sums["skipped"])
-        if trainer.scaler.is_enabled():
-            row |= {"skipped_steps": self.sums["skipped"], "loss_scale": trainer.scaler.get_scale()}
+    def means(self) -> dict[str, float]:
+        """The metrics of the epoch.
+
+        Returns:
+            loss; distance, in a distillation; lr and weight_decay of the last step; grad_norm, over the steps that were
+            taken; in float16 also skipped_steps and loss_scale.
+        """
+        sums, state = self.sums, self.state
+        row = {"loss": sums.loss / sums.step}
+        if state.criterion.teacher is not None:
+            row["distance"] = sums.distance / sums.step
+        row["lr"] = self.learning_rate(sums.step)
+        row["weight_decay"] = float(state.weight_decay_schedule[self.epoch * state.steps_per_epoch + sums.step - 1])
+        row["grad_norm"] = sums.grad_norm / max(1, sums.step - sums.skipped)
+        if state.scaler.is_enabled():
+            row |= {"skipped_steps": sums.skipped, "loss_scale": state.scaler.get_scale()}
         return row
 
 
-def train_one_epoch(trainer: TrainState, loader: DeviceLoader, figures: EpochMetrics, after_step: Callable) -> None:
-    """Train through an epoch, or the rest of it.
+def train_one_epoch(state: TrainState, loader: DeviceLoader, metrics: EpochMetrics) -> Iterator[None]:
+    """Train through an epoch, or the rest of it, and yield after every step.
 
     Args:
-        trainer: the run.
-        loader: this process's micro-batches, ``update_freq`` to a step, from the step that ``figures`` has reached.
-        figures: of the epoch.
-        after_step: is called after every step, with no arguments.
+        state: changes with every step.
+        loader: this process's micro-batches, ``update_freq`` a step, from the first step that is not yet done.
+        metrics: the epoch's; says how many of its steps are done.
 
     Raises:
         RunError: the run cannot go on.
     """
-    trainer.forward.train()
-    start, first, epoch = time.monotonic(), figures.step, figures.epoch
-    step_images = loader.batch_size * trainer.update_freq * trainer.world_size
+    state.ddp_model.train()
+    start, first, epoch = time.monotonic(), metrics.step, metrics.epoch
+    images_per_step = loader.batch_size * state.update_freq * state.world_size
 
     def describe():
-        speed = (figures.step - first) * step_images / (time.monotonic() - start)
-        lr = figures.learning_rate(figures.step)
-        return f"loss {figures.running_loss():.4f} lr {lr:.2e} {speed:.0f} images/s"
+        speed = (metrics.step - first) * images_per_step / (time.monotonic() - start)
+        lr = metrics.learning_rate(metrics.step)
+        return f"loss {metrics.running_loss():.4f} lr {lr:.2e} {speed:.0f} images/s"
 
     batches = iter(loader)
-    with Progress(f"epoch {epoch}", trainer.steps, done=first) as progress:
-        for step in range(first, trainer.steps):
-            trainer.set_schedule(epoch * trainer.steps + step)
+    with Progress(f"epoch {epoch}", state.steps_per_epoch, done=first) as progress:
+        for step in range(first, state.steps_per_epoch):
+            state.set_schedule(epoch * state.steps_per_epoch + step)
             losses = 0
-            for part in range(trainer.update_freq):
+            for part in range(state.update_freq):
                 images, targets = next(batches)
-                number = (step * trainer.update_freq + part) * trainer.world_size + trainer.rank
-                seed_everything(trainer.seed, epoch, number, 1)  # the 1: not the numbers that image `number` gets
-                losses += trainer.backward(images, targets, last=part == trainer.update_freq - 1)
-            figures.add(losses / trainer.update_freq, trainer.update())
+                number = (step * state.update_freq + part) * state.world_size + state.rank
+                seed_everything(state.seed, epoch, number, 1)  # the 1 tells it apart from the seed of image `number`
+                losses += state.backward(images, targets, exchange=part == state.update_freq - 1)
+            metrics.add(losses / state.update_freq, state.update())
             progress.step(describe)
-            if (step + 1) % READ_INTERVAL == 0 or step + 1 == trainer.steps:
-                figures.read()
-            after_step()
+            if (step + 1) % SYNCHRONIZE_INTERVAL == 0 or step + 1 == state.steps_per_epoch:
+                metrics.synchronize()
+            yield
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DeviceLoader, trainer: TrainState, shared: bool = True) -> dict:
-    """Cross-entropy and accuracy over a test set.
+def evaluate(model: nn.Module, loader: DeviceLoader, state: TrainState, shared: bool = True) -> dict[str, float]:
+    """Compute cross-entropy and accuracy over a test set.
 
     Args:
-        model: gives logits, (images, classes); on the trainer's device, or on the CPU and then in full precision.
-        loader: of this process's share of the test set.
-        trainer: the run, which may be asked to stop.
-        shared: sum over processes; False when every process sees the whole set.
+        model: gives logits (images, classes). On another device than the state's, which is the CPU, it computes in
+            full precision.
+        loader: this process's share of the test set.
+        state: names device, precision and the other processes.
+        shared: sum over the processes; False when each of them sees the whole set.
 
     Returns:
-        loss, acc1 and acc5 (percent; top 5 is all classes when there are fewer), images (how many were counted).
+        loss; acc1 and acc5 in percent (with fewer than five classes, acc5 counts all of them); images, their number.
 
     Raises:
-        Stopped: by a signal.
+        Stopped: a signal asks the run to stop.
         RunError: an image cannot be read.
     """
     model.eval()
     device = next(model.parameters()).device
-    dtype = trainer.autocast if device == trainer.device else None
+    dtype = state.amp_dtype if device == state.device else None
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     batches, longest = iter(loader.on(device)), loader.sampler.most_batches(loader.batch_size)
     with Progress("test", longest, lines=0) as progress:
-        for _ in range(longest):  # as often in every process, though the last batch may be missing in some
+        for _ in range(longest):  # the same number in every process, though some may lack the last batch
             batch = next(batches, None)
             if batch is not None:
                 images, targets = batch
@@ -312,9 +294,8 @@ def evaluate(model: nn.Module, loader: DeviceLoader, trainer: TrainState, shared
                 totals[:3] += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum()])
                 totals[3] += len(targets)
             progress.step(str)
-            if number := trainer.consensus.poll():
-                raise Stopped(number)
-    trainer.consensus.settle()
+            state.stop_coordinator.poll()
+    state.stop_coordinator.settle()
     totals = totals.cpu()
-    loss, top1, top5, count = sum(trainer.consensus.gather(totals) if shared else [totals]).tolist()
+    loss, top1, top5, count = sum(state.stop_coordinator.gather(totals) if shared else [totals]).tolist()
     return {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "images": int(count)}

@@ -8,19 +8,25 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_wei
 import utils
 from weight_selection.errors import InputError
 
-FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # have a kernel on GPUs for all parameters at once
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # these can update all parameters in one GPU kernel
 
 
 def create_optimizer(model: nn.Module, args, projector: nn.Module | None = None) -> torch.optim.Optimizer:
-    """timm's optimiser over timm's parameter groups of the model, and of the projector of a distillation if any.
+    """timm's optimiser over timm's parameter groups of a model, and of the projector if a distillation has one.
 
-    No weight decay on 1-D tensors, biases and what the model names in ``no_weight_decay()`` (position embeddings,
-    class tokens). With ``layer_decay`` < 1 a layer's learning rate is layer_decay to the number of layers above it,
-    by the model's own ``group_matcher``; each group holds it as ``lr_scale``. In linear probing LARS adapts the rate of
-    matrices, not of vectors, also without weight decay, as MAE's does (timm's own adapts neither then).
+    Weight decay spares 1-D tensors, biases, and the tensors in the model's ``no_weight_decay()`` (position embeddings,
+    class tokens). With ``layer_decay`` < 1, the learning rate of a layer is scaled by layer_decay ** (number of layers
+    above it); the model's ``group_matcher`` numbers the layers, and each group holds the factor as ``lr_scale``. In
+    linear probing without weight decay, LARS adapts the rate of matrices and not of vectors, as MAE's LARS does;
+    timm's LARS would adapt neither.
+
+    Args:
+        model: the parameters that require gradients are optimised.
+        args: options of main.py.
+        projector: optimised beside the model, or None.
 
     Raises:
-        InputError: unknown optimiser, or options it does not take.
+        InputError: unknown optimiser, or one that does not take the options.
     """
     try:
         info = get_optimizer_info(args.opt)
@@ -36,7 +42,7 @@ def create_optimizer(model: nn.Module, args, projector: nn.Module | None = None)
             )
         kwargs["betas"] = tuple(args.opt_betas)
     if next(model.parameters()).is_cuda and info.opt_class in FUSED:
-        kwargs["fused"] = True  # it need not wait either to learn whether float16 overflowed
+        kwargs["fused"] = True  # it also need not wait for the device to learn whether float16 overflowed
     try:
         optimizer = create_optimizer_v2(
             lars_groups(model) if args.linear_probe and args.opt == "lars" and args.weight_decay == 0 else model,
@@ -55,7 +61,7 @@ def create_optimizer(model: nn.Module, args, projector: nn.Module | None = None)
 
 
 def lars_groups(model: nn.Module) -> list:
-    """Parameter groups for timm's LARS without weight decay: adapted matrices, and vectors."""
+    """Parameter groups for timm's LARS without weight decay: it adapts the rate of the first (matrices) only."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [parameter for parameter in trained if parameter.ndim > 1], "always_adapt": True},
@@ -63,19 +69,21 @@ def lars_groups(model: nn.Module) -> list:
     ]
 
 
-def cosine_schedule(base: float, final: float, steps: int, warmup_steps: int = 0) -> np.ndarray:
-    """One value per step: linear from 0 to ``base`` (both included) in the warm-up, then half a cosine to ``final``.
+def cosine_schedule(base: float, final: float, total_steps: int, warmup_steps: int = 0) -> np.ndarray:
+    """A value for each step, (total_steps,): in the warm-up linear from 0 to ``base``, then half a cosine to ``final``.
 
     Args:
-        base: value at the end of the warm-up.
-        final: value the cosine approaches at the end.
-        steps: optimiser steps of the whole run.
+        base: value of the last warm-up step, and of the first step after it.
+        final: value that the cosine approaches, but does not reach, at the end.
+        total_steps: optimiser steps of the run.
         warmup_steps: how many of them are warm-up.
 
     Raises:
         InputError: the warm-up is longer than the run.
     """
-    if warmup_steps > steps:
-        raise InputError(f"--warmup_epochs/--warmup_steps: {warmup_steps} warm-up steps, but the run has only {steps}")
-    angle = np.pi * np.arange(steps - warmup_steps) / max(1, steps - warmup_steps)
+    if warmup_steps > total_steps:
+        raise InputError(
+            f"--warmup_epochs/--warmup_steps: {warmup_steps} warm-up steps, but the run has only {total_steps}"
+        )
+    angle = np.pi * np.arange(total_steps - warmup_steps) / max(1, total_steps - warmup_steps)
     return np.concatenate([np.linspace(0, base, warmup_steps), final + 0.5 * (base - final) * (1 + np.cos(angle))])

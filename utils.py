@@ -1,10 +1,11 @@
-"""Seeds, and what a run prints. Nothing here knows about models or data."""
+"""Seeds, printing and the progress bar. Nothing here knows about models or data."""
 
 import datetime
 import math
 import random
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import timm
@@ -14,15 +15,16 @@ import torchvision
 from tqdm import tqdm
 
 
-def is_main():
-    """True in the one process that prints and writes."""
+def is_main() -> bool:
+    """Whether this is the one process that prints and writes files."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def seed_host(*numbers):
-    """Seed Python, numpy and torch on the CPU from a tuple of non-negative integers; returns torch's seed.
+def seed_host(*numbers: int) -> int:
+    """Seed Python, numpy and torch on the CPU from non-negative integers; returns torch's seed.
 
-    For loader workers: ``torch.manual_seed`` looks for accelerators each time, which takes longer than all the rest.
+    Loader workers call this for every image: ``torch.manual_seed`` looks for accelerators each time, which takes longer
+    than all the rest.
     """
     words = [int(word) for word in np.random.SeedSequence(numbers).generate_state(3)]
     random.seed(words[0])
@@ -31,17 +33,17 @@ def seed_host(*numbers):
     return words[2]
 
 
-def seed_everything(*numbers):
-    """Seed Python, numpy and torch on all devices from a tuple of non-negative integers.
+def seed_everything(*numbers: int) -> None:
+    """Seed Python, numpy and torch on all devices from non-negative integers.
 
-    Training seeds with (seed, epoch, image) before augmenting an image and with (seed, epoch, micro-batch) before
-    computing on a micro-batch. What is drawn then depends on no worker, process or interruption.
+    Training seeds with (seed, epoch, image) before it augments an image, and with (seed, epoch, micro-batch, 1) before
+    it computes on a micro-batch. So the random numbers do not depend on workers, processes or interruptions.
     """
     torch.manual_seed(seed_host(*numbers))
 
 
-def versions():
-    """Versions of what a result depends on."""
+def versions() -> dict[str, str]:
+    """The versions of the packages that a result depends on."""
     return {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -51,25 +53,29 @@ def versions():
     }
 
 
-def print_main(*words):
+def print_main(*words) -> None:
     """Print in the main process only."""
     if is_main():
         tqdm.write(" ".join(str(word) for word in words))
         sys.stdout.flush()
 
 
-def duration(seconds):
-    """Seconds as h:mm:ss."""
+def duration(seconds: float) -> str:
+    """Write seconds as h:mm:ss."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
 class Progress:
-    """Progress through ``total`` steps: a bar with the time left on a terminal, else ``lines`` lines with it.
+    """Shows how many steps are done and the time left: as a bar on a terminal, and otherwise in a few lines.
 
-    ``done`` of them were done before.
+    Args:
+        header: begins the bar or each line.
+        total: number of steps.
+        lines: about how many lines to print in all; 0 for none.
+        done: steps that were done before.
     """
 
-    def __init__(self, header, total, lines=5, done=0):
+    def __init__(self, header: str, total: int, lines: int = 5, done: int = 0):
         self.header, self.total = header, total
         self.every = max(1, total // lines) if lines else math.inf
         self.first, self.done, self.start = done, done, time.monotonic()
@@ -77,8 +83,8 @@ class Progress:
         if is_main() and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=done, desc=header, leave=False, dynamic_ncols=True)
 
-    def step(self, describe):
-        """Count one step. ``describe()`` gives the text; it is called only when something is shown."""
+    def step(self, describe: Callable[[], str]) -> None:
+        """Count one step. ``describe`` returns the text to show; it is called only when something is shown."""
         self.done += 1
         shown = self.done % self.every == 0 or (self.done == self.total and self.every <= self.total)
         if self.bar is not None:
@@ -99,9 +105,8 @@ class Progress:
             self.bar.close()
 
 
-def describe(figures):
-    """Names and values in one line."""
-    words = (
-        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
+def describe(values: dict) -> str:
+    """Write names and values in one line."""
+    return ", ".join(
+        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
     )
-    return ", ".join(words)

@@ -43,7 +43,8 @@ from input_pipeline.placement import TransformOnDevice, build_pipeline  # noqa: 
 from input_pipeline.samplers import TrainBatchSampler  # noqa: E402
 from input_pipeline.transforms import build_transform  # noqa: E402
 from training.options import parse_args, share_batch  # noqa: E402
-from training.run import build_model, build_trainer, check_hardware  # noqa: E402
+from training.setup import build_model, build_train_state, complete_options, set_up_device  # noqa: E402
+from training.warm_up import compile_model  # noqa: E402
 
 MODELS = ("vit_tiny", "convnext_femto")
 CLASSES = 100
@@ -94,17 +95,17 @@ def plain_loop(args, device, steps):
     return epoch
 
 
-def our_loop(args, device, dtype, steps, real):
+def our_loop(args, device, steps, real):
     """Like ``plain_loop``, but main.py's loop; with its input pipeline if ``real``, else with one batch."""
     warm = warm_up(args)
     model = build_model(args, CLASSES)
-    consensus = StopCoordinator(args.timeout)
-    trainer = build_trainer(args, model, device, dtype, Launch(), consensus, steps, CLASSES)
+    stop_coordinator = StopCoordinator(args.timeout)
+    state = build_train_state(args, model, None, device, Launch(), stop_coordinator, steps, CLASSES)
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=device)
     labels = torch.randint(CLASSES, (args.batch_size,), device=device)
     if args.compile:
-        trainer.compile(images, labels, images)
-    bad = BadImages(0, consensus)
+        compile_model(state, images, labels, images)
+    bad = BadImages(0, stop_coordinator)
     if real:
         dataset = Small(steps * args.batch_size, to_pixels)
         pipeline = build_pipeline(args, True)
@@ -118,14 +119,12 @@ def our_loop(args, device, dtype, steps, real):
     def epoch():
         moments = []
 
-        def after_step():
-            if figures.step in (warm, steps):
-                synchronize(device)
-                moments.append(time.perf_counter())
-
-        figures = EpochMetrics(trainer, 0, bad)
+        metrics = EpochMetrics(state, 0, bad)
         with contextlib.redirect_stdout(io.StringIO()):
-            train_one_epoch(trainer, loader, figures, after_step)
+            for _ in train_one_epoch(state, loader, metrics):
+                if metrics.step in (warm, steps):
+                    synchronize(device)
+                    moments.append(time.perf_counter())
         return (steps - warm) * args.batch_size / (moments[1] - moments[0])
 
     return epoch
@@ -172,11 +171,12 @@ def main():
         words += f" --batch_size {ours.batch} --use_amp true --compile {ours.compile}"
         words += f" --channels_last {ours.channels_last} --augment_device {ours.device == 'cuda'}"
         args = parse_args(words.split())
-        args, device, dtype = check_hardware(share_batch(args, 1), 0)
+        args = complete_options(share_batch(args, 1), 0)
+        device, dtype = set_up_device(args, 0), getattr(torch, args.amp_dtype)
         loops = {
             "plain": plain_loop(args, device, ours.steps),
-            "real": our_loop(args, device, dtype, ours.steps, real=True),
-            "ceiling": our_loop(args, device, dtype, ours.steps, real=False),
+            "real": our_loop(args, device, ours.steps, real=True),
+            "ceiling": our_loop(args, device, ours.steps, real=False),
         }
         speeds = medians(loops, ours.turns)
         for row, speed in speeds.items():

@@ -1,5 +1,6 @@
-"""Where a process stands among those that train together. Imports no torch."""
+"""Where this process stands among the processes that train together. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from weight_selection.errors import InputError
@@ -7,22 +8,23 @@ from weight_selection.errors import InputError
 
 @dataclass(frozen=True)
 class Launch:
-    """Where this process stands among all processes of the run, as its launcher says."""
+    """This process's number (rank), how many there are, and its number on this machine, as its launcher says."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
 
 
-def find_launch(environ, mpi=False):
-    """Read rank, world size and local rank from the environment of torchrun, SLURM's srun or Open MPI's mpirun.
+def find_launch(environ: Mapping[str, str], mpi: bool = False) -> Launch:
+    """Read the launch from the environment that torchrun, SLURM's srun or Open MPI's mpirun sets.
 
     Args:
-        environ: mapping such as ``os.environ``.
-        mpi: trust Open MPI's variables (``--dist_on_itp``); they also exist in shells that only inherited them.
+        environ: such as ``os.environ``.
+        mpi: trust Open MPI's variables (``--dist_on_itp``). A shell may have inherited them, so they do not count
+            otherwise.
 
     Raises:
-        InputError: MPI was asked for and its variables are missing.
+        InputError: ``mpi`` is set and the variables are missing.
     """
     if mpi:
         names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
@@ -33,8 +35,9 @@ def find_launch(environ, mpi=False):
         return Launch(*(int(environ[name]) for name in names))
     if "RANK" in environ and "WORLD_SIZE" in environ:  # torchrun, python -m torch.distributed.launch
         return Launch(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0)))
-    # A step's own count first: inside an allocation of 8 tasks, a plain `python main.py` is still one process.
-    # srun sets it. Where somebody else played srun's part, MASTER_ADDR tells that several processes were meant.
+    # srun sets the number of tasks of its step. The allocation's number (SLURM_NTASKS) does not count: a plain `python
+    # main.py` in an allocation of 8 tasks is one process. It counts if somebody starts the tasks without srun, which
+    # MASTER_ADDR tells.
     tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS") if "MASTER_ADDR" in environ else None)
     if "SLURM_PROCID" in environ and tasks is not None and int(tasks) > 1:
         return Launch(int(environ["SLURM_PROCID"]), int(tasks), int(environ.get("SLURM_LOCALID", 0)))

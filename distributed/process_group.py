@@ -1,37 +1,43 @@
-"""How processes that train together meet, and what one does for all."""
+"""How processes that train together meet, and how one of them acts for all."""
 
 import datetime
 import os
 import subprocess
 import time
 import uuid
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
 
+from distributed.launch import Launch
 from distributed.program import LocalError, RunError
 from utils import is_main
 from weight_selection.errors import InputError
 
 
-def slurm_master(environ):
-    """Address and port all tasks of a SLURM job agree on: its first node, and a port derived from the job's number."""
+def slurm_master(environ: Mapping[str, str]) -> tuple[str, str]:
+    """Address and port where all tasks of a SLURM job meet: its first node, and a port that its job number decides."""
     nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-    if "[" in nodes:  # node[01-04]: only scontrol knows how to expand it
+    if "[" in nodes:  # only scontrol can expand a list such as node[01-04]
         nodes = subprocess.run(
             ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
         ).stdout
     return nodes.replace(",", " ").split()[0], str(20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000)
 
 
-def init_distributed(launch, device, url, timeout):
+def init_distributed(launch: Launch, device: torch.device, url: str, timeout: float) -> None:
     """Join the process group (NCCL on GPUs, gloo on CPUs) when there is more than one process.
 
     Args:
-        launch: this process's place.
+        launch: where this process stands.
         device: where it computes.
         url: where the processes meet.
-        timeout: seconds to wait for another process; NCCL, which then aborts without a word of ours, waits longer.
+        timeout: seconds to wait for another process. NCCL waits a minute longer, so that our own message comes first.
+
+    Raises:
+        InputError: the launcher does not say where the processes meet.
+        LocalError: another process has not come in time.
     """
     if launch.world_size == 1:
         return
@@ -43,25 +49,25 @@ def init_distributed(launch, device, url, timeout):
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm_master(os.environ)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    patience = datetime.timedelta(seconds=timeout + (60 if device.type == "cuda" else 0))
-    store, *_ = next(dist.rendezvous(url, launch.rank, launch.world_size, timeout=patience))
+    wait = datetime.timedelta(seconds=timeout + (60 if device.type == "cuda" else 0))
+    store, *_ = next(dist.rendezvous(url, launch.rank, launch.world_size, timeout=wait))
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         store = store_of_attempt(store, launch, timeout)
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=patience,
+        timeout=wait,
         store=store,
         rank=launch.rank,
         world_size=launch.world_size,
     )
 
 
-def store_of_attempt(store, launch, timeout):
+def store_of_attempt(store: dist.Store, launch: Launch, timeout: float) -> dist.Store:
     """The part of a store that only the processes of this attempt use.
 
-    torchrun keeps one store when it restarts processes. The addresses of those that it killed still stand there, and
-    who reads them waits for ever. So the first process names the attempt, the others answer with names of their own,
-    and an attempt is this one when the first has read this process's name in it.
+    torchrun keeps one store when it restarts the processes. The addresses of the killed processes are still in it, and
+    a process that reads them waits for ever. So the first process names the attempt, and the others write names of
+    their own under it. When the first process lists a process's name, that process has found the right attempt.
 
     Raises:
         LocalError: the first process has not come in time.
@@ -81,24 +87,30 @@ def store_of_attempt(store, launch, timeout):
     raise LocalError(f"--timeout {timeout}: the first process has not come")
 
 
-def main_only(action):
-    """Run ``action()`` in the main process alone; what it returns, or its InputError or RunError, comes to all."""
+def main_only(action: Callable, *args):
+    """Call ``action(*args)`` in the main process alone; all processes return its result, or raise its error.
+
+    Raises:
+        InputError, RunError: as ``action`` does.
+    """
     if not dist.is_initialized():
-        return action()
-    outcome = [None, None]
+        return action(*args)
+    result, error = None, None
     if is_main():
         try:
-            outcome[0] = action()
-        except (InputError, RunError) as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+            result = action(*args)
+        except (InputError, RunError) as raised:
+            error = raised
+    answer = [result, error]
+    dist.broadcast_object_list(answer)
+    result, error = answer
+    if error is not None:
+        raise error
+    return result
 
 
-def main_first(action):
-    """Run ``action()`` in the main process and then in the others; an InputError of the first is raised in all."""
+def main_first(action: Callable):
+    """Call ``action()`` in the main process, then in the others; all raise an InputError or RunError of the first."""
     result = []
     main_only(lambda: result.extend([action()]))
     return result[0] if result else action()

@@ -1,16 +1,19 @@
-"""The exit of a program that may be one of many processes: an error of one line, and a status. Imports no torch."""
+"""How a program ends that may be one of many processes: one line for an error, and an exit status. Imports no torch."""
 
 import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from distributed.launch import find_launch
-from weight_selection.errors import InputError, printable
+from weight_selection.errors import outcome, printable
+
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class RunError(RuntimeError):
-    """A run that started well cannot go on, and all its processes know. The message is one line."""
+    """A run that started well cannot go on, and all its processes know it. The message is one line."""
 
 
 class LocalError(RuntimeError):
@@ -18,36 +21,32 @@ class LocalError(RuntimeError):
 
 
 class Stopped(BaseException):
-    """A signal asked the run to stop. No handler of errors should take it for one.
+    """A signal asks the run to stop. It is no ``Exception``, so that no handler of errors catches it.
 
     Args:
-        number: of the signal.
-        agreed: all processes stop at this step.
-        saved: the checkpoint to go on from, if one was written.
-        unless: options with which the same command does not go on from it.
+        number: the signal's number.
+        agreed: all processes stop at this step, and can save a checkpoint together.
+
+    Attributes:
+        advice: how the user goes on; ``train`` sets it when it has saved a checkpoint.
     """
 
-    def __init__(self, number, agreed=True, saved=None, unless=""):
-        super().__init__(number, agreed, saved, unless)
-        self.number, self.agreed, self.saved, self.unless = number, agreed, saved, unless
+    def __init__(self, number: int, agreed: bool):
+        super().__init__(number, agreed)
+        self.number, self.agreed, self.advice = number, agreed, "nothing was saved for it"
 
     def __str__(self):
-        kept = "nothing was saved for it"
-        if self.saved:
-            kept = f"the same command{self.unless and f' without {self.unless}'} goes on from {self.saved}"
-        return f"stopped by {signal.Signals(self.number).name}; {kept}"
+        return f"stopped by {signal.Signals(self.number).name}; {self.advice}"
 
 
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
-
-
-def run_program(name, main):
-    """Run ``main()`` and exit with a status, and for an error one line on stderr instead of a traceback.
+def run_program(name: str, main: Callable[[], None]) -> None:
+    """Run ``main()`` and exit with a status; an error is one line on stderr instead of a traceback.
 
     0: done. 1: ``RunError`` or ``LocalError``. 2: ``InputError``. 75: stopped by a signal of a scheduler, to go on
-    later. 130: Ctrl-C. 141: who read the output has gone.
+    later. 130: Ctrl-C. 141: the reader of the output has gone.
 
-    Of what all processes know only the first of each machine prints the line; all of them exit with the status.
+    All processes exit with the status. When all of them know the error, only the first process of each machine prints
+    the line.
     """
     try:
         status, line, known_to_all = _outcome(main)
@@ -56,10 +55,10 @@ def run_program(name, main):
     group = _process_group()
     if line is not None and (find_launch(os.environ).local_rank == 0 or not known_to_all):
         who = name if known_to_all else f"{name}, process {group.get_rank() if group else 0}"
-        echoed = "\n" if status == 130 else ""  # after the terminal's ^C
-        print(f"{echoed}{who}: {printable(line)[:2000]}", file=sys.stderr)
+        newline = "\n" if status == 130 else ""  # the terminal has printed ^C
+        print(f"{newline}{who}: {printable(line)[:2000]}", file=sys.stderr)
     if group:
-        if status:  # the others may be gone, and closing would wait for them
+        if status:  # the others may have gone, and closing the group would wait for them
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
@@ -68,25 +67,19 @@ def run_program(name, main):
 
 
 def _process_group():
-    """torch.distributed when this process is in a group, else None; a mistake in an option comes before its import."""
+    """``torch.distributed`` if this process is in a group, else None; does not import torch."""
     distributed = sys.modules.get("torch.distributed")
     return distributed if distributed is not None and distributed.is_initialized() else None
 
 
 def _outcome(main):
-    """Run ``main()``; its exit status, what to print or None, and whether all processes know."""
+    """Run ``main()``; returns its exit status, the line to print or None, and whether all processes know the error."""
     try:
-        main()
-        return 0, None, True
-    except (InputError, RunError) as error:
-        return 2 if isinstance(error, InputError) else 1, f"error: {error}", True
+        return *outcome(main), True
+    except RunError as error:
+        return 1, f"error: {error}", True
     except Stopped as stopped:
         return 130 if stopped.number == signal.SIGINT else REQUEUE, str(stopped), True
-    except KeyboardInterrupt:
-        return 130, "interrupted", True
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes
-        return 141, None, True
     except RuntimeError as error:
         reason = _local_fault(error)
         if reason is None:
@@ -94,23 +87,23 @@ def _outcome(main):
         return 1, f"error: {reason}", False
 
 
-def end_children():
-    """Kill loader workers: one that hangs would keep this process too."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them
+def end_children() -> None:
+    """Kill the loader workers: this process could not end while one of them hangs."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their deaths
     for child in multiprocessing.active_children():
         child.kill()
 
 
 def _local_fault(error):
-    """What to say of an error that this process had alone; None if it is a mistake in the program.
+    """The message for an error that only this process has; None if the error is a mistake in the program.
 
-    Torch has no classes for what gloo and its loader report.
+    Torch has no exception classes for the errors of gloo and of loader workers, so their texts tell them apart.
     """
     first = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, LocalError):
         return first
     if "DataLoader" in first:
-        if first.startswith("Caught"):  # what the worker itself raised
+        if first.startswith("Caught"):  # the last line is the worker's own error
             first = str(error).strip().splitlines()[-1]
             if not any(word in first for word in ("No space left", "shared memory", "memory map")):
                 return None

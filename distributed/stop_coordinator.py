@@ -1,4 +1,4 @@
-"""What all processes of a run must know at the same step: that it is to stop, and why."""
+"""How processes that train together stop at the same step: at a signal, or because one of them cannot go on."""
 
 import datetime
 import signal
@@ -9,19 +9,19 @@ import torch.distributed as dist
 from distributed.program import RunError, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-FAULT = 255  # more than any signal's number, so that the largest word of all processes is the one that counts
+FAULT = 255  # larger than any signal's number: the largest stop code of all processes counts
 
 
 class StopCoordinator:
-    """Signals and faults that one process sees, made known to all of them at the same step.
+    """Makes signals and faults that one process sees known to all processes at the same step.
 
-    A process that is told to stop, or finds that the run cannot go on, may not simply leave: the others would wait for
-    it. It goes on computing, and says so at its next ``poll``; every process learns of it at the poll after that, from
-    an exchange that went on beside the step in between. The exchange is between the hosts, also for a run on GPUs: a
-    process that no longer answers is found out there, before NCCL aborts.
+    A process that receives a signal, or finds that the run cannot go on, may not simply leave: the others would wait
+    for it. It goes on computing and shares its stop code at its next ``poll``. All processes learn the code one poll
+    later: the exchange runs beside the step in between. The hosts exchange the codes (gloo), also when GPUs train. So
+    a process that no longer answers is noticed here, before NCCL aborts.
 
-    Use as a context: signals are answered within it. Until ``patient`` is set they raise ``Stopped`` at once, and a
-    second Ctrl-C always does.
+    The object is a context, and handles signals within it. A signal raises ``Stopped`` at once until ``defer_signals``
+    is set, and then at a poll; a second Ctrl-C always raises it at once.
 
     Args:
         timeout: seconds to wait for another process.
@@ -31,71 +31,73 @@ class StopCoordinator:
         self.group = None
         if dist.is_initialized():
             self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
-        self.patient = False
-        self.word = 0  # this process's: 0, a signal's number, or FAULT
+        self.defer_signals = False
+        self.stop_code = 0  # this process's: 0, a signal's number, or FAULT
         self.reason = None
         self.interrupts = 0  # by Ctrl-C
-        self.largest = torch.zeros(1, dtype=torch.int64)
+        self.largest_code = torch.zeros(1, dtype=torch.int64)
         self.exchange = None
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self.handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def _receive(self, number, frame):
         self.interrupts += number == signal.SIGINT
-        if not self.patient or self.interrupts > 1:
+        if not self.defer_signals or self.interrupts > 1:
             raise Stopped(number, agreed=False)
-        self.word = max(self.word, number)
+        self.stop_code = max(self.stop_code, number)
 
     def fail(self, reason: str) -> None:
-        """Make the polls to come raise a RunError with this reason, in all processes."""
+        """Let the next polls of all processes raise a RunError with this reason."""
         self.reason = self.reason or reason
-        self.word = FAULT
+        self.stop_code = FAULT
 
-    def poll(self) -> int:
-        """The number of the signal that some process had got by the poll before, or 0. All processes get the same.
+    def poll(self) -> None:
+        """Stop, in all processes, if one of them had a reason for it by the poll before.
 
         Raises:
-            RunError: some process had called ``fail``.
+            Stopped: a process had received a signal.
+            RunError: a process had called ``fail``.
         """
-        if self.group is None:
-            return self._judge(self.word)
-        largest = self._finish()
-        self._start()
-        return self._judge(largest)
+        code = self.stop_code
+        if self.group is not None:
+            code = self._finish_exchange()
+            self._start_exchange()
+        self._raise_fault(code)
+        if code:
+            raise Stopped(code, agreed=True)
 
     def settle(self) -> None:
-        """Raise what ``poll`` would, of all that has happened up to now. It waits for all processes."""
-        if self.group is None:
-            self._judge(self.word)
-            return
-        self._finish()
-        self._start()
-        self._judge(self._finish())
+        """Wait for all processes, and raise a RunError if one of them has called ``fail`` by now."""
+        code = self.stop_code
+        if self.group is not None:
+            self._finish_exchange()
+            self._start_exchange()
+            code = self._finish_exchange()
+        self._raise_fault(code)
 
-    def _start(self):
-        self.largest.fill_(self.word)
-        self.exchange = dist.all_reduce(self.largest, dist.ReduceOp.MAX, group=self.group, async_op=True)
+    def _start_exchange(self):
+        self.largest_code.fill_(self.stop_code)
+        self.exchange = dist.all_reduce(self.largest_code, dist.ReduceOp.MAX, group=self.group, async_op=True)
 
-    def _finish(self):
+    def _finish_exchange(self):
         if self.exchange is None:
             return 0
         self.exchange.wait()
         self.exchange = None
-        return self.largest.item()
+        return self.largest_code.item()
 
-    def _judge(self, largest):
-        if largest < FAULT:
-            return largest
-        raise RunError(next(reason for reason in self.gather_objects(self.reason) if reason is not None))
+    def _raise_fault(self, code):
+        if code >= FAULT:
+            raise RunError(next(reason for reason in self.gather_objects(self.reason) if reason is not None))
 
-    def gather(self, values: torch.Tensor) -> list:
-        """The tensors (on the CPU, of one shape) of all processes, in their order."""
+    def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all processes in the order of their ranks; they are on the CPU and of one shape."""
         if self.group is None:
             return [values]
         gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
@@ -103,7 +105,7 @@ class StopCoordinator:
         return gathered
 
     def gather_objects(self, value) -> list:
-        """The plain values of all processes, in their order."""
+        """The values of all processes, of plain types, in the order of their ranks."""
         if self.group is None:
             return [value]
         gathered = [None] * dist.get_world_size()

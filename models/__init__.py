@@ -1,3 +1,3 @@
-"""Models, and what of them options can name. Imports no torch; the modules in here do."""
+"""What training adds to timm's models. This file imports no torch: the options need only the names in it."""
 
 SCHEMES = ("timm", "xavier", "kaiming", "mimetic")  # random initialisations

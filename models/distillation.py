@@ -1,4 +1,4 @@
-"""Knowledge distillation beside the labels (paper, section 4.4): equation 1 on logits, equation 2 on features."""
+"""Knowledge distillation, added to the loss of the labels (paper, section 4.4): of logits or of features."""
 
 import torch
 import torch.nn as nn
@@ -12,13 +12,13 @@ from weight_selection.sources.timm_models import check_input_size, create_model
 
 
 class Teacher(nn.Module):
-    """A frozen pretrained model that sees the student's images under its own normalisation.
+    """A frozen pretrained model. It takes images normalised for the student, and normalises them for itself.
 
     Args:
-        model: timm model; it stays in evaluation mode.
-        mean, std: that it was trained with, one value per channel.
-        student_mean, student_std: that the images come with.
-        features: give what its classifier sees instead of logits.
+        model: a timm model; it stays in evaluation mode.
+        mean, std: the teacher's normalisation, one value per channel.
+        student_mean, student_std: the student's normalisation.
+        features: return the features that the classifier takes, instead of logits.
     """
 
     def __init__(self, model: nn.Module, mean, std, student_mean, student_std, features: bool):
@@ -31,7 +31,7 @@ class Teacher(nn.Module):
         self.register_buffer("shift", (student_mean - mean) / std)
 
     def train(self, mode: bool = True):
-        """Stay in evaluation mode: dropout and batch statistics have no place in a teacher."""
+        """Stay in evaluation mode: a teacher uses no dropout and no batch statistics."""
         return self
 
     @torch.no_grad()
@@ -44,48 +44,49 @@ class Teacher(nn.Module):
 
 
 class WithProjector(nn.Module):
-    """A student, and an MLP that takes its features to the teacher's dimension; only the student is kept.
-
-    Calling it gives (logits, projected features).
-    """
+    """A student with an MLP that maps its features to the teacher's dimension. Only the student outlives training."""
 
     def __init__(self, student: nn.Module, teacher_dim: int):
         super().__init__()
         self.student = student
         self.projector = Mlp(student.head_hidden_size, teacher_dim, teacher_dim)
 
-    def forward(self, images: torch.Tensor) -> tuple:
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (images, classes) and projected features (images, teacher_dim)."""
         tokens = self.student.forward_features(images)
         return self.student.forward_head(tokens), self.projector(self.student.forward_head(tokens, pre_logits=True))
 
 
 class Loss:
-    """L_class, or with a teacher L_class + alpha * distance(teacher, student).
+    """The loss of training: L_class, or with a teacher L_class + alpha * distance(teacher, student).
 
     Args:
-        criterion: L_class, of (logits, targets).
-        teacher: None, or gives logits, compared by KL(p_t || p_s), the mean over images (equation 1), or gives
-            features, compared by L1, the mean over images and features (equation 2).
+        criterion: computes L_class from (logits, targets).
+        teacher: None, or the teacher. Logits are compared by KL(p_t || p_s), averaged over images (equation 1), and
+            features by L1, averaged over images and features (equation 2).
         alpha: weight of the distance.
     """
 
     def __init__(self, criterion: nn.Module, teacher: Teacher | None, alpha: float):
         self.criterion, self.teacher, self.alpha = criterion, teacher, alpha
 
-    def __call__(self, images, outputs, targets) -> tuple:
-        """Loss of a micro-batch, and the distance in it (0 without a teacher).
+    def __call__(self, images: torch.Tensor, outputs, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a micro-batch, and the distance in it (0 without a teacher); both are scalars.
 
-        ``outputs`` are the student's logits for the images, or what a ``WithProjector`` gives.
+        Args:
+            images: (images, 3, size, size), normalised for the student.
+            outputs: the student's logits (images, classes), or the pair that ``WithProjector`` returns.
+            targets: (images,) classes, or (images, classes) probabilities.
         """
         if self.teacher is None:
             return self.criterion(outputs, targets), torch.zeros((), device=images.device)
-        taught = self.teacher(images).float()
+        target = self.teacher(images).float()
         if self.teacher.features:
             logits, projected = outputs
-            distance = F.l1_loss(projected.float(), taught)
+            distance = F.l1_loss(projected.float(), target)
         else:
             logits = outputs
-            ours, theirs = F.log_softmax(logits.float(), dim=-1), F.log_softmax(taught, dim=-1)
+            ours, theirs = F.log_softmax(logits.float(), dim=-1), F.log_softmax(target, dim=-1)
             distance = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
         return self.criterion(logits, targets) + self.alpha * distance, distance
 
@@ -93,14 +94,15 @@ class Loss:
 def build_teacher(args, classes: int) -> Teacher:
     """The teacher that the options of main.py describe, with its pretrained weights.
 
-    It is normalised for as its timm configuration says; a checkpoint of main.py says itself what it was trained under.
+    Its normalisation is that of its timm configuration, or if its weights are a checkpoint of main.py, the one it was
+    trained with.
 
     Args:
-        args: options.
-        classes: of the data set; a teacher of logits must have as many.
+        args: options of main.py.
+        classes: number of classes in the data set; for logit distillation the teacher must have the same.
 
     Raises:
-        InputError: unknown name, no or unfitting weights, another number of classes.
+        InputError: there is no such model, it has no weights or they do not fit, or it has other classes.
     """
     features = args.distillation == "feature"
     kwargs = {**args.teacher_kwargs, "num_classes": 0 if features else classes}

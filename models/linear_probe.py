@@ -7,17 +7,17 @@ from weight_selection.errors import InputError
 
 
 def make_linear_probe(model: nn.Module, name: str) -> None:
-    """Freeze a timm model and put a new classifier on it, in place: batch normalisation, then a linear layer.
+    """Freeze a timm model and give it a new classifier, in place: batch normalisation, then a linear layer.
 
-    The normalisation has no weights of its own; it gives every feature, whatever its scale, the same learning rate.
-    The linear layer starts from a truncated normal distribution (std 0.01) and zero bias.
+    The normalisation has no weights. It brings all features to one scale, so that one learning rate suits them all. The
+    linear layer starts from a truncated normal distribution (std 0.01), and its biases from zero.
 
     Args:
-        model: with a single linear classifier.
-        name: what to call it in an error.
+        model: its classifier must be a single linear layer.
+        name: of the model, for errors.
 
     Raises:
-        InputError: another classifier.
+        InputError: the classifier is of another kind.
     """
     classifier = model.get_classifier()
     if not isinstance(classifier, nn.Linear):

@@ -7,21 +7,21 @@ from timm.layers import build_sincos2d_pos_embed
 
 from weight_selection.errors import InputError
 
-# Weight of the noise and of the identity in the products that pretrained ViTs are observed to have.
+# Factors of the noise and of the identity, as observed in the products of pretrained ViTs.
 QUERY_KEY = 0.7, 0.7
 VALUE_PROJ = 0.4, -0.4
 
 
 def mimetic(model: nn.Module) -> None:
-    """Give a ViT's attention products the diagonals that pretrained ones have, in place; all else stays as it is.
+    """Give the attention products of a ViT the diagonals that those of pretrained ViTs have, in place.
 
-    With x a row of tokens, d = embed_dim and Z of independent N(0, 1/d) elements, a new Z for every product:
-    in each head W_q W_k^T, (d, d), becomes the best approximation of rank head_dim to 0.7 Z + 0.7 I; in each layer
-    W_v W_proj, (d, d), becomes 0.4 Z - 0.4 I. The singular value decomposition splits a product into its two factors.
-    Position embeddings become 2-D sines and cosines, zero for the prefix tokens.
+    Let tokens be rows, d = embed_dim, and Z a (d, d) matrix of independent N(0, 1/d) elements, drawn anew for every
+    product. In each head, W_q W_k^T (d, d) becomes the best approximation of rank head_dim to 0.7 Z + 0.7 I. In each
+    layer, W_v W_proj (d, d) becomes 0.4 Z - 0.4 I. The singular value decomposition splits a product into its two
+    factors. Position embeddings become 2-D sines and cosines, and zeros for the prefix tokens. All else stays.
 
     Raises:
-        InputError: a model without self-attention or without learned absolute position embeddings.
+        InputError: the model has no self-attention, or no learned absolute position embeddings.
     """
     layers = [module for module in model.modules() if isinstance(module, timm.layers.Attention)]
     position = getattr(model, "pos_embed", None)
@@ -48,7 +48,7 @@ def _set_attention(layer):
 
 
 def _factors(d, noise, identity, rank):
-    """A, B of shape (rank, d) with A^T B the best approximation of that rank to noise * Z + identity * I."""
+    """A and B, both (rank, d), such that A^T B is the best approximation of this rank to noise * Z + identity * I."""
     target = noise * torch.randn(d, d, dtype=torch.float64) / d**0.5 + identity * torch.eye(d, dtype=torch.float64)
     u, s, vh = torch.linalg.svd(target)
     root = s[:rank].sqrt()

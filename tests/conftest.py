@@ -1,5 +1,6 @@
 """Shared by several test files: small real data, the options of a run that takes a second, a program as a call."""
 
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when timm is imported; a test that needs the network fails at once
@@ -109,10 +110,10 @@ def interrupted(train, monkeypatch):
     def run(epoch, *options):
         train_one_epoch = training.run.train_one_epoch
 
-        def until(*arguments):
-            if any(getattr(argument, "epoch", None) == epoch for argument in arguments):
+        def until(state, loader, metrics):
+            if metrics.epoch == epoch:
                 raise Interrupted
-            return train_one_epoch(*arguments)
+            return train_one_epoch(state, loader, metrics)
 
         with monkeypatch.context() as patch:
             patch.setattr(training.run, "train_one_epoch", until)
@@ -120,6 +121,26 @@ def interrupted(train, monkeypatch):
                 train(*options)
 
     return run
+
+
+@pytest.fixture
+def at_call(monkeypatch):
+    """``at_call(owner, name, number, action)``: do something at that call of a function, counted from 1."""
+
+    def prepare(owner, name, number, action):
+        function, calls = getattr(owner, name), []
+
+        @functools.wraps(function)
+        def counted(*args, **kwargs):
+            calls.append(None)
+            if len(calls) == number:
+                action()
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+        return calls
+
+    return prepare
 
 
 @pytest.fixture

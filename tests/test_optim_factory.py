@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-import training.run
 from distributed.launch import Launch
 from optim_factory import cosine_schedule, create_optimizer
 from training.options import parse_args
+from training.setup import build_model, build_train_state
 from weight_selection.errors import InputError
 from weight_selection.sources.timm_models import create_model
 
 # ViT-T on CIFAR-100 at batch 512: 97 steps an epoch, 300 epochs of which 50 are warm-up, peak 2e-3.
-RECIPE = {"base": 2e-3, "final": 1e-6, "steps": 300 * 97, "warmup_steps": 50 * 97}
+RECIPE = {"base": 2e-3, "final": 1e-6, "total_steps": 300 * 97, "warmup_steps": 50 * 97}
 
 SMALL_MODELS = {
     "vit": "--model vit_tiny --input_size 16 --model_kwargs embed_dim=32 depth=4 num_heads=2 patch_size=4",
@@ -45,14 +45,14 @@ def test_cosine_falls_all_the_way_and_ends_just_above_min_lr():
 
 
 def test_schedule_without_warm_up_starts_at_the_peak():
-    schedule = cosine_schedule(1.0, 0.0, steps=4)
+    schedule = cosine_schedule(1.0, 0.0, total_steps=4)
     assert schedule == pytest.approx([1.0, 0.5 + np.sqrt(0.125), 0.5, 0.5 - np.sqrt(0.125)])
 
 
 def test_warm_up_may_take_the_whole_run_but_not_more():
-    assert cosine_schedule(1.0, 0.0, steps=5, warmup_steps=5) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert cosine_schedule(1.0, 0.0, total_steps=5, warmup_steps=5) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
     with pytest.raises(InputError, match="6 warm-up steps.*only 5"):
-        cosine_schedule(1.0, 0.0, steps=5, warmup_steps=6)
+        cosine_schedule(1.0, 0.0, total_steps=5, warmup_steps=6)
 
 
 def by_name(model, optimizer, key):
@@ -76,13 +76,11 @@ def test_an_optimiser_that_cannot_be_made_is_refused():
         create_optimizer(model, parse_args(["--opt", "sgd", "--momentum", "0"]))
 
 
-def small_trainer(family, options):
+def small_state(family, words):
     """TrainState of a run of one epoch of ten steps, four of them warm-up."""
-    args = parse_args(f"{SMALL_MODELS[family]} --device cpu --epochs 1 --warmup_steps 4 {options}".split())
-    model = training.run.build_model(args, classes=3)
-    return training.run.build_trainer(
-        args, model, torch.device("cpu"), None, Launch(), None, steps_per_epoch=10, classes=3
-    )
+    options = parse_args(f"{SMALL_MODELS[family]} --device cpu --epochs 1 --warmup_steps 4 {words}".split())
+    model = build_model(options, classes=3)
+    return build_train_state(options, model, None, torch.device("cpu"), Launch(), None, steps_per_epoch=10, classes=3)
 
 
 VIT_LAYERS = ["cls_token pos_embed patch_embed.", "blocks.0.", "blocks.1.", "blocks.2.", "blocks.3. norm.", "head."]
@@ -95,26 +93,26 @@ CONVNEXT_LAYERS = [
 
 @pytest.mark.parametrize(("family", "layers"), [("vit", VIT_LAYERS), ("convnext", CONVNEXT_LAYERS)])
 def test_layer_decay_gives_deeper_layers_a_higher_learning_rate(family, layers):
-    trainer = small_trainer(family, "--layer_decay 0.5 --lr 0.1")
-    scale = by_name(trainer.model, trainer.optimizer, "lr_scale")
+    state = small_state(family, "--layer_decay 0.5 --lr 0.1")
+    scale = by_name(state.model, state.optimizer, "lr_scale")
     ladder = [{value for key, value in scale.items() if key.startswith(tuple(layer.split()))} for layer in layers]
     assert all(len(layer) == 1 for layer in ladder), "one layer, one learning rate"
     ladder = [layer.pop() for layer in ladder]
     assert ladder == sorted(set(ladder)), "every layer is above the one before it"
     assert ladder[-1] == max(scale.values()) == 1
     for step in (2, 7):  # in the warm-up, and after it
-        trainer.set_schedule(step)
-        applied = by_name(trainer.model, trainer.optimizer, "lr")
-        assert applied == pytest.approx({key: trainer.lr[step] * scale[key] for key in scale})
-        assert max(applied.values()) == trainer.lr[step] > 0
+        state.set_schedule(step)
+        applied = by_name(state.model, state.optimizer, "lr")
+        assert applied == pytest.approx({key: state.lr_schedule[step] * scale[key] for key in scale})
+        assert max(applied.values()) == state.lr_schedule[step] > 0
 
 
 def test_weight_decay_follows_its_own_cosine_and_spared_tensors_stay_spared():
-    trainer = small_trainer("vit", "--weight_decay 0.05 --weight_decay_end 0.45")
-    spared = {key for key, value in by_name(trainer.model, trainer.optimizer, "weight_decay").items() if value == 0}
+    state = small_state("vit", "--weight_decay 0.05 --weight_decay_end 0.45")
+    spared = {key for key, value in by_name(state.model, state.optimizer, "weight_decay").items() if value == 0}
     for step, expected in ((0, 0.05), (5, 0.25)):
-        trainer.set_schedule(step)
-        decay = by_name(trainer.model, trainer.optimizer, "weight_decay")
+        state.set_schedule(step)
+        decay = by_name(state.model, state.optimizer, "weight_decay")
         assert {key for key, value in decay.items() if value == 0} == spared
         assert [value for key, value in decay.items() if key not in spared] == pytest.approx(
             [expected] * (len(decay) - len(spared))

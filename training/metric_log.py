@@ -1,9 +1,10 @@
-"""Where the figures of each epoch go: ``log.txt``, TensorBoard, Weights & Biases."""
+"""The metrics of each epoch in ``log.txt``, TensorBoard and Weights & Biases."""
 
 import json
 from pathlib import Path
 
 from distributed.program import RunError
+from training.options import Options
 from utils import is_main
 from weight_selection import files
 from weight_selection.errors import InputError
@@ -11,41 +12,43 @@ from weight_selection.files import Damaged, new_file
 
 
 class MetricLog:
-    """Keeps the figures of each epoch. Only the main process does anything.
+    """Writes the metrics of each epoch. Only the main process writes; in the others nothing happens.
 
-    ``log.txt`` holds nothing that a clock says: the same run leaves the same log, interrupted or not.
+    ``log.txt`` holds no time and no speed, so that a run leaves the same log whether it was interrupted or not.
 
     Args:
-        args: uses output_dir, log_dir, enable_wandb, project and wandb_ckpt.
-        first_epoch: rows of earlier epochs in an existing ``log.txt`` are kept, later ones are trained again.
-        options: plain dict of all options, for Weights & Biases.
+        options: of the run.
+        first_epoch: an existing ``log.txt`` keeps the rows of earlier epochs; later epochs are trained again.
+
+    Attributes:
+        checkpoint: uploaded to Weights & Biases at the end if ``--wandb_ckpt`` asks for it; None for nothing.
 
     Raises:
         InputError: ``log.txt`` is damaged.
     """
 
-    def __init__(self, args, first_epoch, options):
-        self.path = Path(args.output_dir) / "log.txt" if args.output_dir and is_main() else None
+    def __init__(self, options: Options, first_epoch: int):
+        self.path = Path(options.output_dir) / "log.txt" if options.output_dir and is_main() else None
         self.rows = []
         if self.path and self.path.exists():
             self.rows = [row for row in read_log(self.path) if row["epoch"] < first_epoch]
-        self.board = self.wandb = None
-        if args.log_dir and is_main():
+        self.tensorboard = self.wandb = None
+        if options.log_dir and is_main():
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(args.log_dir, purge_step=first_epoch)
-        if args.enable_wandb and is_main():
+            self.tensorboard = SummaryWriter(options.log_dir, purge_step=first_epoch)
+        if options.enable_wandb and is_main():
             import wandb
 
-            self.wandb = wandb.init(project=args.project, config=options)
-        self.upload, self.checkpoint = args.wandb_ckpt, None
+            self.wandb = wandb.init(project=options.project, config=options.plain())
+        self.upload, self.checkpoint = options.wandb_ckpt, None
 
-    def add(self, row, speed):
-        """Log one epoch's figures.
+    def add(self, row: dict, speed: dict) -> None:
+        """Log the metrics of an epoch.
 
         Args:
-            row: for all logs.
-            speed: what depends on the clock; not for ``log.txt``.
+            row: for all logs; its ``epoch`` is the epoch's number.
+            speed: metrics that depend on the clock; they do not go to ``log.txt``.
 
         Raises:
             RunError: a log cannot be written.
@@ -55,8 +58,8 @@ class MetricLog:
             if self.path:
                 with new_file(self.path) as temporary:
                     temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            for name, value in (row | speed).items() if self.board else ():
-                self.board.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+            for name, value in (row | speed).items() if self.tensorboard else ():
+                self.tensorboard.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
             if self.wandb:
                 self.wandb.log(row | speed, step=row["epoch"])
         except (InputError, OSError) as error:
@@ -66,19 +69,19 @@ class MetricLog:
         return self
 
     def __exit__(self, *exception):
-        if self.board:
-            self.board.close()
+        if self.tensorboard:
+            self.tensorboard.close()
         if self.wandb:
             if self.upload and self.checkpoint is not None:
                 self.wandb.log_model(str(self.checkpoint))
             self.wandb.finish(exit_code=int(exception[0] is not None))
 
 
-def read_log(path: Path) -> list:
-    """The rows of a ``log.txt``, one dict per epoch.
+def read_log(path: Path) -> list[dict]:
+    """The rows of a ``log.txt``, one for each epoch.
 
     Raises:
-        InputError: damaged; names the line.
+        InputError: a line is damaged; the message names it.
     """
     rows = []
     try:

@@ -1,156 +1,264 @@
 """One run: from checked options to a trained or evaluated model and its results, in one of the processes."""
 
 import contextlib
-import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from timm.data import Mixup
-from timm.layers import set_fused_attn
-from timm.utils import ModelEmaV3, distribute_bn
-from torch.nn.parallel import DistributedDataParallel
+from timm.utils import distribute_bn
 
 import utils
-from datasets import build_dataset
 from distributed.launch import Launch
 from distributed.process_group import init_distributed, main_only
 from distributed.program import RunError, Stopped
 from distributed.stop_coordinator import StopCoordinator
 from engine import EpochMetrics, TrainState, evaluate, train_one_epoch
-from input_pipeline.bad_images import BadImages, BadTestImages
-from input_pipeline.cache import CachedDataset, check_memory
-from input_pipeline.loader import eval_loader, train_loader
-from input_pipeline.placement import build_pipeline
-from input_pipeline.samplers import EvalSampler, TrainBatchSampler
-from models.distillation import Loss, WithProjector, build_teacher
-from models.initialization import initialize
-from models.linear_probe import make_linear_probe
-from optim_factory import cosine_schedule, create_optimizer
-from training import checkpoint
+from input_pipeline.bad_images import BadImages
+from input_pipeline.loader import DeviceLoader
+from models.distillation import build_teacher
+from training import checkpoint, output_dir
 from training.metric_log import MetricLog
-from training.options import get_args_parser, mixes
+from training.options import Options
+from training.progress import RunProgress
+from training.setup import (
+    RunData,
+    build_model,
+    build_test_loader,
+    build_train_loader,
+    build_train_state,
+    check_cache_fits,
+    complete_options,
+    open_data,
+    set_up_device,
+)
+from training.warm_up import warm_up
 from utils import print_main
 from weight_selection.errors import InputError
 from weight_selection.files import check_writable, sha256, write_json
-from weight_selection.sources.architectures import CONVNEXT, declared_architecture
-from weight_selection.sources.initial_weights import find_weights, load_finetune, load_initial
-from weight_selection.sources.timm_models import check_input_size, create_model
 
 
-def check_hardware(args, local_rank: int) -> tuple:
-    """Options complete for this machine, the device and the dtype of mixed precision (None without).
+def run(options: Options, launch: Launch) -> None:
+    """Train or evaluate as the options say.
+
+    Args:
+        options: checked, but not yet complete.
+        launch: where this process stands among those of the run.
 
     Raises:
-        InputError: there is no such device, or it has no such arithmetic.
+        InputError: an option does not fit the machine, the data or the other options.
+        RunError: the run started well and cannot go on.
+        Stopped: a signal asked the run to stop.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first call
-    torch.use_deterministic_algorithms(args.deterministic)
-    args = args.replace(device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if args.num_workers is None:
-        workers = max(1, min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        args = args.replace(num_workers=workers)
-    local_processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if args.device == "cuda" and local_processes > torch.cuda.device_count():
-        raise InputError(
-            f"--device cuda: {local_processes} processes on a machine with {torch.cuda.device_count()} GPUs; "
-            "start fewer processes or use --device cpu"
-        )
-    device = torch.device("cuda", local_rank) if args.device == "cuda" else torch.device("cpu")
-    if not args.use_amp:
-        return args, device, None
-    args = args.replace(amp_dtype=args.amp_dtype or ("float16" if args.device == "cuda" else "bfloat16"))
-    if args.device == "cpu" and args.amp_dtype == "float16":
-        raise InputError("--amp_dtype float16: needs a GPU; use bfloat16 on a CPU")
-    if args.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise InputError("--use_amp true: this CPU has no bfloat16 arithmetic; leave it out")
-    if args.device == "cuda" and args.amp_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(False):
-        raise InputError("--amp_dtype bfloat16: this GPU has none; use float16")
-    return args, device, getattr(torch, args.amp_dtype)
+    options = complete_options(options, launch.local_rank)
+    device = set_up_device(options, launch.local_rank)
+    init_distributed(launch, device, options.dist_url, options.timeout)
+    with StopCoordinator(options.timeout) as stop_coordinator:
+        data = open_data(options)
+        if options.log_dir:
+            check_writable(options.log_dir, "--log_dir")
+        model = build_model(options, data.classes)
+        distills = options.distillation != "none" and not options.eval
+        teacher = build_teacher(options, data.classes) if distills else None
+        if options.cache_images:
+            check_cache_fits(options, data, device, stop_coordinator)
+        # Nothing has been written up to here: options that are refused leave no run behind.
+        with output_dir.reserve(options) as found:
+            state = build_train_state(
+                options, model, teacher, device, launch, stop_coordinator, data.steps_per_epoch, data.classes
+            )
+            progress = RunProgress(epoch=options.start_epoch - 1, train_images=data.train_images)
+            if found:
+                progress = resume(options, state, found, data.train_images)
+            if options.cache_images:
+                data.keep_in_memory()
+            test_loader = build_test_loader(options, data, state)
+            stop_coordinator.defer_signals = True
+            if options.eval:
+                metrics = evaluate_with_ema(options, state, test_loader)
+                print_main(f"{options.model}: {utils.describe(metrics)}")
+            else:
+                train_and_report(options, state, data, test_loader, progress)
 
 
-def build_model(args, classes: int) -> nn.Module:
-    """The model with the weights that training starts from."""
-    utils.seed_everything(args.seed)
-    kwargs = {"num_classes": classes, "drop_path_rate": args.drop_path, **args.model_kwargs}
-    model = create_model(args.model, input_size=args.input_size, device="meta", **kwargs)
-    if declared_architecture(model) is CONVNEXT:
-        kwargs.setdefault("ls_init_value", args.layer_scale_init_value)
-    elif args.layer_scale_init_value != get_args_parser().get_default("layer_scale_init_value"):
-        raise InputError(
-            f"--layer_scale_init_value: is ConvNeXt's; for {args.model} use --model_kwargs init_values=VALUE"
-        )
-    model = create_model(args.model, input_size=args.input_size, **kwargs)
-    check_input_size(model, args.input_size, args.model)
-    initialize(model, args.init)
-    if args.head_init_scale != 1:
-        with torch.no_grad():
-            for parameter in model.get_classifier().parameters():
-                parameter.mul_(args.head_init_scale)
-    if args.initialize:
-        path = find_weights(args.initialize, model, "--initialize")
-        kept = load_initial(model, path, "--initialize")
-        print_main(f"initialised from {path}; random: {', '.join(kept) or 'nothing'}")
-    elif args.finetune:
-        kept = load_finetune(model, args.finetune, "--finetune", args.model_key.split("|"))
-        print_main(f"fine-tuning {args.finetune}; random: {', '.join(kept) or 'nothing'}")
-    if args.linear_probe:
-        make_linear_probe(model, args.model)
-    return model
+def resume(options: Options, state: TrainState, path: Path, train_images: int | None) -> RunProgress:
+    """Restore a checkpoint, which must be of the same run unless ``--resume`` names it; returns its progress."""
+    content = checkpoint.read(path, checkpoint.name_origin(options, path))
+    if not checkpoint.is_named(options, path):
+        output_dir.check_same_run(options, content["args"], path.name)
+    return checkpoint.restore(options, state, content, path, train_images)
 
 
-def build_trainer(args, model, device, dtype, launch, consensus, steps_per_epoch, classes, teacher=None) -> TrainState:
-    """Optimiser, schedules, loss and everything else a step needs, around a model and a teacher to distill, or None."""
-    model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
-    ema = None
-    if args.model_ema:
-        ema = ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
-    forward, projector = model, None
-    if teacher is not None:
-        teacher.to(device)
-        if teacher.features:
-            forward = WithProjector(model, teacher.model.head_hidden_size).to(device)
-            projector = forward.projector
-    if launch.world_size > 1:
-        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
-    mixup = None
-    if mixes(args):
-        mixup = Mixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=classes,
-        )
-    steps = args.epochs * steps_per_epoch
-    warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
-    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-    labels = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else args.smoothing)  # mixup smooths its own
-    return TrainState(
-        model=model,
-        projector=projector,
-        forward=forward,
-        optimizer=create_optimizer(model, args, projector),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        ema=ema,
-        lr=cosine_schedule(args.lr, args.min_lr, steps, warmup),
-        weight_decay=cosine_schedule(args.weight_decay, end, steps),
-        steps=steps_per_epoch,
-        update_freq=args.update_freq,
-        mixup=mixup,
-        criterion=Loss(labels, teacher, args.distillation_alpha),
-        autocast=dtype,
-        clip_grad=args.clip_grad,
-        device=device,
-        seed=args.seed,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        consensus=consensus,
-    )
+def train_and_report(
+    options: Options, state: TrainState, data: RunData, test_loader: DeviceLoader, progress: RunProgress
+) -> None:
+    """Train to the last epoch; print what the run is and how it ended, and write ``results.json``."""
+    facts = {
+        "train_images": data.train_images,
+        "test_images": len(data.test_set),
+        "n_parameters": count_parameters(state.model),
+        "total_batch_size": options.total_batch_size,
+        "processes": state.world_size,
+    }
+    print_main(f"{options.model}: " + utils.describe(facts))
+    for option, path in (("initialize", options.initialize), ("teacher", options.teacher_path)):
+        facts[f"{option}_sha256"] = path and sha256(path)
+    if progress.epoch == options.epochs - 1:
+        print_main("all epochs are done; nothing left to train")
+    bad_images = BadImages(options.skip_bad_images, state.stop_coordinator, progress.bad_images)
+    loader = build_train_loader(options, data, state, bad_images)
+    with MetricLog(options, progress.epoch + 1) as log:
+        train(options, state, loader, test_loader, progress, log)
+    if options.output_dir:
+        main_only(write_results, options, progress, facts)
+    print_main("; ".join(f"{name} {utils.describe(metrics)}" for name, metrics in progress.evaluations().items()))
+
+
+def train(
+    options: Options,
+    state: TrainState,
+    loader: DeviceLoader,
+    test_loader: DeviceLoader,
+    progress: RunProgress,
+    log: MetricLog,
+) -> None:
+    """Train from the position of ``progress`` to the last epoch; keep log, checkpoints and ``progress`` up to date.
+
+    Raises:
+        Stopped: a signal asked the run to stop; its state is saved.
+        RunError: see ``engine``.
+    """
+    saver = Saver(options, state, progress, loader.bad_images)
+    first_epoch, start = progress.epoch + 1, time.monotonic()
+    if first_epoch < options.epochs:
+        warm_up(options, state, test_loader.batch_size)
+    for epoch in range(first_epoch, options.epochs):
+        metrics = EpochMetrics(state, epoch, loader.bad_images, progress.partial)
+        is_last = epoch == options.epochs - 1
+        with saver.saving_if_stopped(metrics):
+            speed = train_rest_of_epoch(options, state, loader, metrics, saver)
+            row, better = {f"train_{name}": value for name, value in metrics.means().items()}, []
+            if is_last or (not options.disable_eval and (epoch + 1) % options.eval_interval == 0):
+                test_metrics = evaluate_or_save(options, state, test_loader, metrics, saver)
+                row |= {f"test_{name}": value for name, value in test_metrics.items() if name != "images"}
+                better = progress.note_evaluation(test_metrics, epoch)
+        saver.end_epoch(epoch)
+        row |= {"epoch": epoch, "n_parameters": count_parameters(state.model)}
+        main_only(log.add, row, {"train_images_per_second": speed})
+        for name in better:  # before the numbered one: a run that is killed in between repeats the epoch, and this
+            saver.save(name)
+        if is_last or (epoch + 1) % options.save_ckpt_freq == 0:
+            log.checkpoint = saver.save()
+        left = (time.monotonic() - start) / (epoch + 1 - first_epoch) * (options.epochs - 1 - epoch)
+        print_main(f"epoch {epoch}: {utils.describe(row)}, {speed:.0f} images/s, {utils.duration(left)} left")
+
+
+class Saver:
+    """Keeps a run's progress up to date, and saves checkpoints unless the options say not to.
+
+    All processes must call its methods after the same step.
+
+    Args:
+        options: of the run.
+        state: what checkpoints hold.
+        progress: of the run; changes.
+        bad_images: the training images that could not be read.
+    """
+
+    def __init__(self, options: Options, state: TrainState, progress: RunProgress, bad_images: BadImages):
+        self.options, self.state, self.progress, self.bad_images = options, state, progress, bad_images
+        self.start = time.monotonic() - progress.seconds
+        self.saves = bool(options.output_dir and options.save_ckpt)
+        if self.saves:
+            self._prune()  # the run may have been killed before it did
+
+    def end_epoch(self, epoch: int) -> None:
+        """Note that an epoch is over."""
+        self.progress.epoch, self.progress.partial = epoch, None
+        self._count()
+
+    def save(self, name: str | None = None) -> Path | None:
+        """Write a checkpoint after an epoch, under a name such as best or else the epoch's number; returns its path."""
+        if not self.saves:
+            return None
+        path = checkpoint.save(self.options, self.state, self.progress, name)
+        if name is None:
+            self._prune()
+        return path
+
+    def save_within_epoch(self, metrics: EpochMetrics) -> Path | None:
+        """Write a checkpoint after a step; ``metrics`` must be synchronized. Returns its path."""
+        self.progress.partial = metrics.sums
+        self._count()
+        return self.save()
+
+    @contextlib.contextmanager
+    def saving_if_stopped(self, metrics: EpochMetrics) -> Iterator[None]:
+        """Save when a signal stops the block, if all processes stop at this step."""
+        try:
+            yield
+        except Stopped as stopped:
+            if self.saves and stopped.agreed:
+                if metrics.pending:
+                    metrics.synchronize()
+                path = self.save_within_epoch(metrics)
+                unless = "" if self.options.auto_resume else " without --auto_resume false"
+                unless = " without --overwrite" if self.options.overwrite else unless
+                stopped.advice = f"the same command{unless} goes on from {path}"
+            raise
+
+    def _count(self):
+        self.progress.seconds = time.monotonic() - self.start
+        self.progress.bad_images = sorted(self.bad_images.known)
+
+    def _prune(self):
+        main_only(output_dir.prune, Path(self.options.output_dir), self.options.save_ckpt_num)
+
+
+def train_rest_of_epoch(
+    options: Options, state: TrainState, loader: DeviceLoader, metrics: EpochMetrics, saver: Saver
+) -> float:
+    """Take the steps of an epoch that are not yet done; returns images per second."""
+    done, start = metrics.step, time.monotonic()
+    if done < state.steps_per_epoch:
+        loader.sampler.set_position(metrics.epoch, done)
+        for _ in train_one_epoch(state, loader, metrics):
+            if metrics.step < state.steps_per_epoch:  # after the last step, the evaluation comes before a checkpoint
+                state.stop_coordinator.poll()
+                if saver.saves and options.save_ckpt_steps and metrics.step % options.save_ckpt_steps == 0:
+                    metrics.synchronize()
+                    saver.save_within_epoch(metrics)
+        average_batch_statistics(state)
+    return (state.steps_per_epoch - done) * options.total_batch_size / (time.monotonic() - start)
+
+
+def average_batch_statistics(state: TrainState) -> None:
+    """Give all processes the mean of their running statistics, which each process has from its own images."""
+    if state.world_size > 1:
+        distribute_bn(state.model, state.world_size, reduce=True)
+        if state.ema is not None:
+            distribute_bn(state.ema.module, state.world_size, reduce=True)
+
+
+def evaluate_or_save(
+    options: Options, state: TrainState, loader: DeviceLoader, metrics: EpochMetrics, saver: Saver
+) -> dict:
+    """Evaluate after an epoch; if a test image cannot be read, save the epoch, which would be lost otherwise."""
+    try:
+        return evaluate_with_ema(options, state, loader)
+    except RunError:
+        saver.save_within_epoch(metrics)
+        raise
+
+
+def evaluate_with_ema(options: Options, state: TrainState, loader: DeviceLoader) -> dict:
+    """Evaluate the model and, with ``--model_ema_eval``, its moving average, whose metrics end in ``_ema``."""
+    metrics = evaluate(state.model, loader, state, options.dist_eval)
+    if options.model_ema_eval and state.ema is not None:
+        average = evaluate(state.ema.module, loader, state, options.dist_eval)
+        metrics |= {f"{name}_ema": value for name, value in average.items() if name != "images"}
+    return metrics
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -158,236 +266,27 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test(args, trainer: TrainState, loader) -> dict:
-    """Evaluate the model, and its moving average when asked for, whose figures end in ``_ema``."""
-    stats = evaluate(trainer.model, loader, trainer, args.dist_eval)
-    if args.model_ema_eval and trainer.ema is not None:
-        average = evaluate(trainer.ema.module, loader, trainer, args.dist_eval)
-        stats.update({f"{key}_ema": value for key, value in average.items() if key != "images"})
-    return stats
-
-
-def train(args, trainer: TrainState, loaders: tuple, progress: dict, board: MetricLog) -> None:
-    """Train from where ``progress`` stands to the last epoch; keep log and checkpoints, and ``progress`` up to date.
+def write_results(options: Options, progress: RunProgress, facts: dict) -> None:
+    """Write ``results.json``: accuracies in percent, what was run on what, and with which versions.
 
     Raises:
-        Stopped: by a signal; the state is saved.
-        RunError: see ``engine``.
+        RunError: it cannot be written.
     """
-    training, testing = loaders
-    first, before, start = progress["epoch"] + 1, progress["seconds"], time.monotonic()
-    bad = training.bad_images
-    keeps = args.output_dir and args.save_ckpt
-    unless = "--overwrite" if args.overwrite else "" if args.auto_resume else "--auto_resume false"
-
-    def save(name=None):
-        progress["seconds"] = before + time.monotonic() - start
-        path = checkpoint.save(args, trainer, progress, name)
-        if name is None:
-            prune()
-        return path
-
-    def prune():
-        main_only(lambda: checkpoint.prune(args.output_dir, args.save_ckpt_num))
-
-    def save_within(figures):
-        progress["partial"], progress["bad_images"] = figures.sums, sorted(bad.known)
-        return save()
-
-    def after_step():
-        number = trainer.consensus.poll()
-        due = args.save_ckpt_steps and figures.step % args.save_ckpt_steps == 0
-        if figures.step < trainer.steps:  # after its last step, an epoch is evaluated first
-            saved = None
-            if keeps and (number or due):
-                figures.read()
-                saved = save_within(figures)
-            if number:
-                raise Stopped(number, saved=saved, unless=unless)
-
-    if keeps:
-        prune()  # a killed run may not have
-    if first < args.epochs:
-        prepare(args, trainer, testing.batch_size)
-    for epoch in range(first, args.epochs):
-        figures = EpochMetrics(trainer, epoch, bad, progress.get("partial"))
-        done, begun = figures.step, time.monotonic()
-        if done < trainer.steps:
-            training.sampler.set_position(epoch, done)
-            train_one_epoch(trainer, training, figures, after_step)
-            average_batch_statistics(trainer)
-        speed = (trainer.steps - done) * args.total_batch_size / (time.monotonic() - begun)
-        row = {f"train_{key}": value for key, value in figures.means().items()}
-        last = epoch == args.epochs - 1
-        better = []
-        if last or (not args.disable_eval and (epoch + 1) % args.eval_interval == 0):
-            try:
-                stats = test(args, trainer, testing)
-            except (Stopped, RunError) as stop:
-                agreed = not isinstance(stop, Stopped) or stop.agreed
-                saved = save_within(figures) if keeps and agreed else None
-                if isinstance(stop, Stopped):
-                    stop.saved, stop.unless = saved, unless
-                raise
-            row |= {f"test_{key}": value for key, value in stats.items() if key != "images"}
-            better = note_accuracy(progress, stats, epoch)
-        progress |= {"epoch": epoch, "partial": None, "bad_images": sorted(bad.known)}
-        row |= {"epoch": epoch, "n_parameters": count_parameters(trainer.model)}
-        main_only(lambda row=row, speed=speed: board.add(row, {"train_images_per_second": speed}))
-        if keeps:
-            for name in better:  # before the numbered one: a run killed in between does this epoch again, this too
-                save(name)
-            if last or (epoch + 1) % args.save_ckpt_freq == 0:
-                board.checkpoint = save()
-        left = (time.monotonic() - start) / (epoch + 1 - first) * (args.epochs - 1 - epoch)
-        print_main(f"epoch {epoch}: {utils.describe(row)}, {speed:.0f} images/s, {utils.duration(left)} left")
-
-
-def prepare(args, trainer: TrainState, test_images: int) -> None:
-    """What a run does before its first step, on images of zeros: compile, and arrange the exchange of gradients."""
-    if not args.compile and trainer.world_size == 1:
-        return
-    shape = (3, args.input_size, args.input_size)
-    images = torch.zeros(args.batch_size, *shape, device=trainer.device)
-    targets = torch.zeros(args.batch_size, dtype=torch.long, device=trainer.device)
-    if args.compile:
-        trainer.compile(images, targets, torch.zeros(test_images, *shape, device=trainer.device))
-    trainer.arrange(images, targets)
-
-
-def average_batch_statistics(trainer: TrainState) -> None:
-    """Give all processes the mean of their running statistics, which each has of its own images."""
-    if trainer.world_size > 1:
-        distribute_bn(trainer.model, trainer.world_size, reduce=True)
-        if trainer.ema is not None:
-            distribute_bn(trainer.ema.module, trainer.world_size, reduce=True)
-
-
-def note_accuracy(progress: dict, stats: dict, epoch: int) -> list:
-    """Note an evaluation in ``progress``; the names of the checkpoints (best, best-ema) that it is better than."""
-    better = []
-    for name, suffix in (("best", ""), ("best-ema", "_ema")):
-        if f"acc1{suffix}" not in stats:
-            continue
-        figures = {"epoch": epoch} | {key: stats[key + suffix] for key in ("acc1", "acc5", "loss")}
-        progress[name.replace("best", "last")] = figures
-        if progress.get(name) is None or figures["acc1"] > progress[name]["acc1"]:
-            progress[name] = figures
-            better.append(name)
-    return better
-
-
-def results(args, progress: dict, facts: dict) -> dict:
-    """What ``results.json`` holds: accuracies (percent), what was run on what, and with which versions."""
-    figures = {key.replace("-", "_"): progress[key] for key in progress if key.startswith(("best", "last"))}
-    return {
-        **figures,
-        **({"bad_images": progress["bad_images"]} if progress.get("bad_images") else {}),
-        "epochs": args.epochs,
-        "seed": args.seed,
-        "model": args.model,
-        "initialize": args.initialize,
-        "data_set": args.data_set,
+    results = {
+        **progress.evaluations(),
+        **({"bad_images": progress.bad_images} if progress.bad_images else {}),
+        "epochs": options.epochs,
+        "seed": options.seed,
+        "model": options.model,
+        "initialize": options.initialize,
+        "data_set": options.data_set,
         **facts,
-        "wall_time": progress["seconds"],
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "wall_time": progress.seconds,
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "versions": utils.versions(),
-        "args": checkpoint.plain(args),
+        "args": options.plain(),
     }
-
-
-def write_results(path: Path, record: dict) -> None:
-    """Write ``results.json``; RunError if there is no space."""
     try:
-        write_json(path, record)
+        write_json(Path(options.output_dir) / "results.json", results)
     except InputError as error:
         raise RunError(f"{error}; all epochs are done and saved: run it again for the results") from error
-
-
-def run(args, launch: Launch) -> None:
-    """Train or evaluate as checked options say, in the process that ``launch`` tells apart."""
-    args, device, dtype = check_hardware(args, launch.local_rank)
-    set_fused_attn(device.type == "cuda")  # on a CPU the fused kernel is no faster, and slower in bfloat16
-    init_distributed(launch, device, args.dist_url, args.timeout)
-    with StopCoordinator(args.timeout) as consensus:
-        train_or_evaluate(args, launch, device, dtype, consensus)
-
-
-def agree(consensus: StopCoordinator, check) -> None:
-    """Call ``check()`` in all processes; an InputError of any is raised in all."""
-    refusal = None
-    try:
-        check()
-    except InputError as error:
-        refusal = str(error)
-    refusals = [one for one in consensus.gather_objects(refusal) if one is not None]
-    if refusals:
-        raise InputError(refusals[0])
-
-
-def train_or_evaluate(args, launch: Launch, device, dtype, consensus: StopCoordinator) -> None:
-    """As ``run``, once all processes have met."""
-    train_set = None if args.eval else build_dataset(args, train=True)[0]
-    test_set, classes = build_dataset(args, train=False)
-    if args.nb_classes not in (None, classes):
-        raise InputError(f"--nb_classes {args.nb_classes}: {args.data_set} has {classes} classes; leave it out")
-    steps = 1 if args.eval else len(train_set) // args.total_batch_size
-    if steps < 1:
-        raise InputError(
-            f"--batch_size {args.batch_size}: the {len(train_set)} training images are fewer than one batch of "
-            f"{args.total_batch_size}; lower it, --update_freq or --total_batch_size"
-        )
-    if not args.eval and args.skip_bad_images >= len(train_set):
-        raise InputError(f"--skip_bad_images {args.skip_bad_images}: there are only {len(train_set)} training images")
-    if args.log_dir:
-        check_writable(args.log_dir, "--log_dir")
-    model = build_model(args, classes)
-    if args.initialize:  # the file, where a directory was named
-        args = args.replace(initialize=str(find_weights(args.initialize, model, "--initialize")))
-    teacher = None if args.eval or args.distillation == "none" else build_teacher(args, classes)
-    images_of = {"test": test_set} if args.eval else {"train": train_set, "test": test_set}
-    pipelines = {part: build_pipeline(args, part == "train") for part in images_of}
-    if args.cache_images:
-        agree(consensus, lambda: check_memory(images_of.values(), device if args.augment_device else None))
-    # Until here nothing has been written: what is refused leaves no run behind.
-    with contextlib.nullcontext() if args.eval else checkpoint.open_output(args) as found:
-        trainer = build_trainer(args, model, device, dtype, launch, consensus, steps, classes, teacher)
-        images = None if args.eval else len(train_set)
-        progress = {"epoch": args.start_epoch - 1, "seconds": 0.0, "train_images": images}
-        if found or args.resume:
-            progress = checkpoint.resume(args, trainer, found or Path(args.resume), images)
-        if args.cache_images:
-            for part in pipelines:
-                images_of[part] = CachedDataset(images_of[part], f"{part} images")
-        place = (launch.rank, launch.world_size) if args.dist_eval else (0, 1)
-        shard = EvalSampler(len(test_set), *place)
-        testing = eval_loader(images_of["test"], pipelines["test"], shard, args, device, BadTestImages(consensus))
-        consensus.patient = True
-        if args.eval:
-            print_main(f"{args.model}: {utils.describe(test(args, trainer, testing))}")
-            return
-        facts = {
-            "train_images": images,
-            "test_images": len(test_set),
-            "n_parameters": count_parameters(model),
-            "total_batch_size": args.total_batch_size,
-            "processes": launch.world_size,
-        }
-        print_main(f"{args.model}: " + utils.describe(facts))
-        for option, path in (("initialize", args.initialize), ("teacher", args.teacher_path)):
-            facts[f"{option}_sha256"] = path and sha256(path)
-        if progress["epoch"] == args.epochs - 1:
-            print_main("all epochs are done; nothing left to train")
-        batches = TrainBatchSampler(
-            images, args.batch_size, steps, args.update_freq, launch.rank, launch.world_size, args.seed
-        )
-        with MetricLog(args, progress["epoch"] + 1, checkpoint.plain(args)) as board:
-            bad = BadImages(args.skip_bad_images, consensus, progress.get("bad_images", ()))
-            training = train_loader(images_of["train"], pipelines["train"], batches, args, device, bad)
-            train(args, trainer, (training, testing), progress, board)
-        if args.output_dir:
-            record = results(args, progress, facts)
-            main_only(lambda: write_results(Path(args.output_dir) / "results.json", record))
-    print_main(
-        "; ".join(f"{key} {utils.describe(progress[key])}" for key in progress if key.startswith(("best", "last")))
-    )

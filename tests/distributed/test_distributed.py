@@ -15,15 +15,11 @@ from distributed import process_group
 from distributed.launch import Launch, find_launch
 from distributed.program import run_program
 from helpers import assert_same, read_checkpoint, read_log, read_results
-from processes import environment, start_together
+from processes import environment, run_main, start, start_launcher, start_together
 from training.options import parse_args
 from weight_selection.errors import InputError
 
 ROOT = Path(main.__file__).parent
-LAUNCHERS = {
-    "launch": ["-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2"],
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-}
 
 # ---------------------------------------------------------------------------------------------------------
 # What launchers say
@@ -109,18 +105,6 @@ def test_only_the_first_process_prints_an_error_found_before_they_meet(tiny_run,
 
 
 @pytest.fixture
-def by_launcher(tiny_run):
-    """Run main.py with further options in two processes that a launcher starts."""
-
-    def run(launcher, *options):
-        words = [word for option in options for word in str(option).split()]
-        command = [sys.executable, *LAUNCHERS[launcher], str(ROOT / "main.py"), *tiny_run, *words]
-        return subprocess.run(command, capture_output=True, text=True, env=environment())
-
-    return run
-
-
-@pytest.fixture
 def by_two(tiny_run, tmp_path):
     """Run main.py with further options in two processes; what each printed."""
 
@@ -143,10 +127,12 @@ def assert_same_run(ours, theirs, last):
             assert row[key] == pytest.approx(expected[key], rel=1e-4)
 
 
-def test_two_processes_train_as_one_does_with_mixup_and_accumulation(train, by_launcher, tmp_path):
+def test_two_processes_train_as_one_does_with_mixup_and_accumulation(tiny_run, train, tmp_path):
     """Momentum instead of AdamW, which would blow up the rounding of gradients that are nearly zero."""
     options = "--total_batch_size 16 --batch_size 4 --drop_path 0.2 --opt momentum --lr 0.1"
-    ended = by_launcher("launch", options, "--output_dir", tmp_path / "two")
+    command = [sys.executable, "-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2"]
+    command += [ROOT / "main.py", *tiny_run, *options.split(), "--output_dir", tmp_path / "two"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert ended.returncode == 0, ended.stderr
     train(options, "--output_dir", tmp_path / "one")
     assert_same_run(tmp_path / "two", tmp_path / "one", last=1)
@@ -204,36 +190,22 @@ def test_two_slurm_tasks_share_the_test_images_and_one_prints(train, tiny_run, t
     with socket.socket() as probe:  # a job number whose port is free
         ports = (port for port in range(20000, 40000) if probe.connect_ex(("127.0.0.1", port)))
         job = next(ports) - 20000
-    command = [sys.executable, str(ROOT / "main.py"), *tiny_run, "--eval", "true"]
-    command += ["--resume", str(tmp_path / "checkpoint-0.pth")]
-    tasks = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(
-                SLURM_PROCID=str(task),
-                SLURM_LOCALID=str(task),
-                SLURM_STEP_NUM_TASKS="2",
-                SLURM_STEP_NODELIST="127.0.0.1",
-                SLURM_JOB_ID=str(job),
-            ),
-        )
-        for task in (0, 1)
-    ]
-    (output, errors), (silence, more_errors) = [task.communicate(timeout=120) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], errors + more_errors
+    shared = environment(SLURM_STEP_NUM_TASKS="2", SLURM_STEP_NODELIST="127.0.0.1", SLURM_JOB_ID=str(job))
+    environs = [shared | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in (0, 1)]
+    words = [*tiny_run, "--eval", "true", "--resume", str(tmp_path / "checkpoint-0.pth")]
+    tasks = start(run_main, environs, tmp_path, words)
+    assert tasks.wait() == [0, 0], tasks.printed(0, "err") + tasks.printed(1, "err")
     row = read_log(tmp_path)[0]
-    figures = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+)", output.split(":")[-1])}
+    figures = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+)", tasks.printed(0).split(":")[-1])}
     assert figures["images"] == TEST_IMAGES
     assert figures["acc1"] == pytest.approx(row["test_acc1"], rel=1e-4)
     assert figures["loss"] == pytest.approx(row["test_loss"], rel=1e-4)
-    assert silence == ""
+    assert tasks.printed(1) == ""
 
 
-def test_loss_that_is_not_finite_ends_both_processes_with_one_line(by_launcher):
-    ended = by_launcher("torchrun", "--lr 1e20 --opt momentum --total_batch_size 16")
-    assert ended.returncode == 1
-    assert ended.stderr.count("main.py: error: loss is ") == 1
-    assert "[rank1]: Traceback" not in ended.stderr
+def test_loss_that_is_not_finite_ends_both_processes_with_one_line(tiny_run, tmp_path):
+    words = [*tiny_run, *["--lr", "1e20", "--opt", "momentum", "--total_batch_size", "16"]]
+    ended = start_launcher(2, words, tmp_path, restarts=0)
+    assert ended.wait() == [1]
+    assert ended.printed(0, "err").count("main.py: error: loss is ") == 1
+    assert "[rank1]: Traceback" not in ended.printed(0, "err")

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-import training.run
 from helpers import assert_same, differ, read_checkpoint
 from models.linear_probe import make_linear_probe
 from optim_factory import create_optimizer
 from training.options import parse_args
+from training.setup import build_model
 from weight_selection.errors import InputError
 from weight_selection.sources.timm_models import create_model
 
@@ -82,7 +82,7 @@ def test_a_probe_starts_from_its_own_classifier(train, tmp_path):
     train(f"--output_dir {tmp_path}")
     small = "--model vit_tiny --model_kwargs embed_dim=32 depth=2 num_heads=2 patch_size=4 --input_size 16"
     args = parse_args(f"--linear_probe true --finetune {tmp_path}/checkpoint-1.pth {small}".split())
-    probe = training.run.build_model(args, classes=3)
+    probe = build_model(args, classes=3)
     assert differ({"w": probe.head[1].weight}, {"w": read_checkpoint(tmp_path, 1)["model"]["head.weight"]})
 
 

@@ -1,18 +1,12 @@
 """What happens to a run: signals, kills, damaged checkpoints, a full disk, losses that are not finite."""
 
-import contextlib
-import functools
 import gc
 import io
-import math
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,12 +18,11 @@ from hypothesis import strategies as st
 import engine
 import main
 import training.run
-from bench_faults import Launched, differences, partial_files
+from bench_faults import differences, partial_files
 from datasets import ImageFiles
-from distributed.program import RunError, Stopped, run_program
+from distributed.program import Stopped, run_program
 from helpers import read_checkpoint, read_log
-from models import distillation
-from processes import environment, start_together
+from processes import start_launcher, start_together
 from training import checkpoint
 from weight_selection.errors import InputError
 from weight_selection.sources import safe_load
@@ -66,26 +59,6 @@ def in_a_directory_of_its_own(tmp_path, monkeypatch):
     signal.signal(signal.SIGCHLD, handler)
 
 
-@pytest.fixture
-def at_call(monkeypatch):
-    """``at_call(owner, name, number, action)``: do something at that call of a function, counted from 1."""
-
-    def prepare(owner, name, number, action):
-        function, calls = getattr(owner, name), []
-
-        @functools.wraps(function)
-        def counted(*args, **kwargs):
-            calls.append(None)
-            if len(calls) == number:
-                action()
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, counted)
-        return calls
-
-    return prepare
-
-
 def send(number):
     return lambda: os.kill(os.getpid(), number)
 
@@ -110,7 +83,7 @@ def test_signal_within_an_epoch_saves_and_the_run_ends_as_if_there_had_been_none
 
 def test_signal_in_the_evaluation_saves_the_epoch_before_it(train, whole, at_call):
     calls = at_call(engine.TrainState, "update", 99, None)
-    at_call(training, "test", 2, send(signal.SIGTERM))
+    at_call(training.run, "evaluate_with_ema", 2, send(signal.SIGTERM))
     with pytest.raises(Stopped, match="run/checkpoint-1-step-2.pth"):
         train(everything())
     train(everything())
@@ -135,14 +108,14 @@ def test_second_ctrl_c_does_not_wait_for_an_evaluation(train, at_call):
         send(signal.SIGINT)()
         send(signal.SIGINT)()
 
-    at_call(training, "test", 1, twice)
+    at_call(training.run, "evaluate_with_ema", 1, twice)
     with pytest.raises(Stopped, match="nothing was saved"):
         train("--output_dir run")
     assert not list(Path("run").glob("*.pth"))
 
 
 def test_signal_before_training_ends_at_once_and_leaves_nothing(train, at_call):
-    at_call(training, "build_model", 1, send(signal.SIGTERM))
+    at_call(training.run, "build_model", 1, send(signal.SIGTERM))
     with pytest.raises(Stopped, match="nothing was saved"):
         train("--output_dir run")
     assert not Path("run").exists()
@@ -183,12 +156,10 @@ def test_checkpoints_within_an_epoch_are_kept_until_it_is_over(train, at_call, i
 
 def test_run_killed_while_it_writes_a_checkpoint_ends_as_if_it_had_not_been(tiny_run, train, whole, tmp_path):
     options = [*tiny_run, *everything("--save_ckpt_steps 1").split()]
-    run = Launched(tmp_path, 1, options)
-    assert run.wait_for(lambda: partial_files(tmp_path))
-    run.kill(None)
-    run = Launched(tmp_path, 1, options)
-    assert run.wait_for(lambda: any(Path("run").glob("checkpoint-1-step-1.pth")))
-    run.kill(None)
+    for reached in (lambda: partial_files(tmp_path), Path("run/checkpoint-1-step-1.pth").exists):
+        run = start_together(1, options, tmp_path)
+        wait_for(reached, run)
+        run.kill()
     train(everything("--save_ckpt_steps 1"))
     found = [what for what in differences(Path("run"), whole) if "save_ckpt_steps" not in what]
     assert found == []
@@ -201,7 +172,7 @@ def test_one_of_three_processes_is_killed_and_the_run_ends_as_if_it_had_not_been
     for name in ("killed", "whole"):
         (tmp_path / name).mkdir()
     three = start_together(3, options, tmp_path / "killed")
-    wait_for(Path("killed/run/checkpoint-1-step-1.pth"), three)
+    wait_for(Path("killed/run/checkpoint-1-step-1.pth").exists, three)
     three.processes[2].kill()
     assert three.wait() == [1, 1, -signal.SIGKILL]
     for name in ("killed", "whole"):
@@ -213,19 +184,19 @@ def test_one_of_three_processes_is_killed_and_the_run_ends_as_if_it_had_not_been
 
 def test_torchrun_goes_on_by_itself_after_one_process_was_killed(tiny_run, tmp_path):
     options = ["--epochs", "3", "--batch_size", "8", "--save_ckpt_steps", "1", "--output_dir", "run"]
-    run = Launched(tmp_path, 2, [*tiny_run, *options])
-    assert run.wait_for(Path("run/checkpoint-1-step-1.pth").exists)
-    run.kill(0)
-    assert run.process.wait() == 0
-    assert "resumed run/checkpoint-1" in run.printed()
+    run = start_launcher(2, [*tiny_run, *options], tmp_path)
+    wait_for(Path("run/checkpoint-1-step-1.pth").exists, run)
+    os.kill(run.workers()[0], signal.SIGKILL)
+    assert run.wait() == [0]
+    assert "resumed run/checkpoint-1" in run.printed(0)
     assert [row["epoch"] for row in read_log(Path("run"))] == [0, 1, 2]
 
 
-def wait_for(path, run, limit=60):
+def wait_for(reached, run, limit=60):
     start = time.monotonic()
-    while not path.exists():
-        assert time.monotonic() - start < limit, f"no {path}: {run.printed(0)}"
-        time.sleep(0.005)
+    while not reached():
+        assert time.monotonic() - start < limit, run.printed(0)
+        time.sleep(0.0005)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +205,7 @@ def wait_for(path, run, limit=60):
 def test_process_whose_partner_is_gone_or_hangs_ends_with_a_line(tiny_run, tmp_path, fate, says):
     options = ["--epochs", "1000", "--batch_size", "8", "--timeout", "2", "--output_dir", "run"]
     pair = start_together(2, [*tiny_run, *options], tmp_path)
-    wait_for(Path("run/checkpoint-2.pth"), pair)
+    wait_for(Path("run/checkpoint-2.pth").exists, pair)
     os.kill(pair.processes[1].pid, fate)
     pair.processes[0].join(60)
     pair.kill()
@@ -247,7 +218,7 @@ def test_process_whose_partner_is_gone_or_hangs_ends_with_a_line(tiny_run, tmp_p
 def test_signal_to_one_process_stops_both_at_the_same_step_with_a_status_to_requeue_on(tiny_run, tmp_path):
     options = [*tiny_run, *["--epochs", "1000", "--batch_size", "8", "--num_workers", "1", "--output_dir", "run"]]
     pair = start_together(2, options, tmp_path)
-    wait_for(Path("run/checkpoint-2.pth"), pair)
+    wait_for(Path("run/checkpoint-2.pth").exists, pair)
     os.kill(pair.processes[1].pid, signal.SIGTERM)
     assert pair.wait() == [75, 75]
     saved = checkpoint.numbered("run")[-1]
@@ -364,12 +335,12 @@ def test_full_disk_ends_the_run_with_a_line_and_it_goes_on_when_there_is_space(t
     """A limit of file sizes, as a full disk would: the operating system refuses to write on."""
     before = {path.name: path.read_bytes() for path in stopped.glob("*.pth")}
     size = len(before["checkpoint-1.pth"])
-    command = [sys.executable, main.__file__, *tiny_run, *["--epochs", "3", "--output_dir", "run"]]
-    limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size // 2, size // 2))
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment(), preexec_fn=limited)
-    assert ended.returncode == 1
-    assert ended.stderr.startswith("main.py: error: cannot write run/checkpoint-")
-    assert len(ended.stderr.splitlines()) == 1
+    options = [*tiny_run, "--epochs", "3", "--output_dir", "run"]
+    limited = start_together(1, options, Path.cwd(), largest_file=size // 2)
+    assert limited.wait() == [1]
+    errors = limited.printed(0, "err")
+    assert errors.startswith("main.py: error: cannot write run/checkpoint-")
+    assert len(errors.splitlines()) == 1
     assert before == {path.name: path.read_bytes() for path in stopped.glob("*.pth")}
     assert not partial_files(Path())
     train("--epochs 3 --output_dir run")
@@ -379,7 +350,7 @@ def test_full_disk_ends_the_run_with_a_line_and_it_goes_on_when_there_is_space(t
 def test_second_run_in_a_directory_is_refused_until_the_first_has_ended(tiny_run, train, tmp_path):
     options = ["--epochs", "1000", "--batch_size", "8", "--output_dir", "run"]
     first = start_together(1, [*tiny_run, *options], tmp_path)
-    wait_for(Path("run/checkpoint-0.pth"), first)
+    wait_for(Path("run/checkpoint-0.pth").exists, first)
     holder = re.escape(f"(process {first.processes[0].pid} on ")
     with pytest.raises(InputError, match="--output_dir run: another run is writing there " + holder):
         train("--epochs 1000 --batch_size 8 --output_dir run")
@@ -412,86 +383,6 @@ def test_other_number_of_images_cannot_take_over_within_an_epoch(train, at_call,
     (data / "train" / "red" / "2.png").unlink()
     with pytest.raises(InputError, match="within an epoch of 48 images, now there are 47"):
         train(f"--data_path {data} --output_dir run")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Divergence
-
-
-@pytest.fixture
-def loss_times(monkeypatch):
-    """``loss_times(factor, first)``: multiply the loss from that micro-batch on, counted from 1."""
-
-    def prepare(factor, first=1):
-        loss, calls = distillation.Loss.__call__, []
-
-        def changed(self, images, outputs, targets):
-            calls.append(None)
-            value, distance = loss(self, images, outputs, targets)
-            return value * (factor if len(calls) >= first else 1), distance
-
-        monkeypatch.setattr(distillation.Loss, "__call__", changed)
-
-    return prepare
-
-
-@pytest.mark.parametrize("interval", [1, 50])
-def test_loss_that_is_not_finite_is_named_by_its_step_and_not_saved(train, loss_times, monkeypatch, interval):
-    monkeypatch.setattr(engine, "READ_INTERVAL", interval)
-    loss_times(math.nan, first=11)  # 6 steps an epoch
-    named = r"loss is nan and the gradient's norm nan at step 5 of epoch 1, at lr \d\.\d\de-0\d;"
-    with pytest.raises(RunError, match=named):
-        train("--batch_size 8 --epochs 3 --save_ckpt_steps 2 --output_dir run")
-    for path in Path("run").glob("*.pth"):
-        assert all(value.isfinite().all() for value in torch.load(path)["model"].values()), path
-    assert checkpoint.numbered("run")[-1].name == "checkpoint-1-step-4.pth"
-
-
-def test_gradient_that_is_not_finite_is_found_while_the_loss_still_is(train, loss_times):
-    loss_times(1e38)
-    with pytest.raises(RunError, match=r"loss is \S+e\+38 and the gradient's norm (inf|nan) at step 1 of epoch 0"):
-        train("--output_dir run")
-
-
-@pytest.fixture
-def in_float16(monkeypatch):
-    """float16 with loss scaling, which main.py leaves to GPUs, on the CPU; its first scale."""
-
-    def prepare(scale):
-        monkeypatch.setattr(training, "check_hardware", lambda args, rank: (args, torch.device("cpu"), torch.float16))
-        monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=scale))
-
-    return prepare
-
-
-def test_steps_that_the_loss_scaler_skips_are_counted(train, in_float16):
-    in_float16(2.0**22)
-    train("--batch_size 4 --epochs 2 --output_dir run")
-    rows = read_log(Path("run"))
-    skipped = sum(row["train_skipped_steps"] for row in rows)
-    assert 3 < skipped < 20
-    assert rows[1]["train_loss_scale"] == 2.0 ** (22 - skipped)
-    assert all(math.isfinite(row["train_grad_norm"]) for row in rows)
-    steps = {state["step"].item() for state in read_checkpoint(Path("run"), 1)["optimizer"]["state"].values()}
-    assert steps == {24 - skipped}
-
-
-def test_float16_run_goes_on_with_the_scale_it_had(train, in_float16, at_call):
-    in_float16(2.0**22)
-    train("--batch_size 4 --output_dir run")
-    Path("run").rename("whole")
-    at_call(engine.TrainState, "update", 8, send(signal.SIGTERM))
-    for end in (pytest.raises(Stopped), contextlib.nullcontext()):
-        with end:
-            train("--batch_size 4 --output_dir run")
-    assert differences(Path("run"), Path("whole")) == []
-
-
-def test_loss_scaler_without_a_scale_ends_the_run(train, in_float16, loss_times):
-    in_float16(4.0)
-    loss_times(1e30)
-    with pytest.raises(RunError, match="loss scale is 0.5 by step 3 of epoch 0, and gradients still overflow float16"):
-        train("--output_dir run")
 
 
 # ---------------------------------------------------------------------------------------------------------

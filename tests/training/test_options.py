@@ -293,7 +293,7 @@ def test_bfloat16_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *including_emulation: False)
     args = parse_args(["--device", "cuda", "--use_amp", "true", "--amp_dtype", "bfloat16"])
     with pytest.raises(InputError, match="--amp_dtype bfloat16: "):
-        training.run.check_hardware(args, local_rank=0)
+        training.setup.complete_options(args, local_rank=0)
 
 
 def test_weights_and_biases_that_is_not_installed(refused, monkeypatch):

@@ -55,7 +55,7 @@ def finished(train, tmp_path_factory):
 def test_log_has_one_row_of_figures_per_epoch(finished):
     rows = read_log(finished / "run")
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
-    schedule = cosine_schedule(1e-3, 1e-6, steps=12, warmup_steps=3)
+    schedule = cosine_schedule(1e-3, 1e-6, total_steps=12, warmup_steps=3)
     for row in rows:
         assert row["n_parameters"] == sum(value.numel() for value in tiny_state().values())
         assert row["train_lr"] == pytest.approx(schedule[3 * row["epoch"] + 2]), "of the epoch's last step"
@@ -120,7 +120,7 @@ def test_finished_run_is_left_as_it_is(finished, train, monkeypatch, capsys):
         raise AssertionError("trained a finished run")
 
     files = {path.name: path.read_bytes() for path in (finished / "run").iterdir()}
-    monkeypatch.setattr(training, "train_one_epoch", no_training)
+    monkeypatch.setattr(training.run, "train_one_epoch", no_training)
     train(
         "--epochs 4 --warmup_steps -1 --warmup_epochs 1 --save_ckpt_num 2 --seed 5",
         "--model_ema true --model_ema_decay 0.9 --model_ema_eval true",
@@ -217,7 +217,7 @@ def test_compiled_run_computes_the_same(train, tmp_path, capsys, monkeypatch):
         torch.nn.Module, "compile", lambda self: (compiled_modules.append(self), compile_module(self))[1]
     )
     for name, compiled in (("plain", "false"), ("compiled", "true")):
-        size = "embed_dim=32 depth=1 num_heads=2 patch_size=4"
+        size = "embed_dim=32 depth=0 num_heads=2 patch_size=4"
         train(f"--epochs 1 --model_kwargs {size} --compile {compiled} --output_dir", tmp_path / name)
         said = capsys.readouterr().out
     if "--compile true: goes on without" in said:
@@ -285,11 +285,11 @@ def test_mixed_precision_on_cpu_computes_in_bfloat16_and_keeps_float32_weights(
 ):
     computed, train_one_epoch = [], training.run.train_one_epoch
 
-    def observed(trainer, *args):
-        trainer.model.blocks[1].mlp.fc1.register_forward_hook(lambda module, args, out: computed.append(out.dtype))
-        return train_one_epoch(trainer, *args)
+    def observed(state, *args):
+        state.model.blocks[1].mlp.fc1.register_forward_hook(lambda module, args, out: computed.append(out.dtype))
+        return train_one_epoch(state, *args)
 
-    monkeypatch.setattr(training, "train_one_epoch", observed)
+    monkeypatch.setattr(training.run, "train_one_epoch", observed)
     train(f"{precision} --epochs 1 --output_dir {tmp_path}")
     assert set(computed) == {dtype}
     assert {value.dtype for value in read_checkpoint(tmp_path, 0)["model"].values()} == {torch.float32}
@@ -449,6 +449,12 @@ def test_evaluation_now_and_then_and_after_the_last_epoch(train, tmp_path):
     train(f"--epochs 3 --disable_eval true --output_dir {tmp_path}/disabled")
     assert ["test_acc1" in row for row in read_log(tmp_path / "interval")] == [False, True, False, True, True]
     assert ["test_acc1" in row for row in read_log(tmp_path / "disabled")] == [False, False, True]
+
+
+def test_time_of_a_run_without_checkpoints_is_counted(train, tmp_path):
+    train(f"--epochs 1 --save_ckpt false --output_dir {tmp_path}")
+    assert not list(tmp_path.glob("*.pth"))
+    assert read_results(tmp_path)["wall_time"] > 0
 
 
 def test_nothing_is_written_without_output_dir(train, tmp_path, monkeypatch):

@@ -1,0 +1,295 @@
+"""What a run needs before it trains: complete options, the device, the images, the model and the state of training."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from timm.data import Mixup
+from timm.layers import set_fused_attn
+from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+
+import utils
+from datasets import build_dataset
+from distributed.launch import Launch
+from distributed.stop_coordinator import StopCoordinator
+from engine import TrainState
+from input_pipeline.bad_images import BadImages, BadTestImages
+from input_pipeline.cache import CachedDataset, check_memory
+from input_pipeline.loader import DeviceLoader, eval_loader, train_loader
+from input_pipeline.placement import TransformInWorkers, TransformOneByOne, build_pipeline
+from input_pipeline.samplers import EvalSampler, TrainBatchSampler
+from models.distillation import Loss, Teacher, WithProjector
+from models.initialization import initialize
+from models.linear_probe import make_linear_probe
+from optim_factory import cosine_schedule, create_optimizer
+from training.options import Options, default_options, mixes
+from utils import print_main
+from weight_selection.errors import InputError
+from weight_selection.sources.architectures import CONVNEXT, declared_architecture
+from weight_selection.sources.initial_weights import find_weights, load_finetune, load_initial
+from weight_selection.sources.timm_models import check_input_size, create_model
+
+# ---------------------------------------------------------------------------------------------------------
+# Options and device
+
+
+def complete_options(options: Options, local_rank: int) -> Options:
+    """Fill in what depends on the machine (device, loader workers, dtype) and the file that ``--initialize`` means.
+
+    Raises:
+        InputError: the machine has no such device or arithmetic, or the directory has no weights for the model.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device, max(local_rank + 1, processes))
+    workers, amp_dtype, initial_weights = options.num_workers, options.amp_dtype, options.initialize
+    if workers is None:
+        workers = max(1, min(10, (os.cpu_count() or 1) // processes))
+    if options.use_amp:
+        amp_dtype = amp_dtype or ("float16" if device == "cuda" else "bfloat16")
+        check_arithmetic(device, amp_dtype)
+    if initial_weights:
+        model = create_model(options.model, input_size=options.input_size, device="meta", **options.model_kwargs)
+        initial_weights = str(find_weights(initial_weights, model, "--initialize"))
+    return options.replace(device=device, num_workers=workers, amp_dtype=amp_dtype, initialize=initial_weights)
+
+
+def check_device(device: str, processes: int) -> None:
+    """Refuse ``cuda`` on a machine that has fewer GPUs than processes of the run."""
+    if device == "cuda" and processes > torch.cuda.device_count():
+        raise InputError(
+            f"--device cuda: {processes} processes on a machine with {torch.cuda.device_count()} GPUs; "
+            "start fewer processes or use --device cpu"
+        )
+
+
+def check_arithmetic(device: str, amp_dtype: str) -> None:
+    """Refuse a dtype of mixed precision that the device cannot compute in."""
+    if device == "cpu" and amp_dtype == "float16":
+        raise InputError("--amp_dtype float16: needs a GPU; use bfloat16 on a CPU")
+    if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise InputError("--use_amp true: this CPU has no bfloat16 arithmetic; leave it out")
+    if device == "cuda" and amp_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(False):
+        raise InputError("--amp_dtype bfloat16: this GPU has none; use float16")
+
+
+def set_up_device(options: Options, local_rank: int) -> torch.device:
+    """Choose this process's device, and how PyTorch computes on it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first call
+    torch.use_deterministic_algorithms(options.deterministic)
+    set_fused_attn(options.device == "cuda")  # on a CPU the fused kernel is no faster, and slower in bfloat16
+    return torch.device("cuda", local_rank) if options.device == "cuda" else torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Images
+
+
+@dataclass
+class RunData:
+    """The data sets of a run, and the pipelines that bring their images to the model.
+
+    Attributes:
+        train_set, train_pipeline: None in an evaluation.
+        test_set, test_pipeline: always there.
+        classes: number of classes.
+        steps_per_epoch: optimiser steps in an epoch; 1 in an evaluation.
+    """
+
+    train_set: Dataset | None
+    test_set: Dataset
+    train_pipeline: TransformOneByOne | TransformInWorkers | None
+    test_pipeline: TransformOneByOne | TransformInWorkers
+    classes: int
+    steps_per_epoch: int
+
+    @property
+    def train_images(self) -> int | None:
+        """Number of training images; None in an evaluation."""
+        return None if self.train_set is None else len(self.train_set)
+
+    def keep_in_memory(self) -> None:
+        """Decode all images now."""
+        if self.train_set is not None:
+            self.train_set = CachedDataset(self.train_set, "train images")
+        self.test_set = CachedDataset(self.test_set, "test images")
+
+
+def open_data(options: Options) -> RunData:
+    """Open the data sets and build their pipelines.
+
+    Raises:
+        InputError: a data set cannot be opened or does not fit the options.
+    """
+    train_set = None if options.eval else build_dataset(options, train=True)[0]
+    test_set, classes = build_dataset(options, train=False)
+    if options.nb_classes not in (None, classes):
+        raise InputError(f"--nb_classes {options.nb_classes}: {options.data_set} has {classes} classes; leave it out")
+    steps = 1 if options.eval else len(train_set) // options.total_batch_size
+    if steps < 1:
+        raise InputError(
+            f"--batch_size {options.batch_size}: the {len(train_set)} training images are fewer than one batch of "
+            f"{options.total_batch_size}; lower it, --update_freq or --total_batch_size"
+        )
+    skip = options.skip_bad_images
+    if not options.eval and skip >= len(train_set):
+        raise InputError(f"--skip_bad_images {skip}: there are only {len(train_set)} training images")
+    train_pipeline = None if options.eval else build_pipeline(options, train=True)
+    return RunData(train_set, test_set, train_pipeline, build_pipeline(options, train=False), classes, steps)
+
+
+def check_cache_fits(options: Options, data: RunData, device: torch.device, stop_coordinator: StopCoordinator) -> None:
+    """Check in every process that the images fit into memory; all raise the InputError of any."""
+    data_sets = [data_set for data_set in (data.train_set, data.test_set) if data_set is not None]
+    refusal = None
+    try:
+        check_memory(data_sets, device if options.augment_device else None)
+    except InputError as error:
+        refusal = str(error)
+    refusals = [refusal for refusal in stop_coordinator.gather_objects(refusal) if refusal is not None]
+    if refusals:
+        raise InputError(refusals[0])
+
+
+def build_train_loader(options: Options, data: RunData, state: TrainState, bad_images: BadImages) -> DeviceLoader:
+    """The loader of this process's micro-batches."""
+    sampler = TrainBatchSampler(
+        data.train_images,
+        options.batch_size,
+        data.steps_per_epoch,
+        options.update_freq,
+        state.rank,
+        state.world_size,
+        options.seed,
+    )
+    return train_loader(data.train_set, data.train_pipeline, sampler, options, state.device, bad_images)
+
+
+def build_test_loader(options: Options, data: RunData, state: TrainState) -> DeviceLoader:
+    """The loader of this process's share of the test images, or of all of them with ``--dist_eval false``."""
+    place = (state.rank, state.world_size) if options.dist_eval else (0, 1)
+    sampler, bad_images = EvalSampler(len(data.test_set), *place), BadTestImages(state.stop_coordinator)
+    return eval_loader(data.test_set, data.test_pipeline, sampler, options, state.device, bad_images)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Model and state
+
+
+def build_model(options: Options, classes: int) -> nn.Module:
+    """The model with the weights from which training starts.
+
+    Raises:
+        InputError: the model cannot be built, or the weights do not fit it.
+    """
+    utils.seed_everything(options.seed)
+    kwargs = {"num_classes": classes, "drop_path_rate": options.drop_path, **options.model_kwargs}
+    model = create_model(options.model, input_size=options.input_size, device="meta", **kwargs)
+    if declared_architecture(model) is CONVNEXT:
+        kwargs.setdefault("ls_init_value", options.layer_scale_init_value)
+    elif options.layer_scale_init_value != default_options().layer_scale_init_value:
+        raise InputError(
+            f"--layer_scale_init_value: is ConvNeXt's; for {options.model} use --model_kwargs init_values=VALUE"
+        )
+    model = create_model(options.model, input_size=options.input_size, **kwargs)
+    check_input_size(model, options.input_size, options.model)
+    initialize(model, options.init)
+    if options.head_init_scale != 1:
+        with torch.no_grad():
+            for parameter in model.get_classifier().parameters():
+                parameter.mul_(options.head_init_scale)
+    if options.initialize:
+        kept = load_initial(model, options.initialize, "--initialize")
+        print_main(f"initialised from {options.initialize}; random: {', '.join(kept) or 'nothing'}")
+    elif options.finetune:
+        kept = load_finetune(model, options.finetune, "--finetune", options.model_key.split("|"))
+        print_main(f"fine-tuning {options.finetune}; random: {', '.join(kept) or 'nothing'}")
+    if options.linear_probe:
+        make_linear_probe(model, options.model)
+    return model
+
+
+def build_train_state(
+    options: Options,
+    model: nn.Module,
+    teacher: Teacher | None,
+    device: torch.device,
+    launch: Launch,
+    stop_coordinator: StopCoordinator,
+    steps_per_epoch: int,
+    classes: int,
+) -> TrainState:
+    """Put optimiser, schedules, loss and everything else that a step needs around a model.
+
+    Args:
+        options: complete.
+        model: from ``build_model``; moves to the device.
+        teacher: to distill from, or None.
+        device: where to compute.
+        launch: where this process stands.
+        stop_coordinator: of all processes; None in a state that takes no step.
+        steps_per_epoch: optimiser steps in an epoch.
+        classes: number of classes.
+
+    Raises:
+        InputError: the optimiser or the warm-up does not fit.
+    """
+    model.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
+    ema = None
+    if options.model_ema:
+        average_device = "cpu" if options.model_ema_force_cpu else None
+        ema = ModelEmaV3(model, decay=options.model_ema_decay, device=average_device)
+    ddp_model, projector = model, None
+    if teacher is not None:
+        teacher.to(device)
+        if teacher.features:
+            ddp_model = WithProjector(model, teacher.model.head_hidden_size).to(device)
+            projector = ddp_model.projector
+    if launch.world_size > 1:
+        ddp_model = DistributedDataParallel(ddp_model, device_ids=[device.index] if device.type == "cuda" else None)
+    total_steps = options.epochs * steps_per_epoch
+    warmup_steps = options.warmup_steps if options.warmup_steps >= 0 else options.warmup_epochs * steps_per_epoch
+    weight_decay_end = options.weight_decay if options.weight_decay_end is None else options.weight_decay_end
+    amp_dtype = getattr(torch, options.amp_dtype) if options.use_amp else None
+    mixup = build_mixup(options, classes)
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else options.smoothing)  # mixup smooths by itself
+    return TrainState(
+        model=model,
+        projector=projector,
+        ddp_model=ddp_model,
+        optimizer=create_optimizer(model, options, projector),
+        scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
+        ema=ema,
+        lr_schedule=cosine_schedule(options.lr, options.min_lr, total_steps, warmup_steps),
+        weight_decay_schedule=cosine_schedule(options.weight_decay, weight_decay_end, total_steps),
+        steps_per_epoch=steps_per_epoch,
+        update_freq=options.update_freq,
+        mixup=mixup,
+        criterion=Loss(criterion, teacher, options.distillation_alpha),
+        amp_dtype=amp_dtype,
+        clip_grad=options.clip_grad,
+        device=device,
+        seed=options.seed,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        stop_coordinator=stop_coordinator,
+    )
+
+
+def build_mixup(options: Options, classes: int) -> Mixup | None:
+    """timm's mixup and cutmix with label smoothing, or None without them."""
+    if not mixes(options):
+        return None
+    return Mixup(
+        mixup_alpha=options.mixup,
+        cutmix_alpha=options.cutmix,
+        cutmix_minmax=options.cutmix_minmax,
+        prob=options.mixup_prob,
+        switch_prob=options.mixup_switch_prob,
+        mode=options.mixup_mode,
+        label_smoothing=options.smoothing,
+        num_classes=classes,
+    )
