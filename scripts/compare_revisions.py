@@ -360,7 +360,7 @@ def planned_commands(work: Workplace, side: str, scripts: list) -> dict:
         dry_run = subprocess.run(words, env=environment, cwd=work.trees[side], capture_output=True, text=True)
         plans[script] = [[dry_run.returncode, dry_run.stderr]]
         for line in dry_run.stdout.splitlines():
-            words = [re.sub(r"^(scripts|experiments)/", "", word) for word in shlex.split(line)]
+            words = [re.sub(r"^(scripts|experiments)/(?=.*\.(py|sh)$)", "", word) for word in shlex.split(line)]
             programs = (
                 {"main.py": 0, "weight_selection.py": 0, "ablate_projection.py": 1} if words[:1] == ["python"] else {}
             )
@@ -389,12 +389,16 @@ def compare_options(work: Workplace) -> None:
         )
 
 
+NEW_OPTIONS = {"--verbose"}  # of weight_selection.py --dry_run; the default shows groups, layers and totals
+
+
 def compare_help(work: Workplace) -> None:
     """The options that --help lists, for both programs and every script."""
 
     def options_of(side, name):
         status, errors, printed = work.finish(side, f"{name} --help")
-        return [status, errors, sorted(set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", printed)))]
+        listed = set(re.findall(r"^ +(--?[a-z][\w-]*)", printed, re.M)) - NEW_OPTIONS
+        return [status, errors, sorted(listed)]
 
     scripts = [path for path in work.trees["then"].glob("scripts/*.py") if "__main__" in path.read_text()]
     for name in ("main.py", "weight_selection.py", *sorted(path.name for path in scripts)):
