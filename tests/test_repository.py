@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, how long files and functions may be, and what starts without torch."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -57,17 +58,20 @@ def at_import(tree):
             waiting += list(ast.iter_child_nodes(node))
 
 
+@functools.cache
 def parse(path):
     return ast.parse(path.read_text())
 
 
+@functools.cache
 def arrows():
-    """(file, its room, room that it imports) for every import between two rooms, also in functions."""
+    """[(file, its room, room that it imports)] for every import between two rooms, also in functions."""
+    found = []
     for path in FILES:
-        for name in imported(ast.walk(parse(path))):
-            target = name.partition(".")[0]
-            if target in LEVEL and target != room_of(path):
-                yield str(path.relative_to(ROOT)), room_of(path), target
+        targets = [name.partition(".")[0] for name in imported(ast.walk(parse(path)))]
+        here = room_of(path)
+        found += [(str(path.relative_to(ROOT)), here, room) for room in targets if room in LEVEL and room != here]
+    return found
 
 
 def test_imports_run_downwards():

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from helpers import read_log, read_results
-from training.checkpoint import check_same_run
 from training.options import (
     CANNOT_CHANGE_RESULT,
     MAY_CHANGE_ON_RESUME,
@@ -19,6 +18,7 @@ from training.options import (
     get_args_parser,
     parse_args,
 )
+from training.output_dir import check_same_run
 from weight_selection.errors import InputError
 
 
