@@ -70,8 +70,7 @@ check_options = find("check_options", "weight_selection.cli", "weight_selection"
 parsed = []
 for program, *words in json.load(sys.stdin):
     if program == "main.py":
-        args = parse_main(words)
-        args.config = None
+        args = vars(parse_main(words)) | {"config": None}
     else:
         args = make_parser().parse_args(words)
         absent = {"pretrained_path": args.pretrained_path}  # files that a dry run does not have
@@ -79,8 +78,9 @@ for program, *words in json.load(sys.stdin):
             absent["calibration"], args.calibration = args.calibration, "noise"
         args.pretrained_path = None
         check_options(args)
-        vars(args).update(absent, student_config=None)
-    parsed.append(vars(args))
+        args = vars(args) | absent | {"student_config": None}
+        args.pop("verbose", None)  # new
+    parsed.append(args)
 print(json.dumps(parsed, sort_keys=True))
 """
 
