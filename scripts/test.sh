@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint and tests, offline, on a CPU.
 #   bash scripts/test.sh                             all of them, as a change must pass them
-#   bash scripts/test.sh --quick                     while editing: without tests that train, start processes or are slow
+#   bash scripts/test.sh --quick                     while editing: one case of each test that does not train or start processes
 #   bash scripts/test.sh tests/test_models.py -k ema all arguments go to pytest
 # What --quick leaves out is decided in tests/conftest.py; the last line of the output counts it.
 set -euo pipefail

@@ -117,5 +117,6 @@ def test_no_function_is_long():
 
 
 def test_options_are_checked_before_torch_is_imported():
-    code = f"import sys, {WITHOUT_TORCH.replace(' ', ', ')}; sys.exit('torch' in sys.modules)"
+    names = WITHOUT_TORCH.replace(" ", ", ")
+    code = f"import sys, {names}; weight_selection.select_weights; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -6,23 +6,89 @@ elements. A plan is made first, from shapes alone; applying it touches the weigh
     from weight_selection import select_weights
     student.load_state_dict(select_weights(teacher, student), strict=False)
 
-Importing this package imports no torch; ``select_weights`` does when it is first used.
+Torch is imported when something is selected, not before.
 """
 
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from weight_selection.errors import InputError
-from weight_selection.options import ELEMENT_SELECTION, LAYER_SELECTION, PROJECTION
+from weight_selection.errors import InputError, in_python
+from weight_selection.options import ELEMENT_SELECTION, LAYER_SELECTION, PROJECTION, SelectionOptions
 
 if TYPE_CHECKING:
-    from weight_selection.selection import select_weights
+    import torch
 
 __all__ = ["ELEMENT_SELECTION", "LAYER_SELECTION", "PROJECTION", "InputError", "select_weights"]
 
 
-def __getattr__(name):
-    if name == "select_weights":
-        from weight_selection.selection import select_weights
+def select_weights(
+    teacher: torch.nn.Module | str,
+    student: torch.nn.Module | str,
+    *,
+    weights: Mapping | str | os.PathLike | None = None,
+    layer_selection: str = "first_n",
+    element_selection: str = "uniform",
+    exclude: tuple | list = (),
+    include_head: bool = False,
+    include_head_norm: bool = False,
+    allow_unused: bool = False,
+    seed: int = 0,
+    calibration=None,
+    calibration_images: int | None = None,
+    calibration_size: int | None = None,
+) -> dict:
+    """Select a student's first weights from a teacher's (paper, section 3), or project the teacher's onto it.
 
-        return select_weights
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    Args:
+        teacher: a timm model or the name of one. Its own weights are taken (the published ones of a name), unless
+            ``weights`` are given; then it may be on the meta device.
+        student: a smaller model of the same architecture, or a name. Only its shapes matter: it may be on the meta
+            device, but not for a projection.
+        weights: the teacher's weights apart from it: a state_dict with timm's keys, or a file that
+            ``--pretrained_path`` would take.
+        layer_selection: one of ``LAYER_SELECTION`` (section 3.1), applied to the layers of each stage.
+        element_selection: one of ``ELEMENT_SELECTION`` (section 3.2), or of ``PROJECTION``, which runs both models on
+            the device of the teacher.
+        exclude: components that keep the student's own initialisation (Table 10): attention, mlp, norm, patch_embed,
+            pos_embed.
+        include_head: select the classifier too; both models must have the same classes.
+        include_head_norm: select the normalisation inside ConvNeXt's head too, which the paper's release leaves out.
+        allow_unused: let teacher tensors go that the student has no counterpart of (LayerScale, registers).
+        seed: of the random rules, of noise, and of the draw of images.
+        calibration: for a projection: a directory of images, ``"noise"``, or images as the teacher takes them,
+            normalised: a tensor (n, channels, height, width), or an iterable of such batches that can be gone through
+            three times.
+        calibration_images: how many images of the directory or of noise; default: 256, or all if there are fewer.
+        calibration_size: side of these images in pixels; default: as the student takes them.
+
+    Returns:
+        A state_dict for ``student.load_state_dict(..., strict=False)``, in the student's order and the teacher's dtype,
+        without the classifier and the excluded components.
+
+    Raises:
+        InputError: an unknown name or option, weights that are not this teacher's, or a student that is no smaller
+            version of it. The message is one line and says what to do.
+    """
+    from weight_selection.selection import Selection, Student, Teacher
+
+    options = SelectionOptions(
+        layer_selection,
+        element_selection,
+        exclude if isinstance(exclude, str) else tuple(exclude),
+        include_head,
+        include_head_norm,
+        allow_unused,
+        seed,
+        calibration,
+        calibration_images,
+        calibration_size,
+    )
+    try:
+        options.check()
+        selection = Selection(Teacher(teacher, weights=weights), Student(student), options)
+        return selection.weights()
+    except InputError as error:
+        raise InputError(in_python(str(error))) from error

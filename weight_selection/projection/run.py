@@ -9,10 +9,10 @@ from weight_selection.options import SelectionOptions
 from weight_selection.plan import Plan
 from weight_selection.projection.images import Calibration, check_batches
 from weight_selection.projection.maps import check_heads
-from weight_selection.projection.project import describer, load_teacher, match_geometry, paired_groups, project
+from weight_selection.projection.project import check_positions, describer, load_teacher, match_geometry, project
 from weight_selection.projection.symmetries import Symmetries
 from weight_selection.projection.symmetry_check import check_streams
-from weight_selection.projection.traced_model import TracedModel
+from weight_selection.projection.traced_model import TracedModel, paired_groups
 from weight_selection.sources.teachers import trained_config
 from weight_selection.sources.timm_models import input_size
 
@@ -32,23 +32,20 @@ class Projection:
     """
 
     def __init__(self, teacher, student, skeletons: tuple, structures: tuple, plan: Plan, options: SelectionOptions):
-        self.teacher, self.student, self.structures, self.plan, self.options = (
-            teacher,
-            student,
-            structures,
-            plan,
-            options,
-        )
+        self.teacher, self.student, self.structures = teacher, student, structures
+        self.plan, self.options = plan, options
         self.symmetries = Symmetries(skeletons[0], structures[0].neurons)
         if options.element_selection == "project":
             name = teacher.model if isinstance(teacher.model, str) else type(teacher.model).__name__
             check_streams(self.symmetries, name)
         self._teacher_groups = paired_groups(plan.selected, *structures)
-        self.images = self._images(*skeletons) if options.calibration is not None else None
+        self.images = None
+        if options.calibration is not None:
+            self.images = self._images(*skeletons)
+            check_positions(plan.selected, *skeletons)
         traced = TracedModel(skeletons[0], structures[0], self.symmetries), TracedModel.of(skeletons[1], structures[1])
         check_heads(plan.selected, *traced)
-        on_gpu = isinstance(teacher.model, str) and torch.cuda.is_available()
-        self.device = "cuda" if on_gpu else "cpu" if isinstance(teacher.model, str) else _device(teacher.model)
+        self.device = _device(teacher.model)
 
     def weights(self, weights, origin: str) -> dict:
         """The student's first weights on the CPU: its state_dict without what is left out.
@@ -60,11 +57,8 @@ class Projection:
         teacher, student = (_own(who).to(self.device).eval() for who in (self.teacher, self.student))
         load_teacher(teacher, weights, origin, self.options.include_head)
         match_geometry(teacher, student)
-        traced = (
-            TracedModel.of(model, structure)
-            for model, structure in zip((teacher, student), self.structures, strict=True)
-        )
         student.to(next(teacher.parameters()))
+        traced = map(TracedModel.of, (teacher, student), self.structures)
         return project(self.plan.selected, *traced, self.images, self.options.element_selection)
 
     def provenance(self) -> dict:
@@ -105,4 +99,7 @@ def _own(who):
 
 
 def _device(model):
+    """Where to work: where a user's module is; a name goes to the GPU if there is one."""
+    if isinstance(model, str):
+        return "cuda" if torch.cuda.is_available() else "cpu"
     return next(model.parameters()).device
