@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from concurrent.futures import Future
+from dataclasses import fields
 
 from weight_selection.arguments import Kwargs, Parser, check_kwargs
 from weight_selection.errors import InputError, run_program
@@ -22,6 +23,16 @@ from weight_selection.options import (
 )
 from weight_selection.sources import COMPONENTS, MODEL_TYPES
 from weight_selection.sources.recipe import read_student
+
+RECORDED = (  # options in the provenance
+    "layer_selection",
+    "exclude",
+    "include_head",
+    "include_head_norm",
+    "allow_unused",
+    "element_selection",
+    "seed",
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -131,18 +142,8 @@ def check_options(args) -> SelectionOptions:
             f"--seed {args.seed}: has no effect with --element_selection {args.element_selection}; leave it out"
         )
     args.seed = args.seed or 0
-    options = SelectionOptions(
-        args.layer_selection,
-        args.element_selection,
-        tuple(args.exclude),
-        args.include_head,
-        args.include_head_norm,
-        args.allow_unused,
-        args.seed,
-        args.calibration,
-        args.calibration_images,
-        args.calibration_size,
-    )
+    args.exclude = tuple(args.exclude)
+    options = SelectionOptions(**{field.name: getattr(args, field.name) for field in fields(SelectionOptions)})
     options.check(plan_only=args.dry_run)
     if args.verbose and not args.dry_run:
         raise InputError("--verbose: has no effect without --dry_run; leave it out")
@@ -220,15 +221,7 @@ def select(args, selection, name: str, digest: Future | None) -> None:
         "teacher": origin | {"sha256": digest},
         "student": {"name": args.student, "kwargs": args.student_kwargs}
         | ({"input_size": args.student_input_size} if args.student_input_size else {}),
-        "options": {
-            "layer_selection": args.layer_selection,
-            "exclude": args.exclude,
-            "include_head": args.include_head,
-            "include_head_norm": args.include_head_norm,
-            "allow_unused": args.allow_unused,
-            "element_selection": args.element_selection,
-            "seed": args.seed,
-        }
+        "options": {name: getattr(args, name) for name in RECORDED}
         | (selection.projection.provenance() if selection.projection is not None else {}),
         "left_out": absent,
     }
