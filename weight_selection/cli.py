@@ -25,15 +25,8 @@ from weight_selection.sources import COMPONENTS, MODEL_TYPES
 from weight_selection.sources.recipe import read_student
 
 # The options that stand in the provenance of a written file, in this order.
-RECORDED = (
-    "layer_selection",
-    "exclude",
-    "include_head",
-    "include_head_norm",
-    "allow_unused",
-    "element_selection",
-    "seed",
-)
+RECORDED = ("layer_selection", "exclude", "include_head", "include_head_norm", "allow_unused", "element_selection",
+            "seed")  # fmt: skip
 
 
 def get_args_parser() -> argparse.ArgumentParser:
