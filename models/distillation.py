@@ -5,9 +5,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Mlp
 
-from input_pipeline.transforms import normalization
 from weight_selection.errors import InputError
-from weight_selection.sources.teachers import create_pretrained, load_into_teacher, trained_config
+from weight_selection.sources.teachers import create_pretrained, load_into_teacher, normalization, trained_config
 from weight_selection.sources.timm_models import check_input_size, create_model
 
 

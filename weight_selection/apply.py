@@ -18,7 +18,7 @@ def apply_plan(plan: Plan, weights: Mapping, option: str = "teacher") -> dict:
     """Carry out a plan by its rule of element selection.
 
     Args:
-        plan: of ``make_plan``.
+        plan: of ``plan_selection``.
         weights: the teacher's state_dict. If it reads a tensor only when it is asked for, no more memory is needed than
             for the largest one.
         option: where the weights came from, for errors.

@@ -24,97 +24,51 @@ from weight_selection.options import (
 from weight_selection.sources import COMPONENTS, MODEL_TYPES
 from weight_selection.sources.recipe import read_student
 
-RECORDED = (  # options in the provenance
-    "layer_selection",
-    "exclude",
-    "include_head",
-    "include_head_norm",
-    "allow_unused",
-    "element_selection",
-    "seed",
-)
+# The options that stand in the provenance of a written file, in this order.
+RECORDED = ("layer_selection", "exclude", "include_head", "include_head_norm", "allow_unused", "element_selection",
+            "seed")  # fmt: skip
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("weight_selection.py", "Select a small model's first weights from a larger pretrained one.")
     add = parser.add_argument
-    add(
-        "--output_dir",
-        metavar="PATH",
-        help="a directory, in which MODEL_TYPE.pth is written, or a .pth, .pt or .safetensors file",
-    )
-    add(
-        "--model_type",
-        choices=list(MODEL_TYPES),
-        help="sets the default student and teacher; not needed when both are named",
-    )
+    head = parser.add_mutually_exclusive_group()
+    # fmt: off
+    add("--output_dir", metavar="PATH",
+        help="a directory, in which MODEL_TYPE.pth is written, or a .pth, .pt or .safetensors file")
+    add("--model_type", choices=list(MODEL_TYPES),
+        help="sets the default student and teacher; not needed when both are named")
     add("--pretrained_model", metavar="NAME", help="teacher: a timm name, old or new")
-    add(
-        "--pretrained_path",
-        metavar="FILE",
-        help="teacher's weights from disk, not from the hub (.pth .safetensors .npz ...); moving average first",
-    )
+    add("--pretrained_path", metavar="FILE",
+        help="teacher's weights from disk, not from the hub (.pth .safetensors .npz ...); moving average first")
     add("--student", metavar="NAME", help="vit_tiny, convnext_femto, another model of the paper, or any timm name")
-    add(
-        "--student_kwargs",
-        nargs="*",
-        default={},
-        action=Kwargs,
-        metavar="K=V",
-        help="such as embed_dim=96 num_heads=3",
-    )
-    add(
-        "--student_config",
-        metavar="FILE",
-        help="instead: a recipe of main.py, FILE or FILE:SECTION, whose model, arguments and size are the student's",
-    )
+    add("--student_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V",
+        help="such as embed_dim=96 num_heads=3")
+    add("--student_config", metavar="FILE",
+        help="instead: a recipe of main.py, FILE or FILE:SECTION, whose model, arguments and size are the student's")
     add("--teacher_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V", help="likewise for the teacher")
     add("--layer_selection", choices=LAYER_SELECTION, default="first_n")
-    add(
-        "--element_selection",
-        choices=ELEMENT_SELECTION + PROJECTION,
-        default="uniform",
-        help="project (rotated) and greedy (coordinates) go beyond the paper, and need --calibration",
-    )
-    add(
-        "--calibration",
-        metavar=f"DIR|{NOISE}",
-        help="images without labels for project and greedy: those of the task are best, any will do; or none, noise",
-    )
-    add(
-        "--calibration_images",
-        type=int,
-        metavar="N",
-        help=f"how many of them ({CALIBRATION_IMAGES}; of a smaller directory all)",
-    )
-    add(
-        "--calibration_size",
-        type=int,
-        metavar="N",
-        help="side in pixels of images for a model that takes any, such as a ResNet (that of timm or --student_config)",
-    )
+    add("--element_selection", choices=ELEMENT_SELECTION + PROJECTION, default="uniform",
+        help="project (rotated) and greedy (coordinates) go beyond the paper, and need --calibration")
+    add("--calibration", metavar=f"DIR|{NOISE}",
+        help="images without labels for project and greedy: those of the task are best, any will do; or none, noise")
+    add("--calibration_images", type=int, metavar="N",
+        help=f"how many of them ({CALIBRATION_IMAGES}; of a smaller directory all)")
+    add("--calibration_size", type=int, metavar="N",
+        help="side in pixels of images for a model that takes any, such as a ResNet (that of timm or --student_config)")
     add("--seed", type=int, help="of the random selections, of noise and of the choice of images (default: 0)")
-    add(
-        "--exclude",
-        nargs="+",
-        choices=COMPONENTS,
-        default=[],
-        help="components left at the student's own initialisation",
-    )
-    head = parser.add_mutually_exclusive_group()
+    add("--exclude", nargs="+", choices=COMPONENTS, default=[],
+        help="components left at the student's own initialisation")
     head.add_argument("--include_head", action="store_true", help="select the classifier too (same classes needed)")
-    head.add_argument(
-        "--include_head_norm", action="store_true", help="select ConvNeXt's head.norm, which the release leaves out"
-    )
+    head.add_argument("--include_head_norm", action="store_true",
+                      help="select ConvNeXt's head.norm, which the release leaves out")
     add("--allow_unused", action="store_true", help="let teacher tensors go that the student has no counterpart of")
-    add(
-        "--complete",
-        action="store_true",
-        help="write the student's own initialisation of all else too, a whole checkpoint (timm's checkpoint_path)",
-    )
+    add("--complete", action="store_true",
+        help="write the student's own initialisation of all else too, a whole checkpoint (timm's checkpoint_path)")
     add("--overwrite", action="store_true", help="replace an existing output file")
     add("--dry_run", action="store_true", help="print the plan; needs no weights and writes nothing")
     add("--verbose", action="store_true", help="with --dry_run: a line for every tensor too")
+    # fmt: on
     return parser
 
 
@@ -142,8 +96,8 @@ def check_options(args) -> SelectionOptions:
             f"--seed {args.seed}: has no effect with --element_selection {args.element_selection}; leave it out"
         )
     args.seed = args.seed or 0
-    args.exclude = tuple(args.exclude)
-    options = SelectionOptions(**{field.name: getattr(args, field.name) for field in fields(SelectionOptions)})
+    values = {field.name: getattr(args, field.name) for field in fields(SelectionOptions)}
+    options = SelectionOptions(**values | {"exclude": tuple(args.exclude)})
     options.check(plan_only=args.dry_run)
     if args.verbose and not args.dry_run:
         raise InputError("--verbose: has no effect without --dry_run; leave it out")
@@ -167,14 +121,8 @@ def main(argv=None) -> None:
 
     huggingface_hub.utils.logging.set_verbosity_error()  # a page of retries would hide the one line of an error
     student = Student(args.student, args.student_kwargs, args.student_input_size, "--student")
-    teacher = Teacher(
-        args.pretrained_model,
-        args.teacher_kwargs,
-        args.pretrained_path,
-        "--pretrained_model",
-        "--pretrained_path",
-        "give --pretrained_path FILE",
-    )
+    named = "--pretrained_model", "--pretrained_path", "give --pretrained_path FILE"
+    teacher = Teacher(args.pretrained_model, args.teacher_kwargs, args.pretrained_path, *named)
     selection = Selection(teacher, student, options)
     name = selection.student_structure.architecture.name
     if args.model_type not in (None, name):

@@ -21,19 +21,8 @@ NOISE = "noise"  # in place of a directory of images
 class SelectionOptions:
     """The options of one selection.
 
-    Errors speak the language of the command line; ``errors.in_python`` translates them for ``select_weights``.
-
-    Attributes:
-        layer_selection: one of ``LAYER_SELECTION`` (paper, section 3.1), applied to the layers of each stage.
-        element_selection: one of ``ELEMENT_SELECTION`` (section 3.2) or of ``PROJECTION``.
-        exclude: components that keep the student's own initialisation, of ``COMPONENTS`` (Table 10).
-        include_head: select the classifier too; teacher and student must have the same classes.
-        include_head_norm: select the normalisation inside ConvNeXt's head too, which the release leaves out.
-        allow_unused: let teacher tensors go that the student has no counterpart of.
-        seed: of the random rules, of noise and of the draw of images.
-        calibration: for ``PROJECTION``: a directory of images, ``noise``, or batches of images (in Python).
-        calibration_images: how many images of the directory or of noise; None: 256, or all if there are fewer.
-        calibration_size: side of these images in pixels; None: as the student takes them.
+    Each field means what ``select_weights`` says of its argument of the same name. Only Python can give tensors as the
+    calibration. Errors name options of the command line; ``errors.in_python`` translates them for ``select_weights``.
     """
 
     layer_selection: str = "first_n"
@@ -93,10 +82,9 @@ class SelectionOptions:
             )
         if isinstance(self.calibration, (str, os.PathLike)) and str(self.calibration) != NOISE:
             check_directory(self.calibration, "--calibration", f"name one of images, or {NOISE}")
-        if self.calibration_images is not None and self.calibration_images < 1:
-            raise InputError(f"--calibration_images {self.calibration_images}: give a number from 1 up")
-        if self.calibration_size is not None and self.calibration_size < 1:
-            raise InputError(f"--calibration_size {self.calibration_size}: give a number of pixels from 1 up")
+        for name, unit in (("calibration_images", ""), ("calibration_size", " of pixels")):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"--{name} {value}: give a number{unit} from 1 up")
 
 
 def _choose(option, value, choices):

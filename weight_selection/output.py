@@ -48,17 +48,11 @@ def write(path: Path, state_dict: dict, student: nn.Module, provenance: dict) ->
     with new_file(provenance_path(path)) as record, new_file(path) as temporary:
         write_weights(state_dict, temporary)
         verify(temporary, state_dict, student, provenance["left_out"])
-        teacher = {
-            key: value.result() if isinstance(value, Future) else value for key, value in provenance["teacher"].items()
-        }
+        teacher = provenance["teacher"].items()
+        teacher = {key: value.result() if isinstance(value, Future) else value for key, value in teacher}
         versions = {"torch": torch.__version__, "timm": version("timm"), "python": sys.version.split()[0]}
-        content = {
-            "file": path.name,
-            "sha256": sha256(temporary),
-            **provenance,
-            "teacher": teacher,
-            "versions": versions,
-        }
+        content = {"file": path.name, "sha256": sha256(temporary)} | provenance
+        content |= {"teacher": teacher, "versions": versions}
         record.write_text(json.dumps(content, indent=2) + "\n")
 
 

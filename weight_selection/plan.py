@@ -331,7 +331,7 @@ def _check_blocks(pair, large, small, where, s):
     if small.crossing_blocks or large.crossing_blocks:
         raise InputError(f"{where}, student's {s}: its neurons come in blocks that cross each other")
     for number, (n, m) in enumerate(zip(theirs.shape, ours.shape, strict=True)):
-        sizes = f"{where} = {block_words(theirs)}, student's {s} = {block_words(ours)}"
+        sizes = f"{where} = {shape_words(theirs.shape)}, student's {s} = {shape_words(ours.shape)}"
         if n < m:
             raise InputError(f"{sizes}: a teacher must be at least as large in both")
         if n != m and len(large.fixed) == theirs.ndim and large.fixed[number]:
@@ -340,9 +340,9 @@ def _check_blocks(pair, large, small, where, s):
             )
 
 
-def block_words(indices: np.ndarray) -> str:
-    """The block shape of indices, in words: 6x64."""
-    return "x".join(map(str, indices.shape))
+def shape_words(shape: tuple) -> str:
+    """A shape in words: 6x64."""
+    return "x".join(map(str, shape))
 
 
 def _count(slices):
@@ -350,6 +350,4 @@ def _count(slices):
 
 
 def _words(group):
-    if len(group.block_shape) > 1:
-        return "blocks of " + "x".join(map(str, group.block_shape))
-    return f"{group.size} neurons"
+    return f"blocks of {shape_words(group.block_shape)}" if len(group.block_shape) > 1 else f"{group.size} neurons"

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 
 from weight_selection.layers import Layers
-from weight_selection.plan import Plan, PlanEntry, block_words
+from weight_selection.plan import Plan, PlanEntry, shape_words
 
 ROLES = ("selected", "excluded", "classifier")
 
@@ -30,7 +30,7 @@ def group_lines(plan: Plan, describe=None) -> list:
         if group.teacher.size == group.student.size == 1:
             continue  # of a depthwise convolution, say
         name, layers = _fold(_where(group.keys))
-        sizes = f"{_shape(group.teacher)} -> {_shape(group.student)}"
+        sizes = f"{shape_words(group.teacher.block_shape)} -> {shape_words(group.student.block_shape)}"
         words = describe(number) if describe else _rule_words(plan, group)
         kinds.setdefault((name, sizes, words, len(group.keys)), []).append(layers)
     lines = []
@@ -58,7 +58,8 @@ def tensor_lines(plan: Plan, describe=None) -> list:
     rows = [("student key", "shape", "teacher key", "shape", "rule")]
     for entry in plan.entries:
         words = describe(entry) if describe else tensor_words(entry, plan)
-        rows.append((entry.key, _size(entry.shape), entry.teacher_key or "-", _size(entry.teacher_shape), words))
+        teacher_shape = "-" if entry.teacher_shape is None else shape_words(entry.teacher_shape)
+        rows.append((entry.key, shape_words(entry.shape), entry.teacher_key or "-", teacher_shape, words))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return ["  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[4]]) for row in rows]
 
@@ -82,7 +83,7 @@ def tensor_words(entry: PlanEntry, plan: Plan) -> str:
         inside = " x ".join(str(len(pairs)) for pairs in smaller if len(pairs) > 1)
         words.append(plan.element_selection + (f" in each of {inside} parts" if inside else ""))
         pairs = [pair for pairs in smaller for pair in pairs if pair.teacher.ndim > 1]
-        blocks = {f"{block_words(pair.teacher)} to {block_words(pair.student)}" for pair in pairs}
+        blocks = {f"{shape_words(pair.teacher.shape)} to {shape_words(pair.student.shape)}" for pair in pairs}
         if blocks:
             words.append("blocks of " + " and ".join(sorted(blocks)))
     return ", ".join(words) or "copy"
@@ -132,11 +133,3 @@ def _span(numbers):
     if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"{{{numbers[0]}..{numbers[-1]}}}"
     return "{" + ", ".join(map(str, numbers)) + "}"
-
-
-def _shape(group):
-    return "x".join(map(str, group.block_shape))
-
-
-def _size(shape):
-    return "-" if shape is None else "x".join(map(str, shape))

@@ -83,7 +83,7 @@ class Teacher:
         provenance = {"name": name, "model": ".".join(filter(None, (cfg["architecture"], tag))), "kwargs": self.kwargs}
         if self.file is not None:
             if self.file.suffix == ".npz":  # timm converts these only into a real model
-                skeleton = copy.deepcopy(self.create()) if not isinstance(self.model, str) else self.create()
+                skeleton = self.create() if isinstance(self.model, str) else copy.deepcopy(self.model)
             weights, unused = open_teacher(self.weights, skeleton, self.weights_option)
             if unused:
                 provenance["unused"] = dict(Counter(re.split("[./]", key)[0] for key in unused))

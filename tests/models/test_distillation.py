@@ -8,10 +8,10 @@ import torch
 
 import main
 from helpers import assert_same, differ, read_checkpoint, read_log
-from input_pipeline.transforms import normalization
 from models.distillation import Loss, Teacher, build_teacher
 from training.options import parse_args
 from weight_selection.errors import InputError
+from weight_selection.sources.teachers import normalization
 from weight_selection.sources.timm_models import create_model
 
 TEACHER = "--teacher vit_tiny --teacher_kwargs embed_dim=48 depth=2 num_heads=3 patch_size=4"

@@ -28,17 +28,10 @@ def find_weights(path, model: nn.Module, option: str) -> Path:
 
 
 def load_initial(model: nn.Module, path, option: str) -> list:
-    """Load first weights into a student, and make sure that the file lacks only what it may lack.
+    """Load first weights into a student, in place; returns the keys that keep its own initialisation.
 
-    It may lack the classifier, and the keys that the provenance beside the file lists as left out.
-
-    Args:
-        model: the student, changed in place.
-        path: file of a state_dict.
-        option: the option that named the file, for errors.
-
-    Returns:
-        The keys that keep the model's own initialisation.
+    The file may lack the classifier, and the keys that the provenance beside it lists as left out, but nothing else.
+    ``option`` named it, for errors.
 
     Raises:
         InputError: the file cannot be read, is for another architecture or of another shape (the message names the
@@ -51,7 +44,7 @@ def load_initial(model: nn.Module, path, option: str) -> list:
 def load_finetune(model: nn.Module, path, option: str, nested) -> list:
     """Load the weights of a trained model; a classifier of another shape keeps the model's own initialisation.
 
-    Args, Returns, Raises: as ``load_initial``; ``nested`` as in ``read_weights``.
+    As ``load_initial``; ``nested`` as in ``read_weights``.
     """
     state_dict = read_weights(path, option, nested)
     classifier = classifier_pattern(model)

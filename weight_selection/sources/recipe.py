@@ -65,13 +65,7 @@ def read_recipe(
 
 
 def read_student(path: str, option: str) -> tuple[str, dict, int]:
-    """The model that a recipe trains.
-
-    Args:
-        path, option: as of ``read_recipe``.
-
-    Returns:
-        Its name, its arguments, and the side of its input in pixels.
+    """The model that a recipe trains: its name, its arguments, and the side of its input in pixels.
 
     Raises:
         InputError: as ``read_recipe``; or the recipe has no model, or one of the three cannot be used.
@@ -109,9 +103,11 @@ class _Reader:
         if sections is not None and not (isinstance(sections, dict) and sections):
             raise InputError(f"{where}: sections must be NAME: RECIPE lines")
         if sections is not None and section is None:
-            raise InputError(f"{where}: name a section, as in {file}:{next(iter(sections))}; it has {_list(sections)}")
+            raise InputError(
+                f"{where}: name a section, as in {file}:{next(iter(sections))}; it has {', '.join(sections)}"
+            )
         if section is not None and section not in (sections or {}):
-            raise InputError(f"{where}: no section {section}; {file} has {_list(sections) if sections else 'none'}")
+            raise InputError(f"{where}: no section {section}; {file} has {', '.join(sections or ['none'])}")
         below = self._check_bases(path, file, section, above)
         shared = self._over_bases(content, file, {}, below)
         return shared if section is None else shared | self._over_bases(sections[section], file, sections, below)
@@ -182,7 +178,3 @@ def _read_yaml(path: Path, where: str) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{where}: must be NAME: VALUE lines")
     return content
-
-
-def _list(sections: dict) -> str:
-    return ", ".join(sections)

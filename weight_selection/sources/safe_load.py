@@ -74,14 +74,10 @@ def check_archive(path) -> None:
 
 
 def _check_pickles(path, also: tuple) -> None:
-    """Check that the pickles in a file of ``torch.save`` ask for nothing but tensors and plain types.
+    """Raise Damaged if the pickles in a file of ``torch.save`` ask for more than tensors, plain types and ``also``.
 
-    Args:
-        path: the file, a zip archive or of the format before that, which is five pickles and then the numbers.
-        also: classes that they may ask for too.
-
-    Raises:
-        Damaged: they do. What are no pickles raise nearly anything, as in ``torch.load``.
+    The file is a zip archive, or of the older format: five pickles and then the numbers. Bytes that are not pickles
+    raise nearly anything, as in ``torch.load``.
     """
     allowed = GLOBALS | {f"{cls.__module__} {cls.__name__}" for cls in also}
     if is_archive(path):
@@ -162,8 +158,7 @@ def load_torch(path, option, also=()):
     """``torch.load(weights_only=True)`` with check sums, and errors of one line.
 
     Args:
-        path: the file.
-        option: the command-line option that named it, for errors.
+        path, option: the file, and the command-line option that named it, for errors.
         also: classes that may be in it, beside tensors and plain types.
 
     Raises:

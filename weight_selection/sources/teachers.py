@@ -160,11 +160,7 @@ def _read_npz(path, model, architecture, option):
 def create_pretrained(name: str, kwargs: dict, option: str, remedy: str) -> nn.Module:
     """A model with its published weights, from the hub or its local cache.
 
-    Args:
-        name: timm name.
-        kwargs: of ``create_model``.
-        option: the option that named it, for errors.
-        remedy: what the user can do if the weights cannot be had, for errors.
+    ``option`` named it, and ``remedy`` is what the user can do if the weights cannot be had, both for errors.
 
     Raises:
         InputError: there are none, or they cannot be fetched.

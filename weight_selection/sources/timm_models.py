@@ -31,10 +31,7 @@ PAPER_MODELS = {
     "vit_a": ("vit_tiny_patch16_224", {"depth": 6}),  # Table 6: half of ViT-T's depth
     "vit_tiny_clip": ("vit_tiny_patch16_224", {"pre_norm": True, "norm_layer": partial(nn.LayerNorm, eps=1e-5)}),
     "vit_base_clip": ("vit_base_patch16_clip_224", {}),
-    "convnext_femto": (
-        "convnext_femto",
-        {"conv_mlp": False},
-    ),  # linears, as in ConvNeXt-T; timm's own uses 1x1 convolutions
+    "convnext_femto": ("convnext_femto", {"conv_mlp": False}),  # linear layers, as ConvNeXt-T; timm's has 1x1 kernels
     "convnext_tiny": ("convnext_tiny", {}),
 }
 

@@ -15,19 +15,16 @@ from weight_selection.errors import InputError
 from weight_selection.sources.safe_load import check_archive, is_archive, pickle_operations
 
 DTYPES = {
-    f"{name}Storage": dtype
-    for name, dtype in {
-        "Half": torch.float16,
-        "BFloat16": torch.bfloat16,
-        "Float": torch.float32,
-        "Double": torch.float64,
-        "Bool": torch.bool,
-        "Byte": torch.uint8,
-        "Char": torch.int8,
-        "Short": torch.int16,
-        "Int": torch.int32,
-        "Long": torch.int64,
-    }.items()
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ShortStorage": torch.int16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
 }
 
 
@@ -43,14 +40,9 @@ def is_torchscript(path) -> bool:
 
 
 def read_torchscript(path, option: str) -> dict:
-    """The parameters and buffers of the module in a TorchScript archive.
+    """The parameters and buffers of the module in a TorchScript archive, {key: tensor}.
 
-    Args:
-        path: the file.
-        option: the command-line option that named it, for errors.
-
-    Returns:
-        {key: tensor}
+    ``option`` is the command-line option that named the file, for errors.
 
     Raises:
         InputError: damaged, or more than modules, tensors and plain values in it.

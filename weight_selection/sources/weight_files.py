@@ -30,8 +30,7 @@ def read_weights(path, option: str, nested=NESTED) -> dict:
     No code from the file is run.
 
     Args:
-        path: the file.
-        option: the option that named the file, for errors.
+        path, option: the file, and the option that named it, for errors.
         nested: keys under which the state_dict may be nested; the first that is there and not None is taken.
 
     Returns:
@@ -101,15 +100,12 @@ def _state_dict(content, nested, option, path):
     """The state_dict inside the content of a file."""
     if isinstance(content, dict):
         content = next((content[key] for key in nested if content.get(key) is not None), content)
-    if not isinstance(content, dict) or not content or not all(map(_is_named_tensor, content.items())):
+    named = isinstance(content, dict) and all(isinstance(key, str) and is_plain(content[key]) for key in content)
+    if not named or not content:
         raise InputError(
             f"{option} {path}: holds no state_dict (names with a tensor each), at the top or under {nested}"
         )
     return clean_state_dict(content)
-
-
-def _is_named_tensor(item):
-    return isinstance(item[0], str) and is_plain(item[1])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -118,23 +114,14 @@ def _is_named_tensor(item):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file.
-
-    Attributes:
-        shape: of the tensor.
-        read: reads it, onto the CPU; raises an InputError if its part of the file is damaged.
-    """
+    """A tensor in a file; ``read`` gives it on the CPU, or raises an InputError if its part of the file is damaged."""
 
     shape: tuple
     read: Callable[[], torch.Tensor]
 
 
 class Weights(Mapping):
-    """A state_dict whose tensors are read from a file each time they are asked for.
-
-    Args:
-        stored: {key: ``StoredTensor``}.
-    """
+    """A state_dict of ``StoredTensor``, {key: tensor}, which are read each time they are asked for."""
 
     def __init__(self, stored: dict):
         self.stored = stored
@@ -161,8 +148,7 @@ def open_state_dict(path, option: str) -> dict | None:
         return _open_safetensors(path, option)
     if path.suffix == ".npz" or not is_archive(path) or is_torchscript(path):
         return None
-    mapped = map_torch(path, option, ALSO)
-    if mapped is None:
+    if (mapped := map_torch(path, option, ALSO)) is None:
         return None
     content, sums = mapped
     return {

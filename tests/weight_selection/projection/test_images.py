@@ -10,12 +10,12 @@ import torch
 import ablate_projection
 from architectures import lively, models
 from helpers import assert_same, differ, images_for, meta, words
-from input_pipeline.transforms import normalization
 from weight_selection import select_weights
 from weight_selection.cli import main as select_main
 from weight_selection.errors import InputError
 from weight_selection.projection.activation_tap import ActivationTap
 from weight_selection.projection.images import Calibration, noise
+from weight_selection.sources.teachers import normalization
 from weight_selection.sources.timm_models import create_model
 
 CONFIG = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 0.9}
