@@ -290,6 +290,9 @@ def compare_projection(work: Workplace) -> None:
                     output = f"out/projection/{model}/{rule}_{name}_{layers}"
                     more = f"--element_selection {rule} --layer_selection {layers} --calibration {images} {size}"
                     commands[output] = selecting(model, output, more)
+    output = "out/projection/vit/project_other_images"
+    larger = "--element_selection project --calibration noise --calibration_images 8"
+    commands[output] = re.sub("(--student_kwargs .*?)img_size=32", r"\1img_size=48", selecting("vit", output, larger))
     work.compare_commands(commands)
     for rule, part in (("project", "frame"), ("project", "heads"), ("greedy", "coordinates"), ("greedy", "weights")):
         output = f"out/projection/{rule}_without_{part}"

@@ -136,6 +136,8 @@ class Selection:
         options: checked.
 
     Attributes:
+        models: both, on the meta device if they were named.
+        skeletons: as they are traced: for a projection, copies of one geometry.
         teacher_structure, student_structure: what the trace found.
         plan: which weights go where.
 
@@ -145,7 +147,8 @@ class Selection:
 
     def __init__(self, teacher: Teacher, student: Student, options: SelectionOptions):
         self.teacher, self.student, self.options = teacher, student, options
-        self.skeletons = self._skeletons()
+        self.models = teacher.create("meta"), student.create("meta")
+        self.skeletons = self._skeletons() if options.projects else self.models
         names = _called(teacher.option, teacher.model), _called(student.option, student.model)
         self.student_structure = structure_of(self.skeletons[1], names[1])
         self.teacher_structure = structure_of(self.skeletons[0], names[0])
@@ -160,7 +163,7 @@ class Selection:
     @cached_property
     def opened(self) -> tuple:
         """The teacher's weights, their provenance and their file, as of ``Teacher.open``."""
-        return self.teacher.open(self.skeletons[0], self.options.include_head)
+        return self.teacher.open(self.models[0], self.options.include_head)
 
     def weights(self) -> dict:
         """The student's first weights: its state_dict without what is left out, on the CPU or where the teacher's are.
@@ -174,17 +177,15 @@ class Selection:
         return self.projection.weights(weights, origin)
 
     def _skeletons(self):
-        """Both models without weights; for a projection the teacher is brought to the student's geometry."""
-        models = self.teacher.create("meta"), self.student.create("meta")
-        if self.options.projects:
-            from weight_selection.projection.project import match_geometry
+        """Copies without weights, for a projection: the teacher is brought to the student's geometry."""
+        from weight_selection.projection.project import match_geometry
 
-            for who in (self.teacher, self.student):
-                if not isinstance(who.model, str) and _on_meta(who.model):
-                    raise InputError(f"{who.option}: is on the meta device, but projection runs it; give a real one")
-            models = tuple(map(skeleton_of, models))
-            match_geometry(*models)
-        return models
+        for who in (self.teacher, self.student):
+            if not isinstance(who.model, str) and _on_meta(who.model):
+                raise InputError(f"{who.option}: is on the meta device, but projection runs it; give a real one")
+        skeletons = tuple(map(skeleton_of, self.models))
+        match_geometry(*skeletons)
+        return skeletons
 
 
 def _called(option, model):

@@ -89,6 +89,17 @@ def command(tmp_path_factory, image_folder):
     return words
 
 
+def test_a_teachers_file_may_be_of_other_images_than_the_student(cli, command, tmp_path):
+    larger = [f"{key}={value}" for key, value in {**SMALL, "img_size": 24}.items()]
+    more = ["--element_selection", "project", "--calibration", "noise", "--student_kwargs", *larger]
+    assert cli(select_main, *command(tmp_path / "init.pth", *more)) is None
+    teacher, student = create_model("vit_small", **LARGE), create_model("vit_tiny", **{**SMALL, "img_size": 24})
+    teacher.load_state_dict(torch.load(command("")[3], weights_only=True))
+    expected = select_weights(teacher, student, element_selection="project", calibration="noise", calibration_images=20)
+    assert_same(torch.load(tmp_path / "init.pth", weights_only=True), expected)
+    assert teacher.pos_embed.shape[1] == 17, "the caller's model is left as it is"
+
+
 @pytest.mark.parametrize("method", ["project", "greedy"])
 def test_the_command_writes_what_the_function_gives_with_where_it_is_from(cli, command, method, tmp_path, image_folder):
     options = ["--element_selection", method, "--seed", 3]
