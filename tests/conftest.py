@@ -13,6 +13,7 @@ from PIL import Image
 
 import main
 import training.run
+from helpers import TEST_IMAGES, TRAIN_IMAGES
 from weight_selection.errors import InputError
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=50)
@@ -24,7 +25,6 @@ torch.set_num_threads(1)
 # Class folders, each around one colour: learnt in a few epochs, but not in the first. Test images are an odd number,
 # so that two processes cannot share them evenly.
 COLOURS = {"blue": (40, 60, 200), "green": (60, 190, 70), "red": (200, 50, 50)}
-TRAIN_IMAGES, TEST_IMAGES = 48, 13
 
 
 # --quick leaves out tests that use one of these fixtures or modules, or are marked as slow; of a test that runs on many

@@ -8,6 +8,8 @@ import torch.nn as nn
 
 from weight_selection.sources.timm_models import create_model, input_size
 
+TRAIN_IMAGES, TEST_IMAGES = 48, 13  # of the fixture image_folder
+
 
 def read_log(directory):
     return [json.loads(row) for row in (directory / "log.txt").read_text().splitlines()]

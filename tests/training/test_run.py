@@ -11,9 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import optim_factory
 import training.run
-from conftest import TEST_IMAGES, TRAIN_IMAGES
 from distributed.program import RunError
-from helpers import assert_same, differ, read_checkpoint, read_log, read_results
+from helpers import TEST_IMAGES, TRAIN_IMAGES, assert_same, differ, read_checkpoint, read_log, read_results
 from optim_factory import cosine_schedule
 from training import checkpoint
 from weight_selection.errors import InputError
