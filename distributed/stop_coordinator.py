@@ -94,7 +94,7 @@ class StopCoordinator:
 
     def _raise_fault(self, code):
         if code >= FAULT:
-            raise RunError(next(reason for reason in self.gather_objects(self.reason) if reason is not None))
+            raise RunError(self.first_of_all(self.reason))
 
     def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
         """The tensors of all processes in the order of their ranks; they are on the CPU and of one shape."""
@@ -103,6 +103,10 @@ class StopCoordinator:
         gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, values, group=self.group)
         return gathered
+
+    def first_of_all(self, value):
+        """The value of the first process whose value is not None; None if there is no such process."""
+        return next((other for other in self.gather_objects(value) if other is not None), None)
 
     def gather_objects(self, value) -> list:
         """The values of all processes, of plain types, in the order of their ranks."""

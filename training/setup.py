@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -51,7 +52,8 @@ def complete_options(options: Options, local_rank: int) -> Options:
     if options.use_amp:
         amp_dtype = amp_dtype or ("float16" if device == "cuda" else "bfloat16")
         check_arithmetic(device, amp_dtype)
-    if initial_weights:
+    initial_weights = initial_weights and str(Path(initial_weights))
+    if initial_weights and Path(initial_weights).is_dir():  # the model says which file in it is meant
         model = create_model(options.model, input_size=options.input_size, device="meta", **options.model_kwargs)
         initial_weights = str(find_weights(initial_weights, model, "--initialize"))
     return options.replace(device=device, num_workers=workers, amp_dtype=amp_dtype, initialize=initial_weights)
@@ -149,9 +151,8 @@ def check_cache_fits(options: Options, data: RunData, device: torch.device, stop
         check_memory(data_sets, device if options.augment_device else None)
     except InputError as error:
         refusal = str(error)
-    refusals = [refusal for refusal in stop_coordinator.gather_objects(refusal) if refusal is not None]
-    if refusals:
-        raise InputError(refusals[0])
+    if refusal := stop_coordinator.first_of_all(refusal):
+        raise InputError(refusal)
 
 
 def build_train_loader(options: Options, data: RunData, state: TrainState, bad_images: BadImages) -> DeviceLoader:

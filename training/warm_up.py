@@ -40,9 +40,8 @@ def compile_model(state: TrainState, images: torch.Tensor, targets: torch.Tensor
             state.model.eval()(test_images)
     except Exception as error:  # no compiler, no Triton, an operator without a kernel: each fails in its own way
         failure = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-    failures = [failure for failure in state.stop_coordinator.gather_objects(failure) if failure is not None]
-    if failures:
-        print_main(f"warning: --compile true: goes on without, as it failed ({printable(failures[0])[:300]})")
+    if failure := state.stop_coordinator.first_of_all(failure):
+        print_main(f"warning: --compile true: goes on without, as it failed ({printable(failure)[:300]})")
         for module in modules:
             module._compiled_call_impl = None  # undoes Module.compile, for which PyTorch has no public way
 

@@ -108,7 +108,7 @@ def project(entries: dict, teacher: TracedModel, student: TracedModel, images: I
 
 
 def check_positions(entries: dict, teacher: nn.Module, student: nn.Module) -> None:
-    """Raise InputError unless the teacher can see the student's images: unless the plan resamples nothing."""
+    """Raise InputError if the plan resamples positions or channels: the teacher cannot see such images."""
     if input_size(teacher)[0] != input_size(student)[0]:
         raise InputError("in_chans: the teacher cannot see images of other channels than its own; select by a rule")
     resampled = next((key for key, entry in entries.items() if entry.resampling is not None), None)
@@ -120,17 +120,16 @@ def check_positions(entries: dict, teacher: nn.Module, student: nn.Module) -> No
 
 
 def describer(
-    plan: list, symmetries: Symmetries, teacher: ModelStructure, student: ModelStructure, rotate: bool
+    entries: dict, symmetries: Symmetries, teacher: ModelStructure, student: ModelStructure, rotate: bool
 ) -> Callable:
     """A function that says in words how projection makes an entry of a plan. No weights are needed.
 
     Args:
-        plan: all entries.
+        entries: {student's key: its entry of the plan}, of the selected tensors.
         symmetries: of the teacher.
         teacher, student: their structures.
         rotate: whether streams are going to be rotated.
     """
-    entries = {entry.key: entry for entry in plan if entry.role == "selected"}
     up_mapped = {key for key, entry in entries.items() if entry.teacher_key in symmetries.dense and 1 in entry.slices}
     skipped = find_skipped(entries, teacher.layers, student.layers, up_mapped)
     treatments = {

@@ -74,7 +74,7 @@ class Projection:
     def describer(self):
         """A function that says in words how a plan's entry is made."""
         rotate = self.options.element_selection == "project"
-        return describer(self.plan.entries, self.symmetries, *self.structures, rotate)
+        return describer(self.plan.selected, self.symmetries, *self.structures, rotate)
 
     def describe_group(self, number: int) -> str:
         """What is done with a group of the student's, in words."""
