@@ -26,7 +26,7 @@ from weight_selection.errors import InputError, run_program
 from weight_selection.files import check_writable, new_file
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection, structure_of
-from weight_selection.sources.architectures import architecture_of
+from weight_selection.sources.facts import facts_of
 from weight_selection.sources.timm_models import create_model
 
 # Kinds of refusals, by what their messages say; the first that matches.
@@ -139,7 +139,7 @@ def architectures_by_family() -> dict:
     """{family: names of all of timm's architectures in it}, the largest family first."""
     families = {}
     for name in timm.list_models():
-        families.setdefault(architecture_of(create_model(name, device="meta"), name).name, []).append(name)
+        families.setdefault(facts_of(create_model(name, device="meta")).architecture.name, []).append(name)
     return dict(sorted(families.items(), key=lambda item: -len(item[1])))
 
 

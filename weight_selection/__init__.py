@@ -28,6 +28,9 @@ def select_weights(
     teacher: torch.nn.Module | str,
     student: torch.nn.Module | str,
     *,
+    example_inputs: torch.Tensor | tuple | dict | None = None,
+    student_inputs: torch.Tensor | tuple | dict | None = None,
+    classifier: tuple | list | None = None,
     weights: Mapping | str | os.PathLike | None = None,
     layer_selection: str = "first_n",
     element_selection: str = "uniform",
@@ -43,10 +46,17 @@ def select_weights(
     """Select a student's first weights from a teacher's (paper, section 3), or project the teacher's onto it.
 
     Args:
-        teacher: a timm model or the name of one. Its own weights are taken (the published ones of a name), unless
+        teacher: any module, or the name of a model. Its own weights are taken (the published ones of a name), unless
             ``weights`` are given; then it may be on the meta device.
-        student: a smaller model of the same architecture, or a name. Only its shapes matter: it may be on the meta
-            device, but not for a projection.
+        student: a smaller model whose tensors have counterparts in the teacher, or a name. Only its shapes matter: it
+            may be on the meta device, but not for a projection.
+        example_inputs: inputs of the forward pass, a tensor, a tuple, or a dict of keyword arguments, as for
+            torch.export. They may be left out for models of timm, torchvision and Hugging Face, which say themselves
+            what they take.
+        student_inputs: the student's, where they differ.
+        classifier: names of the modules that belong to the task, and keep the student's own initialisation. ``()``
+            selects everything, as ``include_head`` does. Default: the classification head that the library knows; of
+            other modules the linear layer that gives the output, if the two models' outputs differ in size.
         weights: the teacher's weights apart from it: a state_dict with timm's keys, or a file that
             ``--pretrained_path`` would take.
         layer_selection: one of ``LAYER_SELECTION`` (section 3.1), applied to the layers of each stage.
@@ -77,7 +87,7 @@ def select_weights(
     options = SelectionOptions(
         layer_selection,
         element_selection,
-        exclude if isinstance(exclude, str) else tuple(exclude),
+        exclude,
         include_head,
         include_head_norm,
         allow_unused,
@@ -85,10 +95,12 @@ def select_weights(
         calibration,
         calibration_images,
         calibration_size,
+        classifier,
     )
     try:
         options.check()
-        selection = Selection(Teacher(teacher, weights=weights), Student(student), options)
-        return selection.weights()
+        inputs = example_inputs if student_inputs is None else student_inputs
+        pair = Teacher(teacher, weights=weights, inputs=example_inputs), Student(student, inputs=inputs)
+        return Selection(*pair, options).weights()
     except InputError as error:
         raise InputError(in_python(str(error))) from error

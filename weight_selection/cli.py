@@ -60,6 +60,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--exclude", nargs="+", choices=COMPONENTS, default=[],
         help="components left at the student's own initialisation")
     head.add_argument("--include_head", action="store_true", help="select the classifier too (same classes needed)")
+    head.add_argument("--classifier", nargs="+", metavar="MODULE",
+                      help="modules left at the student's own initialisation (default: those that the library knows)")
     head.add_argument("--include_head_norm", action="store_true",
                       help="select ConvNeXt's head.norm, which the release leaves out")
     add("--allow_unused", action="store_true", help="let teacher tensors go that the student has no counterpart of")
@@ -170,6 +172,7 @@ def select(args, selection, name: str, digest: Future | None) -> None:
         "student": {"name": args.student, "kwargs": args.student_kwargs}
         | ({"input_size": args.student_input_size} if args.student_input_size else {}),
         "options": {name: getattr(args, name) for name in RECORDED}
+        | ({"classifier": args.classifier} if args.classifier else {})
         | (selection.projection.provenance() if selection.projection is not None else {}),
         "left_out": absent,
     }

@@ -40,12 +40,13 @@ class Geometry:
     patches: frozenset
 
 
-def find_geometry(model: nn.Module, images: dict) -> Geometry:
+def find_geometry(model: nn.Module, images: dict, grid: tuple | None) -> Geometry:
     """The geometry of a model.
 
     Args:
         model: on any device.
         images: {key of the weight: convolution}, of those that take the image.
+        grid: (height, width) of the grid of patches, or None.
     """
     windows = {}
     for name, module in model.named_modules():
@@ -53,8 +54,7 @@ def find_geometry(model: nn.Module, images: dict) -> Geometry:
         if table is not None and getattr(module, "window_size", None) is not None:
             windows[f"{name}.relative_position_bias_table".lstrip(".")] = tuple(module.window_size)
     patches = {key for key, convolution in images.items() if convolution.stride == convolution.kernel_size}
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    return Geometry(grid and tuple(grid), windows, frozenset(images), frozenset(patches))
+    return Geometry(grid, windows, frozenset(images), frozenset(patches))
 
 
 def resampling(

@@ -24,7 +24,7 @@ class Layers:
         model: on any device.
         shapes: {key: shape} of its tensors.
         heights: {key of a convolution: height of its output}.
-        patterns: regular expressions of keys that its library knows, as ``timm_models.layer_patterns``.
+        patterns: regular expressions of keys that its library knows, as of ``ModelFacts``.
 
     Attributes:
         spans: {key: places of the layers' numbers in it, (first character, one after the last)}, outermost first.
@@ -71,11 +71,12 @@ def _is_stack(module):
     return len(kinds) == 1 and next(children[0].children(), None) is not None
 
 
-def teacher_keys(teacher: Layers, student: Layers, method: str) -> dict:
+def teacher_keys(teacher: Layers, student: Layers, method: str, prefixes: tuple = ("", "")) -> dict:
     """{student key: key of the teacher's tensor that it starts from}.
 
     Args:
         method: one of ``LAYER_SELECTION``, applied to the layers of each kind in a stage.
+        prefixes: what stands before the keys of the base model, in the teacher and in the student.
 
     Raises:
         InputError: the teacher has fewer layers somewhere, or they come in other kinds.
@@ -83,7 +84,7 @@ def teacher_keys(teacher: Layers, student: Layers, method: str) -> dict:
     chosen = {}  # (student's container, teacher's): {student's layer: teacher's}
     found = {}
     for key, spans in student.spans.items():
-        teacher_key, done = "", 0
+        teacher_key, done = (prefixes[0], len(prefixes[1])) if key.startswith(prefixes[1]) else ("", 0)
         for start, end in spans:
             teacher_key += key[done:start]
             pair = key[:start], teacher_key

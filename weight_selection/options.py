@@ -35,6 +35,12 @@ class SelectionOptions:
     calibration: object = None
     calibration_images: int | None = None
     calibration_size: int | None = None
+    classifier: tuple | None = None
+
+    @property
+    def selects_all(self) -> bool:
+        """Whether the classifier is selected too."""
+        return self.include_head or (self.classifier is not None and not self.classifier)
 
     @property
     def projects(self) -> bool:
@@ -49,12 +55,14 @@ class SelectionOptions:
         """
         _choose("--layer_selection", self.layer_selection, LAYER_SELECTION)
         _choose("--element_selection", self.element_selection, ELEMENT_SELECTION + PROJECTION)
-        if isinstance(self.exclude, str):
-            raise InputError(f"--exclude {self.exclude}: give a list of components, such as {[self.exclude]}")
+        if not isinstance(self.exclude, (tuple, list)):
+            raise InputError(f"--exclude {self.exclude}: give a list of components, such as ['norm']")
         for component in self.exclude:
             _choose("--exclude", component, COMPONENTS)
         if self.include_head and self.include_head_norm:
             raise InputError("--include_head_norm: --include_head selects the normalisation too; leave one out")
+        if self.include_head and self.classifier is not None:
+            raise InputError("--include_head: --classifier says already what is left out; leave one out")
         if type(self.seed) is not int or self.seed < 0:
             raise InputError(f"--seed {self.seed}: give a number from 0 up")
         self._check_calibration(plan_only)

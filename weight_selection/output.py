@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from weight_selection.errors import InputError
 from weight_selection.files import SUFFIXES, check_writable, new_file, provenance_path, sha256
-from weight_selection.sources.timm_models import input_size
+from weight_selection.sources.facts import facts_of
 from weight_selection.sources.weight_files import first_mismatch, read_weights, write_weights
 
 
@@ -69,7 +69,8 @@ def verify(path: Path, state_dict: dict, student: nn.Module, absent: list) -> No
     if problem:
         raise InputError(f"--output_dir: what was written cannot be loaded: {problem}")
     student.load_state_dict(written, strict=False)
-    images = torch.randn(1, *input_size(student), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(value.shape, generator=generator) for value in facts_of(student).inputs]
     with torch.no_grad():
-        if not student.eval()(images).isfinite().all():
+        if not student.eval()(*inputs).isfinite().all():
             raise InputError("--student: its output with the selected weights is not finite")

@@ -1,7 +1,7 @@
 """The plan: which teacher tensor each student tensor comes from, and which neurons are kept. Shapes alone decide it."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch.nn as nn
@@ -11,8 +11,8 @@ from weight_selection.geometry import Geometry, Resampling, find_geometry, resam
 from weight_selection.layers import Layers, teacher_keys
 from weight_selection.options import CONSISTENT, SelectionOptions
 from weight_selection.rules import kept_indices
-from weight_selection.sources.architectures import Architecture, architecture_of
-from weight_selection.sources.timm_models import first_convolutions, input_size, layer_patterns
+from weight_selection.sources.architectures import NO_KEYS, Architecture, keys_inside
+from weight_selection.sources.facts import ModelFacts, facts_of
 from weight_selection.tracing.groups import ModelGroups, NeuronGroup, aligned, find_groups
 from weight_selection.tracing.tracer import Untraceable, trace
 
@@ -22,36 +22,73 @@ class ModelStructure:
     """What a plan needs to know of a model.
 
     Attributes:
-        architecture: its conventions.
+        facts: what the model's library, or the user, says of it.
         shapes: {key: shape} of its state_dict.
         layers, neurons, geometry: which parts repeat, which neurons are the same, where positions are.
+        parameters: keys that are parameters; the others are buffers.
+        output_layers: {name of a linear layer that gives an output of the model: number of its outputs}.
     """
 
-    architecture: Architecture
+    facts: ModelFacts
     shapes: dict
     layers: Layers
     neurons: ModelGroups
     geometry: Geometry
+    parameters: frozenset
+    output_layers: dict
+
+    @property
+    def architecture(self) -> Architecture:
+        """Its conventions."""
+        return self.facts.architecture
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the keys of the base model."""
+        return self.facts.prefix
+
+    def component(self, key: str) -> str:
+        """A key without the base model's prefix, with a star in place of each layer's number."""
+        return self.layers.component(key).removeprefix(self.prefix)
+
+    def in_classifier(self, key: str) -> bool:
+        """Whether a tensor belongs to the classifier."""
+        return re.search(self.architecture.classifier, key) is not None
+
+    def with_classifier(self, pattern: str) -> "ModelStructure":
+        """The same structure, whose classifier's keys match a pattern."""
+        return replace(self, facts=replace(self.facts, architecture=replace(self.architecture, classifier=pattern)))
 
 
-def structure_of(model: nn.Module, name: str) -> ModelStructure:
+def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=None) -> ModelStructure:
     """Trace a model once and keep what a plan needs. Its weights are not touched: it may be on the meta device.
 
     Args:
         name: what to call the model in an error.
+        example_inputs, classifier: as of ``facts_of``.
 
     Raises:
-        InputError: the model is not one of timm's, or neurons cannot be followed through it.
+        InputError: inputs are needed and not known, or neurons cannot be followed through the model.
     """
-    architecture = architecture_of(model, name)
+    facts = facts_of(model, example_inputs, classifier)
+    if facts.inputs is None:
+        raise InputError(
+            f"{name}: a {type(model).__name__} does not say what inputs it takes; give example_inputs, such as "
+            "torch.zeros(1, 3, 224, 224)"
+        )
     try:
-        traced = trace(model, input_size(model))
+        traced = trace(model, facts.inputs)
     except Untraceable as reason:
         raise InputError(f"{name}: weight selection cannot take a {type(model).__name__} apart: {reason}") from reason
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    layers = Layers(model, shapes, traced.heights, layer_patterns(model))
     return ModelStructure(
-        architecture, shapes, layers, find_groups(traced), find_geometry(model, first_convolutions(model))
+        facts,
+        shapes,
+        Layers(model, shapes, traced.heights, facts.layer_patterns),
+        find_groups(traced),
+        find_geometry(model, facts.first_convolutions, facts.grid),
+        frozenset(key for key, _ in model.named_parameters(remove_duplicate=False)),
+        traced.output_layers,
     )
 
 
@@ -75,7 +112,8 @@ class PlanEntry:
 
     Attributes:
         key, shape: of the student's tensor.
-        role: ``selected``, ``excluded`` (by request) or ``classifier``. The last two keep the student's own values.
+        role: ``selected``, ``excluded`` (by request), ``classifier``, or ``unused`` (a parameter that the forward pass
+            does not use). The last three keep the student's own values.
         teacher_key, teacher_shape: of the teacher's tensor, if selected.
         slices: {dimension of neurons: its ``SlicePair``}. All other dimensions hold positions.
         resampling: the change of positions or image channels that comes first, or None.
@@ -148,24 +186,23 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
     Raises:
         InputError: the student is not a smaller version of the teacher; the message names the key and the dimension.
     """
+    teacher, student = _with_classifiers(teacher, student, options.selects_all)
     architecture = student.architecture
-    if teacher.architecture.name != architecture.name:
-        raise InputError(
-            f"teacher is a {teacher.architecture.name} model, student a {architecture.name}: weights need a common "
-            "architecture"
-        )
     _check_options(teacher, student, options)
-    sources = teacher_keys(teacher.layers, student.layers, options.layer_selection)
-    _check_unused(teacher, student, options.allow_unused)
+    _check_common(teacher, student)
+    sources = teacher_keys(teacher.layers, student.layers, options.layer_selection, (teacher.prefix, student.prefix))
+    _check_unused(teacher, sources, options.allow_unused)
 
     matching = _Matching(teacher.neurons, student.neurons, options)
     entries = []
     for key, shape in student.shapes.items():
         kept_norm = options.include_head_norm and _in_head_norm(architecture, key)
-        if re.search(architecture.classifier, key) and not options.include_head and not kept_norm:
+        if re.search(architecture.classifier, key) and not options.selects_all and not kept_norm:
             entries.append(PlanEntry(key, shape, "classifier"))
         elif any(re.search(architecture.components[component], key) for component in options.exclude):
             entries.append(PlanEntry(key, shape, "excluded"))
+        elif key in student.neurons.unused and key in student.parameters:
+            entries.append(PlanEntry(key, shape, "unused"))
         elif sources[key] not in teacher.shapes:
             raise InputError(
                 f"{key}: the teacher has no {sources[key]} to select it from; give the student the teacher's options"
@@ -206,14 +243,46 @@ def _in_head_norm(architecture, key):
     return architecture.head_norm is not None and re.search(architecture.head_norm, key) is not None
 
 
-def _check_unused(teacher, student, allow_unused):
+def _with_classifiers(teacher, student, selects_all):
+    """Both structures; of a module that does not say what its classifier is, the linear layers that give its outputs.
+
+    They are a classifier if all is to be selected, which asks for equal classes, or if the models' outputs differ.
+    """
+    if student.architecture.classifier is None:
+        theirs, ours = teacher.output_layers, student.output_layers
+        names = [name for name, size in ours.items() if selects_all or theirs.get(name) != size]
+        if len(names) > 1 and not selects_all:
+            sizes = ", ".join(
+                f"{name} ({theirs.get(name)} in the teacher, {ours[name]} in the student)" for name in names
+            )
+            raise InputError(
+                f"--classifier is missing: several layers give outputs of other sizes: {sizes}; name those of the task, "
+                f"such as {names[0]}"
+            )
+        student = student.with_classifier(keys_inside(names) or NO_KEYS)
+    if teacher.architecture.classifier is None:
+        teacher = teacher.with_classifier(student.architecture.classifier)
+    return teacher, student
+
+
+def _check_common(teacher, student):
+    """Refuse models of two architectures, of which one has tensors that the other has not."""
+    if teacher.architecture.name == student.architecture.name:
+        return
+    theirs, ours = (
+        {one.component(key) for key in one.shapes if not one.in_classifier(key)} for one in (teacher, student)
+    )
+    if missing := sorted(ours - theirs):
+        raise InputError(
+            f"teacher is a {teacher.architecture.name} model, student a {student.architecture.name}: weights need a "
+            f"common architecture, and the teacher has no {missing[0]}"
+        )
+
+
+def _check_unused(teacher, sources, allow_unused):
     """Refuse teacher tensors without a counterpart in the student: a LayerScale, a token, a normalisation."""
-    used = {student.layers.component(key) for key in student.shapes}
-    spare = [
-        key
-        for key in teacher.shapes
-        if teacher.layers.component(key) not in used and not re.search(teacher.architecture.classifier, key)
-    ]
+    used = {teacher.component(key) for key in sources.values() if key in teacher.shapes}
+    spare = [key for key in teacher.shapes if teacher.component(key) not in used and not teacher.in_classifier(key)]
     if spare and not allow_unused:
         raise InputError(
             f"{spare[0]}: the student has no such tensor, so the teacher's is lost; give the student one "

@@ -20,8 +20,7 @@ from weight_selection.apply import apply_plan
 from weight_selection.errors import InputError
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection, structure_of
-from weight_selection.sources.teachers import downloaded_file, open_published, open_teacher
-from weight_selection.sources.timm_models import create_model
+from weight_selection.sources.facts import check_classifier, unwrapped
 from weight_selection.tracing.tracer import skeleton_of
 
 
@@ -35,6 +34,7 @@ class Teacher:
         weights: a state_dict or a file, if they are not the model's own.
         option, weights_option: what named the model and its weights, for errors.
         remedy: what the user can do if the weights cannot be had, for errors.
+        inputs: example inputs, as of ``facts_of``; None: those that the model says.
     """
 
     model: nn.Module | str
@@ -43,8 +43,10 @@ class Teacher:
     option: str = "teacher"
     weights_option: str = "weights"
     remedy: str = "give a loaded model, or weights"
+    inputs: object = None
 
     def __post_init__(self):
+        self.model = _checked_model(self.model, self.option)
         if self.weights is not None and not isinstance(self.weights, (Mapping, str, os.PathLike)):
             raise InputError(
                 f"{self.weights_option}={self.weights!r:.80}: give a state_dict (names with a tensor each), or a file"
@@ -60,6 +62,8 @@ class Teacher:
     def create(self, device="cpu") -> nn.Module:
         """The teacher; a name is created there with random weights."""
         if isinstance(self.model, str):
+            from weight_selection.sources.timm_models import create_model
+
             return create_model(self.model, option=self.option, device=device, **self.kwargs)
         return self.model
 
@@ -77,6 +81,8 @@ class Teacher:
             return self.model.state_dict(), {}, None
         if isinstance(self.weights, Mapping):
             return self.weights, {}, None
+        from weight_selection.sources.teachers import downloaded_file, open_published, open_teacher
+
         cfg = skeleton.pretrained_cfg
         tag = self.weights is None and cfg.get("tag")
         name = self.model if isinstance(self.model, str) else type(self.model).__name__
@@ -112,16 +118,23 @@ class Student:
         model: a module, or a timm name.
         kwargs, input_size: of ``create_model``, for a name.
         option: what named it, for errors.
+        inputs: example inputs, as of ``facts_of``; None: those that the model says.
     """
 
     model: nn.Module | str
     kwargs: dict = field(default_factory=dict)
     input_size: int | None = None
     option: str = "student"
+    inputs: object = None
+
+    def __post_init__(self):
+        self.model = _checked_model(self.model, self.option)
 
     def create(self, device="cpu") -> nn.Module:
         """The student; a name is created there with its random initialisation."""
         if isinstance(self.model, str):
+            from weight_selection.sources.timm_models import create_model
+
             return create_model(
                 self.model, option=self.option, input_size=self.input_size, device=device, **self.kwargs
             )
@@ -150,8 +163,10 @@ class Selection:
         self.models = teacher.create("meta"), student.create("meta")
         self.skeletons = self._skeletons() if options.projects else self.models
         names = _called(teacher.option, teacher.model), _called(student.option, student.model)
-        self.student_structure = structure_of(self.skeletons[1], names[1])
-        self.teacher_structure = structure_of(self.skeletons[0], names[0])
+        if options.classifier is not None:
+            check_classifier(self.models[1], options.classifier)
+        self.student_structure = structure_of(self.skeletons[1], names[1], student.inputs, options.classifier)
+        self.teacher_structure = structure_of(self.skeletons[0], names[0], teacher.inputs, options.classifier)
         self.plan = plan_selection(self.teacher_structure, self.student_structure, options)
         self.projection = None
         if options.projects:
@@ -163,7 +178,7 @@ class Selection:
     @cached_property
     def opened(self) -> tuple:
         """The teacher's weights, their provenance and their file, as of ``Teacher.open``."""
-        return self.teacher.open(self.models[0], self.options.include_head)
+        return self.teacher.open(self.models[0], self.options.selects_all)
 
     def weights(self) -> dict:
         """The student's first weights: its state_dict without what is left out, on the CPU or where the teacher's are.
@@ -186,6 +201,13 @@ class Selection:
         skeletons = tuple(map(skeleton_of, self.models))
         match_geometry(*skeletons)
         return skeletons
+
+
+def _checked_model(model, option):
+    """A model without the wrappers of torch.compile, DataParallel and DDP."""
+    if not isinstance(model, (nn.Module, str)):
+        raise InputError(f"{option}={model!r:.80}: give a torch.nn.Module, or the name of a model")
+    return model if isinstance(model, str) else unwrapped(model)
 
 
 def _called(option, model):

@@ -10,7 +10,8 @@ import torch
 from models.initialization import initialize
 from weight_selection.errors import InputError
 from weight_selection.sources import MODEL_TYPES
-from weight_selection.sources.architectures import CONVNEXT, VIT, architecture_of, classifier_pattern
+from weight_selection.sources.architectures import CONVNEXT, VIT
+from weight_selection.sources.facts import facts_of
 from weight_selection.sources.timm_models import PAPER_MODELS, create_model
 
 DECLARED = {"convnext": CONVNEXT, "vit": VIT}
@@ -236,7 +237,7 @@ def test_every_pattern_of_an_architecture_matches_keys_of_its_models(declared_sh
 @pytest.mark.parametrize("model_name", ["vit_tiny", "convnext_femto", "deit_tiny_distilled_patch16_224", "resnet18"])
 def test_classifier_is_what_timm_calls_so(model_name):
     model = create_model(model_name, device="meta")
-    declared = {key for key in model.state_dict() if re.search(classifier_pattern(model), key)}
+    declared = {key for key in model.state_dict() if re.search(facts_of(model).architecture.classifier, key)}
     names = model.pretrained_cfg["classifier"]
     expected = {
         f"{name}.{kind}" for name in ([names] if isinstance(names, str) else names) for kind in ("weight", "bias")
@@ -268,7 +269,7 @@ def test_components_of_vit_leave_out_nothing_but_the_class_token(declared_shapes
     ],
 )
 def test_other_models_of_timms_class_are_of_its_architecture(name, architecture):
-    assert architecture_of(create_model(name, device="meta"), name) is DECLARED[architecture]
+    assert facts_of(create_model(name, device="meta")).architecture is DECLARED[architecture]
 
 
 @pytest.mark.parametrize(
@@ -281,7 +282,7 @@ def test_other_models_of_timms_class_are_of_its_architecture(name, architecture)
 )
 def test_any_other_model_of_timms_has_the_architecture_of_its_class(name, architecture, classifier, components):
     model = create_model(name, device="meta")
-    found = architecture_of(model, name)
+    found = facts_of(model).architecture
     assert found.name == architecture
     assert [key for key in model.state_dict() if re.search(found.classifier, key)] == classifier
     assert {
@@ -291,9 +292,4 @@ def test_any_other_model_of_timms_has_the_architecture_of_its_class(name, archit
 
 def test_a_distilled_variant_is_of_the_architecture_of_the_class_it_extends():
     names = ("efficientvim_m1_dist", "efficientvim_m1")
-    assert len({architecture_of(create_model(name, device="meta"), name).name for name in names}) == 1
-
-
-def test_a_model_that_is_not_timms_has_no_architecture():
-    with pytest.raises(InputError, match="--student mine: a Linear is not one of timm's models"):
-        architecture_of(torch.nn.Linear(2, 2), "--student mine")
+    assert len({facts_of(create_model(name, device="meta")).architecture.name for name in names}) == 1

@@ -27,7 +27,7 @@ from weight_selection.projection.symmetry_check import check_streams, check_symm
 from weight_selection.projection.traced_model import TracedModel, paired_groups
 from weight_selection.projection.up_maps import fit_up_maps
 from weight_selection.report import role_words
-from weight_selection.sources.architectures import classifier_pattern
+from weight_selection.sources.facts import facts_of
 from weight_selection.sources.timm_models import check_images, first_convolutions, input_size
 
 
@@ -43,7 +43,7 @@ def load_teacher(teacher: nn.Module, weights: Mapping, option: str, include_head
     Raises:
         InputError: as ``checked_weight``.
     """
-    pattern = classifier_pattern(teacher)
+    pattern = facts_of(teacher).architecture.classifier
     state = {}
     for key, own in teacher.state_dict().items():
         weight = weights.get(key)

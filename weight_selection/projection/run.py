@@ -55,7 +55,7 @@ class Projection:
             origin: what named them, for errors.
         """
         teacher, student = (_own(who).to(self.device).eval() for who in (self.teacher, self.student))
-        load_teacher(teacher, weights, origin, self.options.include_head)
+        load_teacher(teacher, weights, origin, self.options.selects_all)
         match_geometry(teacher, student)
         student.to(next(teacher.parameters()))
         traced = map(TracedModel.of, (teacher, student), self.structures)

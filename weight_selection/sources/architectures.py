@@ -6,13 +6,10 @@ more than the model. For all others the answers follow from what timm records.
 """
 
 import re
-import sys
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
 
 import torch.nn as nn
-
-from weight_selection.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -21,7 +18,8 @@ class Architecture:
 
     Attributes:
         name: of its files, such as ``vit.pth``.
-        classifier: pattern of the classifier, and of everything that the release treats as such.
+        classifier: pattern of the classifier, and of everything that the release treats as such. ``NO_KEYS`` if
+            there is none; None if the model does not say.
         components: {name that ``exclude`` takes: pattern} (Table 10).
         head_norm: pattern of the normalisation among the classifier's keys, if there is one.
         filter_fn: "module:name" of timm's conversion of foreign files, called with (state_dict, model,
@@ -32,7 +30,7 @@ class Architecture:
     """
 
     name: str
-    classifier: str
+    classifier: str | None
     components: dict
     head_norm: str | None = None
     filter_fn: str | None = None
@@ -80,70 +78,33 @@ DECLARED = {
 # Components of all other architectures, by the names of their modules' classes.
 CLASSES = {"attention": r"Attention|Attn", "mlp": r"Mlp$|SwiGLU", "norm": r"Norm"}
 POS_EMBED = r"(^|\.)(absolute_)?pos_embed"
-
-
-def architecture_of(model: nn.Module, name: str) -> Architecture:
-    """The architecture of a timm model: its declaration, or one made from what timm records.
-
-    Args:
-        model: its weights are not touched, so it may be on the meta device.
-        name: what to call it in an error.
-
-    Raises:
-        InputError: the model is not one of timm's.
-    """
-    return declared_architecture(model) or _undeclared(model, name)
+NO_KEYS = r"$^"  # matches none
 
 
 def declared_architecture(model: nn.Module) -> Architecture | None:
-    """The declaration for a model's class, or None."""
+    """The declaration for the class of one of timm's models, or None."""
     return next((known for cls, known in DECLARED.items() if isinstance(model, resolve_name(cls))), None)
 
 
-def classifier_pattern(model: nn.Module) -> str:
-    """Regular expression of a model's classifier keys: as its architecture declares, or as timm records."""
-    declared = declared_architecture(model)
-    return _recorded_classifier(model) if declared is None else declared.classifier
+def found_components(model: nn.Module, first_convolutions) -> dict:
+    """The components of a model that no declaration knows, {name that ``exclude`` takes: pattern} (Table 10).
 
-
-def recorded_names(model: nn.Module, what: str) -> tuple:
-    """Names of the modules that timm records as a model's ``first_conv`` or ``classifier``: none, one or several."""
-    names = model.pretrained_cfg.get(what) or ()
-    return (names,) if isinstance(names, str) else names
-
-
-def _undeclared(model, name):
-    ours = [cls for cls in type(model).__mro__ if cls.__module__.startswith("timm.models.")]
-    if not ours or not hasattr(model, "pretrained_cfg"):
-        raise InputError(f"{name}: a {type(model).__name__} is not one of timm's models")
-    root = ours[-1]  # a subclass, such as a distilled variant, is of the architecture that it extends
-    filter_fn = getattr(sys.modules[root.__module__], "checkpoint_filter_fn", None)
-    return Architecture(
-        name=root.__name__.lower(),
-        classifier=_recorded_classifier(model),
-        components=_components(model),
-        filter_fn=filter_fn and f"{root.__module__}:{filter_fn.__name__}",
-    )
-
-
-def _components(model):
+    Args:
+        first_convolutions: names of the modules that take the image.
+    """
     components = {}
     for component, pattern in CLASSES.items():
         modules = {path: m for path, m in model.named_modules() if re.search(pattern, type(m).__name__)}
         if component == "norm":  # a block may have "Norm" in its name; a normalisation has parameters of its own
             modules = {path: m for path, m in modules.items() if next(m.parameters(recurse=False), None) is not None}
-        components[component] = _inside(modules)
-    components["patch_embed"] = _inside(recorded_names(model, "first_conv"))
+        components[component] = keys_inside(modules)
+    components["patch_embed"] = keys_inside(first_convolutions)
     if any(re.search(POS_EMBED, key) for key, _ in model.named_parameters()):
         components["pos_embed"] = POS_EMBED
     return {component: pattern for component, pattern in components.items() if pattern}
 
 
-def _recorded_classifier(model):
-    return _inside(recorded_names(model, "classifier")) or r"$^"  # matches no key
-
-
-def _inside(paths):
-    """A regular expression of the keys inside modules, or None if there are no modules."""
-    found = "|".join(re.escape(path) for path in paths if path)
+def keys_inside(names) -> str | None:
+    """A regular expression of the keys inside modules of these names, or None if there are no modules."""
+    found = "|".join(re.escape(name) for name in names if name)
     return rf"^({found})\." if found else None

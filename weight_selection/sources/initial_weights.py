@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from weight_selection.errors import InputError
 from weight_selection.files import SUFFIXES, Damaged, parse_json, provenance_path, read_text, sha256
-from weight_selection.sources.architectures import architecture_of, classifier_pattern
+from weight_selection.sources.facts import facts_of
 from weight_selection.sources.weight_files import first_mismatch, read_weights
 
 
@@ -15,12 +15,12 @@ def find_weights(path, model: nn.Module, option: str) -> Path:
     """``path`` itself, or the file that ``weight_selection.py`` wrote into that directory for the model.
 
     Raises:
-        InputError: there is no such file in the directory, or the model is not one of timm's.
+        InputError: there is no such file in the directory.
     """
     path = Path(path)
     if not path.is_dir():
         return path
-    name = architecture_of(model, f"{option} {path}").name
+    name = facts_of(model).architecture.name
     found = [path / f"{name}{suffix}" for suffix in SUFFIXES if (path / f"{name}{suffix}").is_file()]
     if not found:
         raise InputError(f"{option} {path}: no {name}.pth in that directory; name the file")
@@ -47,7 +47,7 @@ def load_finetune(model: nn.Module, path, option: str, nested) -> list:
     As ``load_initial``; ``nested`` as in ``read_weights``.
     """
     state_dict = read_weights(path, option, nested)
-    classifier = classifier_pattern(model)
+    classifier = facts_of(model).architecture.classifier
     for key, value in model.state_dict().items():
         if re.search(classifier, key) and key in state_dict and state_dict[key].shape != value.shape:
             del state_dict[key]
@@ -56,7 +56,7 @@ def load_finetune(model: nn.Module, path, option: str, nested) -> list:
 
 def _load(model, state_dict, left_out, origin):
     """Load a state_dict that may lack the classifier and ``left_out``, nothing else; returns the keys that it lacks."""
-    classifier = classifier_pattern(model)
+    classifier = facts_of(model).architecture.classifier
     problem = first_mismatch(state_dict, model, lambda key: re.search(classifier, key) or key in left_out)
     if problem:
         raise InputError(f"{origin}: does not fit this model: {problem}")

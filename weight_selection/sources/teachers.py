@@ -17,7 +17,7 @@ from timm.data import (
 
 from weight_selection.errors import InputError
 from weight_selection.files import check_file
-from weight_selection.sources.architectures import architecture_of, classifier_pattern
+from weight_selection.sources.facts import facts_of
 from weight_selection.sources.safe_load import check_archive
 from weight_selection.sources.timm_models import create_model
 from weight_selection.sources.weight_files import (
@@ -60,12 +60,12 @@ def read_teacher(path, model: nn.Module, option: str) -> tuple:
     Raises:
         InputError: the file cannot be read, or its keys or shapes are not the model's; the message names the first.
     """
-    architecture = architecture_of(model, f"{option} {path}")
+    architecture = facts_of(model).architecture
     if Path(path).suffix == ".npz":
         state_dict, unused = _read_npz(path, model, architecture, option)
     else:
         state_dict, unused = _converted(read_weights(path, option), model, architecture, f"{option} {path}")
-    pattern = classifier_pattern(model)
+    pattern = architecture.classifier
     classifier = [key for key in state_dict if re.search(pattern, key)]
     backbone = {key: value for key, value in state_dict.items() if key not in classifier}
     problem = first_mismatch(backbone, model, lambda key: re.search(pattern, key))
@@ -94,7 +94,7 @@ def _stored_under_timms_names(path, model, option):
     stored = open_state_dict(path, option)
     if stored is None:
         return None
-    pattern = classifier_pattern(model)
+    pattern = facts_of(model).architecture.classifier
     backbone = {key: value for key, value in stored.items() if not re.search(pattern, key)}
     return stored if first_mismatch(backbone, model, lambda key: re.search(pattern, key)) is None else None
 

@@ -17,7 +17,14 @@ from timm.models import is_model
 from torch.overrides import TorchFunctionMode
 
 from weight_selection.errors import InputError
-from weight_selection.sources.architectures import recorded_names
+from weight_selection.sources.architectures import (
+    NO_KEYS,
+    Architecture,
+    declared_architecture,
+    found_components,
+    keys_inside,
+)
+from weight_selection.sources.facts import ModelFacts
 
 # The paper's name -> timm's architecture and what differs from it. Kept out of timm's registry, where some of
 # these names mean something else. The CLIP variants normalise before the first block, as CLIP's ViT-B does. OpenAI
@@ -34,6 +41,8 @@ PAPER_MODELS = {
     "convnext_femto": ("convnext_femto", {"conv_mlp": False}),  # linear layers, as ConvNeXt-T; timm's has 1x1 kernels
     "convnext_tiny": ("convnext_tiny", {}),
 }
+
+IMAGE_SIZE = 224  # pixels; of a model of timm's class that timm's factory did not build
 
 
 def check_name(name: str, option: str) -> None:
@@ -143,9 +152,50 @@ def check_images(model: nn.Module, images: torch.Tensor, complaint: str) -> None
 # What timm knows of a model
 
 
+def model_facts(model: nn.Module) -> ModelFacts:
+    """What a timm model answers; it may be on the meta device."""
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    return ModelFacts(
+        architecture=declared_architecture(model) or _undeclared(model),
+        inputs=(torch.empty(1, *input_size(model), device="meta"),),
+        layer_patterns=layer_patterns(model),
+        first_convolutions=first_convolutions(model),
+        grid=grid and tuple(grid),
+    )
+
+
+def _undeclared(model):
+    root = [cls for cls in type(model).__mro__ if cls.__module__.startswith("timm.models.")][-1]
+    filter_fn = getattr(sys.modules[root.__module__], "checkpoint_filter_fn", None)
+    return Architecture(
+        name=root.__name__.lower(),  # a subclass, such as a distilled variant, is of the architecture that it extends
+        classifier=keys_inside(recorded_names(model, "classifier")) or NO_KEYS,
+        components=found_components(model, recorded_names(model, "first_conv")),
+        filter_fn=filter_fn and f"{root.__module__}:{filter_fn.__name__}",
+    )
+
+
+def recorded_names(model: nn.Module, what: str) -> tuple:
+    """Names of the modules that timm records as a model's ``first_conv`` or ``classifier``: none, one or several."""
+    names = _config(model).get(what) or ()
+    return (names,) if isinstance(names, str) else names
+
+
+def _config(model):
+    """What timm records of a model; of one that timm's factory did not build, as much of it as can be found."""
+    if hasattr(model, "pretrained_cfg"):
+        return model.pretrained_cfg
+    modules = dict(model.named_modules())
+    first = next((name for name, module in modules.items() if isinstance(module, nn.Conv2d)), None)
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    classifier = next((name for name, module in modules.items() if module is head), None)
+    channels = modules[first].in_channels if first else 3
+    return {"input_size": (channels, IMAGE_SIZE, IMAGE_SIZE), "first_conv": first, "classifier": classifier}
+
+
 def input_size(model: nn.Module) -> tuple:
     """(channels, height, width) of the images that a timm model is built for; sizes in pixels."""
-    channels, *size = model.pretrained_cfg["input_size"]
+    channels, *size = _config(model)["input_size"]
     convolutions = first_convolutions(model)
     for name, module in model.named_modules():  # an embedding of patches may ask for one size
         if getattr(module, "img_size", None) and any(key.startswith(f"{name}.") for key in convolutions):

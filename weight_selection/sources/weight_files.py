@@ -11,7 +11,6 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.nn as nn
-from timm.models import clean_state_dict
 
 from weight_selection.errors import InputError
 from weight_selection.files import check_file
@@ -21,6 +20,7 @@ from weight_selection.sources.torchscript import is_torchscript, read_torchscrip
 # Entries under which training scripts nest a state_dict, in the order in which timm's own loader looks for them; then
 # DINO's: of its two networks the teacher, the moving average of the other, is what its authors publish and evaluate.
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
+WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")  # prefixes of keys; DDP may be inside torch.compile or around it
 ALSO = (argparse.Namespace,)  # most training scripts keep their options in one, beside the weights
 
 
@@ -105,7 +105,14 @@ def _state_dict(content, nested, option, path):
         raise InputError(
             f"{option} {path}: holds no state_dict (names with a tensor each), at the top or under {nested}"
         )
-    return clean_state_dict(content)
+    return _without_wrappers(content)
+
+
+def _without_wrappers(content):
+    """The same content under names without the prefixes of DDP and torch.compile."""
+    for prefix in WRAPPERS:
+        content = {key.removeprefix(prefix): value for key, value in content.items()}
+    return content
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -164,7 +171,7 @@ def _open_safetensors(path, option):
 
     with _safetensors(path, option) as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, it is no dict
-    return clean_state_dict({key: StoredTensor(shape, partial(read, key)) for key, shape in shapes.items()})
+    return _without_wrappers({key: StoredTensor(shape, partial(read, key)) for key, shape in shapes.items()})
 
 
 @contextlib.contextmanager

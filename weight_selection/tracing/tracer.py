@@ -19,6 +19,7 @@ from itertools import chain
 import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from weight_selection.tracing.labels import BlockConstraint, Labels, compact, core, fit, unique_rows, varying
 
@@ -90,6 +91,12 @@ class Tracer(TorchDispatchMode):
         shapes = {dim: [-1 if other == dim else 1 for other in range(tensor.ndim)] for dim in labels}
         self.put(tensor, [labels[dim].view(shapes[dim]).expand(tensor.shape) for dim in labels])
         return tuple(labels.values())
+
+    def label_channels(self, images):
+        """Give the channels of images, (batch, channels, height, width), new labels; returns them, (channels,)."""
+        channels = self.labels.new(images.shape[1])
+        self.put(images, [channels.view(1, -1, 1, 1).expand(images.shape)])
+        return channels
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -210,6 +217,13 @@ class Tracer(TorchDispatchMode):
                 zeros = [None if index is None else torch.zeros(index.shape, dtype=torch.int64) for index in indices]
                 axes.append(axis[tuple(slice(None) if index is None else index for index in zeros)])
         self.put(out, axes)
+
+    def _embedding(self, func, out, weight, indices, *args):
+        """Rows of a table are looked up: its rows are positions, its columns neurons."""
+        for axis in self.get(weight):
+            if 0 in varying(axis):
+                self._positions(core(axis))
+        self.put(out, [axis[:1].expand(out.shape) for axis in self.get(weight) if 0 not in varying(axis)])
 
     def _reduce(self, func, out, x, *args, **kwargs):
         first = out[0] if isinstance(out, tuple) else out
@@ -493,6 +507,7 @@ class Tracer(TorchDispatchMode):
         "im2col": _im2col,
         "col2im": _col2im,
         "index": _index,
+        "embedding": _embedding,
     }
 
 
@@ -532,6 +547,7 @@ class Trace:
         labels, constraints: as of ``Tracer``.
         heights: {key of a convolution's weight: height of its output}.
         met: keys of the tensors that the forward pass uses.
+        output_layers: {name of a linear layer that gives an output of the model: number of its outputs}.
     """
 
     dims: dict
@@ -539,40 +555,81 @@ class Trace:
     constraints: list
     heights: dict
     met: frozenset
+    output_layers: dict
 
 
-def trace(model: nn.Module, image_size: tuple) -> Trace:
+def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
     """Follow the neurons of a model through a forward pass. Its weights are neither read nor changed.
 
     Args:
         model: on any device, also on the meta device.
-        image_size: (channels, height, width) of the images that it takes. Their channels are no neurons.
+        inputs: example inputs of the forward pass, its arguments or its keyword arguments. They are moved to the meta
+            device. The channels of images, (batch, channels, height, width), are no neurons.
 
     Raises:
-        Untraceable: the model does something that neurons cannot be followed through.
+        Untraceable: the model does something that neurons cannot be followed through, or refuses the inputs.
     """
     skeleton = skeleton_of(model).float().eval()
     tracer = Tracer()
-    images = torch.empty(1, *image_size, device="meta")
-    tracer.put(images, [(channels := tracer.labels.new(images.shape[1])).view(1, -1, 1, 1).expand(images.shape)])
+    inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("meta"), inputs)
+    channels = [tracer.label_channels(images) for images in tree_leaves(inputs) if _is_images(images)]
     state = skeleton.state_dict(keep_vars=True)
     labelled = {}  # a tied tensor has one set of labels
     for value in state.values():
         if id(value) not in labelled:
             labelled[id(value)] = tracer.label(value)
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     try:
-        with torch.no_grad(), tracer:
-            skeleton(images)
+        with torch.no_grad(), _LinearLayers(skeleton) as linear, tracer:
+            output = skeleton(*args, **kwargs)
     except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise Untraceable(f"its forward pass of {tuple(images.shape)} images fails ({error})") from error
-    tracer.labels.positions.append(channels)
+        raise Untraceable(f"its forward pass of {_shapes(inputs)} fails ({error})") from error
+    tracer.labels.positions += channels
     return Trace(
         dims={key: labelled[id(value)] for key, value in state.items()},
         labels=tracer.labels,
         constraints=tracer.constraints,
         heights={key: tracer.heights[id(value)] for key, value in state.items() if id(value) in tracer.heights},
         met=frozenset(key for key, value in state.items() if id(value) in tracer.met),
+        output_layers=linear.giving(output),
     )
+
+
+def _is_images(value):
+    return isinstance(value, torch.Tensor) and value.ndim == 4 and value.is_floating_point()
+
+
+def _shapes(inputs):
+    """The inputs in words, for errors: (1, 3, 224, 224) images, or what was given."""
+    named = inputs.items() if isinstance(inputs, dict) else (("", value) for value in inputs)
+    words = [f"{name} {tuple(value.shape)}".strip() for name, value in named if isinstance(value, torch.Tensor)]
+    return f"{words[0]} images" if len(words) == 1 and any(map(_is_images, tree_leaves(inputs))) else ", ".join(words)
+
+
+class _LinearLayers:
+    """Notes what each linear layer of a model gives, to find out which of them give the model's outputs."""
+
+    def __init__(self, model):
+        self.modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        self.given = []  # (output, name, number of outputs)
+
+    def __enter__(self):
+        self.hooks = [
+            module.register_forward_hook(
+                lambda module, _, output, name=name: self.given.append((output, name, module.out_features))
+            )
+            for name, module in self.modules.items()
+        ]
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+    def giving(self, output) -> dict:
+        """{name of the layer: number of its outputs}, of the tensors in the model's output."""
+        storages = {_storage(tensor) for tensor in tree_leaves(output) if isinstance(tensor, torch.Tensor)}
+        return {name: size for given, name, size in self.given if _storage(given) in storages}
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from weight_selection.errors import InputError
 from weight_selection.plan import SelectionOptions, make_plan, plan_selection, structure_of
 from weight_selection.report import tensor_words
 from weight_selection.rules import element_indices
+from weight_selection.sources.facts import facts_of
 from weight_selection.sources.timm_models import create_model, input_size
 from weight_selection.tracing.tracer import trace
 
@@ -79,7 +80,7 @@ def test_all_that_meets_in_a_sum_or_a_product_keeps_the_same_neurons(pair):
     name, teacher, student, structures = pair
     if name == "vgg":
         pytest.skip("its layers have streams of their own")
-    traces = trace(teacher, input_size(teacher)), trace(student, input_size(student))
+    traces = trace(teacher, facts_of(teacher).inputs), trace(student, facts_of(student).inputs)
     for method in ("uniform", "random"):
         check_neurons(plan_all(structures, method), teacher, *traces)
 
@@ -123,7 +124,7 @@ def test_every_planned_pair_of_timms_models_keeps_the_same_neurons(request, meth
 
 def numbered_neurons(name):
     """{key: for each dimension the number of the neuron at each index}."""
-    traced = trace(meta(name), input_size(meta(name)))
+    traced = trace(meta(name), facts_of(meta(name)).inputs)
     return {key: [traced.labels.find(dim).numpy() for dim in dims] for key, dims in traced.dims.items()}
 
 

@@ -9,7 +9,7 @@ from weight_selection.tracing.groups import find_groups
 from weight_selection.tracing.tracer import Untraceable, trace
 
 CHANNELS = 16
-IMAGES = (3, 8, 8)
+IMAGES = (torch.empty(1, 3, 8, 8),)
 
 
 class Toy(nn.Module):
