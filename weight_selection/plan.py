@@ -256,7 +256,7 @@ def _with_classifiers(teacher, student, selects_all):
                 f"{name} ({theirs.get(name)} in the teacher, {ours[name]} in the student)" for name in names
             )
             raise InputError(
-                f"--classifier is missing: several layers give outputs of other sizes: {sizes}; name those of the task, "
+                f"--classifier is missing: outputs of several layers differ in size: {sizes}; name those of the task, "
                 f"such as {names[0]}"
             )
         student = student.with_classifier(keys_inside(names) or NO_KEYS)
