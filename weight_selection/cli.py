@@ -11,7 +11,7 @@ from dataclasses import fields
 
 from weight_selection.arguments import Kwargs, Parser, check_kwargs
 from weight_selection.errors import InputError, run_program
-from weight_selection.files import begin_sha256, check_file
+from weight_selection.files import begin_sha256
 from weight_selection.options import (
     CALIBRATION_IMAGES,
     ELEMENT_SELECTION,
@@ -22,6 +22,8 @@ from weight_selection.options import (
     SelectionOptions,
 )
 from weight_selection.sources import COMPONENTS, MODEL_TYPES
+from weight_selection.sources.directories import files_of
+from weight_selection.sources.names import SCHEMES, TIMM, check_name
 from weight_selection.sources.recipe import read_student
 
 # The options that stand in the provenance of a written file, in this order.
@@ -38,10 +40,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="a directory, in which MODEL_TYPE.pth is written, or a .pth, .pt or .safetensors file")
     add("--model_type", choices=list(MODEL_TYPES),
         help="sets the default student and teacher; not needed when both are named")
-    add("--pretrained_model", metavar="NAME", help="teacher: a timm name, old or new")
-    add("--pretrained_path", metavar="FILE",
-        help="teacher's weights from disk, not from the hub (.pth .safetensors .npz ...); moving average first")
-    add("--student", metavar="NAME", help="vit_tiny, convnext_femto, another model of the paper, or any timm name")
+    add("--pretrained_model", metavar="NAME",
+        help="teacher: a timm name, old or new; hf-hub:ORG/NAME, timm/NAME or local-dir:DIR of timm's; "
+        "transformers:ID or DIR; torchvision:NAME[.WEIGHTS]")
+    add("--pretrained_path", metavar="PATH",
+        help="teacher's weights from disk, not from the hub: a file (.pth .safetensors .npz ...), moving average "
+        "first; a directory that a library saved; or one of a run of main.py, which names the teacher itself")
+    add("--student", metavar="NAME",
+        help="vit_tiny, convnext_femto, another model of the paper, or any name that --pretrained_model takes")
     add("--student_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V",
         help="such as embed_dim=96 num_heads=3")
     add("--student_config", metavar="FILE",
@@ -86,7 +92,8 @@ def check_options(args) -> SelectionOptions:
         args.student, args.student_kwargs, args.student_input_size = read_student(
             args.student_config, "--student_config"
         )
-    if args.model_type is None and (args.student is None or args.pretrained_model is None):
+    teacher_named = args.pretrained_model is not None or args.pretrained_path is not None  # a run of main.py names it
+    if args.model_type is None and (args.student is None or not teacher_named):
         missing = "--student" if args.student is None else "--pretrained_model"
         types = ",".join(MODEL_TYPES)
         raise InputError(f"{missing} is missing: name it, or give --model_type {{{types}}} for the defaults")
@@ -106,7 +113,10 @@ def check_options(args) -> SelectionOptions:
     if args.output_dir is None and not args.dry_run:
         raise InputError("--output_dir is missing: name a directory or a file, or add --dry_run to only see the plan")
     if args.pretrained_path is not None:
-        check_file(args.pretrained_path, "--pretrained_path")
+        files_of(args.pretrained_path, "--pretrained_path")
+    for option, name in (("--pretrained_model", args.pretrained_model), ("--student", args.student)):
+        if name is not None:
+            check_name(name, option, TIMM if args.student_config and option == "--student" else tuple(SCHEMES))
     check_kwargs(args.student_kwargs, "--student_kwargs", {})
     check_kwargs(args.teacher_kwargs, "--teacher_kwargs", {})
     return options
@@ -116,15 +126,16 @@ def main(argv=None) -> None:
     args = get_args_parser().parse_args(argv)
     options = check_options(args)
     # To hash a large file takes longer than to select from it, and torch takes seconds to import.
-    digest = begin_sha256(args.pretrained_path) if args.pretrained_path and not args.dry_run else None
-    import huggingface_hub
-
+    files = files_of(args.pretrained_path, "--pretrained_path") if args.pretrained_path else []
+    digest = begin_sha256(*files) if files and not args.dry_run else None
+    for library in ("HF_HUB", "TRANSFORMERS"):  # a page of warnings would hide the one line of an error
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     from weight_selection.selection import Selection, Student, Teacher
 
-    huggingface_hub.utils.logging.set_verbosity_error()  # a page of retries would hide the one line of an error
     student = Student(args.student, args.student_kwargs, args.student_input_size, "--student")
     named = "--pretrained_model", "--pretrained_path", "give --pretrained_path FILE"
     teacher = Teacher(args.pretrained_model, args.teacher_kwargs, args.pretrained_path, *named)
+    args.pretrained_model = teacher.model
     selection = Selection(teacher, student, options)
     name = selection.student_structure.architecture.name
     if args.model_type not in (None, name):
@@ -160,9 +171,9 @@ def select(args, selection, name: str, digest: Future | None) -> None:
     from weight_selection import output, report
 
     path = output.output_file(args.output_dir, name, args.overwrite)
-    _, origin, file = selection.opened
-    if digest is None and file is not None:
-        digest = begin_sha256(file)
+    _, origin, files = selection.opened
+    if digest is None and files:
+        digest = begin_sha256(*files)
     state_dict = selection.weights()
     torch.manual_seed(args.seed)
     student = selection.student.create()
