@@ -49,7 +49,7 @@ def open_published(name: str, model: nn.Module, kwargs: dict, option: str, remed
     if weights is None:
         raise InputError(f"{where}: torchvision has no weights for it; {remedy}")
     file = fetch(weights.url, where, remedy)
-    opened, unused = _open(file, model, option)
+    opened, unused = _open(file, model, f"{where}:")
     model_name = split_name(name)[1].partition(".")[0]
     return Opened(opened, f"{model_name}.{weights.name}", weights.url, [file], unused)
 
