@@ -6,12 +6,14 @@ from pathlib import Path
 
 import yaml
 
+from datasets import DATA_SETS
 from planned import planned_runs
 from runs import Run
 from training.options import CANNOT_CHANGE_RESULT, OPTIONS
 from weight_selection.errors import InputError
 
 SEEDS_OF_A_MEDIAN = 3
+IMAGENET_IMAGES = (1_281_167, 50_000)  # to train, to test
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,17 @@ def recipe(setting: str, data: str) -> dict:
     return contents()["basic_recipe"] | changes["all"] | changes[data]
 
 
+def data_set(data: str) -> str:
+    """main.py's --data_set for the DATA of a run."""
+    name = contents()["data_sets"].get(data, data)
+    return next(known for known in DATA_SETS if known.lower() == name.lower())
+
+
+def images(data: str) -> tuple:
+    """The numbers of images that DATA has to train and to test on."""
+    return DATA_SETS[data_set(data)].images or IMAGENET_IMAGES
+
+
 def deviations(path: str, run: Run, script: str, options: dict, **environment: str) -> list:
     """How a run deviates from what the table's script runs, in words such as ``epochs 3 (paper: 300)``.
 
@@ -103,10 +116,9 @@ def deviations(path: str, run: Run, script: str, options: dict, **environment: s
         **environment: variables of the script.
     """
     data = path.split("/")[1]
-    wanted = {"data_set": contents()["data_sets"].get(data, data)} | options
+    wanted = {"data_set": data_set(data)} | options
     found = [_difference(name, run.options.get(name), value, "paper") for name, value in wanted.items()]
-    images = contents()["images"][data.removesuffix("_long")]
-    for name, value in zip(("train_images", "test_images"), images, strict=True):
+    for name, value in zip(("train_images", "test_images"), images(data), strict=True):
         found.append(_difference(name, run.results.get(name), value, "paper"))
     runs = planned_runs(script, **environment)
     if path not in runs:
@@ -148,8 +160,4 @@ def _first_weights(run, planned):
 
 
 def _difference(name, mine, value, whose):
-    return None if _same(mine, value) else f"{name} {mine} ({whose}: {value})"
-
-
-def _same(mine, value) -> bool:
-    return mine.lower() == value.lower() if isinstance(mine, str) and isinstance(value, str) else mine == value
+    return None if mine == value else f"{name} {mine} ({whose}: {value})"

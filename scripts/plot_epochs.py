@@ -84,8 +84,8 @@ def claims(lines: dict, tuned: dict) -> list:
         said.append(f"weight selection reaches random init ({statistics.fmean(goal):.1f}) after: {share or NEVER}")
     if goal := lines.get(SELECTED, {}).get(whole):
         epochs = first_to_reach(tuned, goal)
-        images = {data: paper.contents()["images"][data][0] for data in ("imagenet", "cifar100")}
-        times = epochs and 1 + epochs * images["imagenet"] / (whole * images["cifar100"])
+        (imagenet, _), (cifar, _) = map(paper.images, ("imagenet", "cifar100"))
+        times = epochs and 1 + epochs * imagenet / (whole * cifar)
         share = epochs and f"{epochs} epochs, {times:.2f} times the images of selection (paper: 60, 6.12)"
         said.append(f"pretraining reaches weight selection ({statistics.fmean(goal):.1f}) after: {share or NEVER}")
     return said

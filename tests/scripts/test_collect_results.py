@@ -46,7 +46,7 @@ def make_run(real_results, tmp_path):
         if path.startswith(("vit_tiny/", "vit_a/", "convnext_femto/")):
             planned = planned_runs(SCRIPTS.get(path, "scripts/figure04.sh"))[path]
             results["args"] |= planned.options.plain()
-            images = images or paper.contents()["images"][path.split("/")[1].removesuffix("_long")]
+            images = images or paper.images(path.split("/")[1])
             results |= {"train_images": images[0], "test_images": images[1]}
             if planned.selection is not None:
                 results["first_weights"] = provenance(planned.selection, seed)
@@ -158,7 +158,7 @@ def test_runs_of_another_recipe_are_marked_and_not_compared(make_run, collect):
     assert cells["random init", "best epoch"][0] == "51.0 ± 29.7 (2) [1]"
     assert cells["weight selection", "best epoch"][0] == "80.0 (1) [2]"
     assert cells["random init", "best - paper"][0] == cells["weight selection", "best - paper"][0] == "-"
-    marks = "data_set image_folder (paper: cifar100), epochs 3 (paper: 300)"
+    marks = "data_set image_folder (paper: CIFAR100), epochs 3 (paper: 300)"
     assert f"- [1] vit_tiny/cifar100/random, seed 1: {marks}" in text
     assert "- [2] vit_tiny/cifar100/selected, seed 0: total_batch_size 64 (paper: 512)" in text
 
@@ -436,7 +436,7 @@ def test_figure_4_draws_what_there_is(make_run, cli, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "pretraining and fine-tuning, 20 epochs: 78.0 (78.0 to 78.0, seeds: 1)" in lines
     assert [line for line in lines if line.startswith("not the paper's recipe")] == [
-        "not the paper's recipe: vit_tiny/cifar100/selected_25, seed 0: data_set image_folder (paper: cifar100), "
+        "not the paper's recipe: vit_tiny/cifar100/selected_25, seed 0: data_set image_folder (paper: CIFAR100), "
         "epochs 1 (paper: 25)"
     ]
     assert matplotlib.image.imread(png).shape[1] == 2 * one_panel[1]
