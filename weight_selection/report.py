@@ -11,7 +11,7 @@ from weight_selection.layers import Layers
 from weight_selection.plan import Plan, PlanEntry, shape_words
 from weight_selection.sources.facts import ModelFacts
 
-ROLES = ("selected", "excluded", "classifier", "unused")
+ROLES = ("selected", "excluded", "classifier", "unused", "constant")
 
 
 def summary(plan: Plan) -> str:

@@ -14,7 +14,7 @@ from weight_selection.errors import InputError
 from weight_selection.sources.architectures import Architecture, found_components, keys_inside
 
 # Package of a model's class -> the module that answers for its models.
-LIBRARIES = {"timm": "timm_models"}
+LIBRARIES = {"timm": "timm_models", "torchvision": "torchvision_models"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class ModelFacts:
             pattern holds the number.
         first_convolutions: {key of the weight: convolution}, of those that take the image.
         grid: (height, width) of the grid of patches that position embeddings are of, or None.
+        position_embeddings: keys of these: (1, tokens, channels) or (tokens, channels), prefix tokens first, or
+            (1, height, width, channels).
         prefix: what stands before the keys of the base model, such as "vit." in a Hugging Face model with a head.
     """
 
@@ -37,6 +39,7 @@ class ModelFacts:
     layer_patterns: list = field(default_factory=list)
     first_convolutions: dict = field(default_factory=dict)
     grid: tuple | None = None
+    position_embeddings: tuple = ()
     prefix: str = ""
 
 
