@@ -29,8 +29,10 @@ def example_inputs(model) -> dict:
         inputs["input_features"] = torch.empty(1, config.num_mel_bins, _frames(model), device="meta")
     if "input_ids" in takes:
         inputs["input_ids"] = _tokens()
+        inputs |= {"attention_mask": _mask()} if "attention_mask" in takes else {}
     if "decoder_input_ids" in takes and config.is_encoder_decoder:
         inputs["decoder_input_ids"] = _tokens()
+        inputs |= {"decoder_attention_mask": _mask()} if "decoder_attention_mask" in takes else {}
     if inputs and "use_cache" in takes:  # of keys and values of earlier tokens
         inputs["use_cache"] = False
     return inputs
@@ -51,3 +53,8 @@ def _frames(model):
 
 def _tokens():
     return torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
+
+
+def _mask():
+    """Which tokens see which. Models without one look at the values of positions, which the meta device has not."""
+    return torch.zeros(1, 1, TOKENS, TOKENS, device="meta")
