@@ -34,6 +34,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("then", "now")
 ENVIRONMENT = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+NEW_OPTIONS = ("verbose", "classifier", "width", "depth", "format", "dtype")  # of weight_selection.py, since 3bea770
 IGNORED = {"seconds", "wall_time", "versions"}  # keys whose values depend on clocks and installed packages
 
 # Runs the commands on stdin in one process, as if each started alone: importing torch takes longer than a command.
@@ -54,7 +55,7 @@ for script, *words in json.load(sys.stdin):
 print(json.dumps(outcomes))
 """
 
-# Prints the parsed options of the commands on stdin.
+# Prints the parsed options of the commands on stdin, beside which stand the names of options that are left out.
 PARSE_COMMANDS = """
 import importlib, json, sys
 def find(name, *modules):
@@ -68,7 +69,8 @@ parse_main = find("parse_args", "options", "training.options")
 make_parser = find("get_args_parser", "weight_selection.cli", "weight_selection")
 check_options = find("check_options", "weight_selection.cli", "weight_selection")
 parsed = []
-for program, *words in json.load(sys.stdin):
+new_options, commands = json.load(sys.stdin)
+for program, *words in commands:
     if program == "main.py":
         args = vars(parse_main(words)) | {"config": None}
     else:
@@ -79,7 +81,7 @@ for program, *words in json.load(sys.stdin):
         args.pretrained_path = None
         check_options(args)
         args = vars(args) | absent | {"student_config": None}
-        args.pop("verbose", None)  # new
+        args = {name: value for name, value in args.items() if name not in new_options}
         for name in ("stem_width", "channels"):  # 3bea770 spelt out ResNet-18-D's own sizes for the teacher
             args["teacher_kwargs"].pop(name, None)
     parsed.append(args)
@@ -87,33 +89,19 @@ print(json.dumps(parsed, sort_keys=True))
 """
 
 # name: (timm's model, arguments of teacher and student, of the teacher, of the student)
+# fmt: off
 MODELS = {
-    "vit": (
-        "vit_tiny_patch16_224",
-        "img_size=32 patch_size=8 num_classes=7 init_values=0.1",
-        "embed_dim=48 num_heads=4 depth=5",
-        "embed_dim=24 num_heads=2 depth=3",
-    ),
-    "convnext": (
-        "convnext_tiny",
-        "num_classes=7",
-        "depths=(2,1,3,1) dims=(16,24,32,48)",
-        "depths=(1,1,2,1) dims=(8,12,16,24)",
-    ),
+    "vit": ("vit_tiny_patch16_224", "img_size=32 patch_size=8 num_classes=7 init_values=0.1",
+            "embed_dim=48 num_heads=4 depth=5", "embed_dim=24 num_heads=2 depth=3"),
+    "convnext": ("convnext_tiny", "num_classes=7",
+                 "depths=(2,1,3,1) dims=(16,24,32,48)", "depths=(1,1,2,1) dims=(8,12,16,24)"),
     "resnet": ("resnet18", "num_classes=7", "channels=(24,32,48,64)", "channels=(12,16,24,32) layers=(1,2,1,1)"),
-    "swin": (
-        "swin_tiny_patch4_window7_224",
-        "img_size=32 window_size=4 num_classes=7",
-        "embed_dim=32 depths=(2,4) num_heads=(2,4)",
-        "embed_dim=16 depths=(2,2) num_heads=(1,2)",
-    ),
-    "mixer": (
-        "mixer_s32_224",
-        "img_size=32 patch_size=8 num_classes=7",
-        "embed_dim=32 num_blocks=4",
-        "embed_dim=16 num_blocks=2",
-    ),
+    "swin": ("swin_tiny_patch4_window7_224", "img_size=32 window_size=4 num_classes=7",
+             "embed_dim=32 depths=(2,4) num_heads=(2,4)", "embed_dim=16 depths=(2,2) num_heads=(1,2)"),
+    "mixer": ("mixer_s32_224", "img_size=32 patch_size=8 num_classes=7",
+              "embed_dim=32 num_blocks=4", "embed_dim=16 num_blocks=2"),
 }
+# fmt: on
 DIGITS_TEACHER = "patch_size=4 embed_dim=64 depth=2 num_heads=4"
 DIGITS_MODEL = "patch_size=4 embed_dim=32 depth=2 num_heads=2"
 DIGITS_STUDENT = "patch_size=4 embed_dim=16 depth=1 num_heads=1"
@@ -350,15 +338,13 @@ def compare_training(work: Workplace) -> None:
     work.compare_commands(commands)
 
 
+# Programs whose options are compared: how many words stand between the name and the options.
+PROGRAMS = {"main.py": 0, "weight_selection.py": 0, "ablate_projection.py": 1}
+
+
 def planned_commands(work: Workplace, side: str, scripts: list) -> dict:
     """{script: what it would run, a list of words for each command, of which options are parsed}."""
-    environment = {
-        "PATH": os.environ["PATH"],
-        "PYTHON": "python",
-        "OUT": "/nowhere",
-        "DATA": "/nowhere",
-        "DRY_RUN": "1",
-    }
+    environment = {"PATH": os.environ["PATH"], "PYTHON": "python", "DRY_RUN": "1", "OUT": "/none", "DATA": "/none"}
     plans, to_parse = {}, []
     for script in scripts:
         name, *smoke = script.split()
@@ -367,14 +353,12 @@ def planned_commands(work: Workplace, side: str, scripts: list) -> dict:
         plans[script] = [[dry_run.returncode, dry_run.stderr]]
         for line in dry_run.stdout.splitlines():
             words = [re.sub(r"^(scripts|experiments)/(?=.*\.(py|sh)$)", "", word) for word in shlex.split(line)]
-            programs = (
-                {"main.py": 0, "weight_selection.py": 0, "ablate_projection.py": 1} if words[:1] == ["python"] else {}
-            )
-            start = next((n + programs[word] for n, word in enumerate(words) if word in programs), None)
+            python = words[:1] == ["python"]
+            start = next((n + PROGRAMS[word] for n, word in enumerate(words) if python and word in PROGRAMS), None)
             plans[script].append(words if start is None else words[: start + 1])
             if start is not None:
                 to_parse.append((plans[script][-1], words[start:]))
-    parsed = work.ask(side, PARSE_COMMANDS, [words for _, words in to_parse], work.trees[side])
+    parsed = work.ask(side, PARSE_COMMANDS, [NEW_OPTIONS, [words for _, words in to_parse]], work.trees[side])
     for (command, _), options in zip(to_parse, parsed, strict=True):
         command.append(options)
     return plans
@@ -390,12 +374,8 @@ def compare_options(work: Workplace) -> None:
     scripts = [name + smoke for name in names[0] if name in names[1] for smoke in ("", " SMOKE=1")]
     then, now = both(functools.partial(planned_commands, work, scripts=scripts))
     for script in scripts:
-        work.report(
-            f"options/{script}", find_difference(then[script], now[script]), f"({len(then[script]) - 1} commands)"
-        )
-
-
-NEW_OPTIONS = {"--verbose"}  # of weight_selection.py --dry_run; the default shows groups, layers and totals
+        count = f"({len(then[script]) - 1} commands)"
+        work.report(f"options/{script}", find_difference(then[script], now[script]), count)
 
 
 def compare_help(work: Workplace) -> None:
@@ -403,7 +383,7 @@ def compare_help(work: Workplace) -> None:
 
     def options_of(side, name):
         status, errors, printed = work.finish(side, f"{name} --help")
-        listed = set(re.findall(r"^ +(--?[a-z][\w-]*)", printed, re.M)) - NEW_OPTIONS
+        listed = set(re.findall(r"^ +(--?[a-z][\w-]*)", printed, re.M)) - {f"--{option}" for option in NEW_OPTIONS}
         return [status, errors, sorted(listed)]
 
     scripts = [path for path in work.trees["then"].glob("scripts/*.py") if "__main__" in path.read_text()]
