@@ -31,6 +31,8 @@ class ModelFacts:
         grid: (height, width) of the grid of patches that position embeddings are of, or None.
         token_heads: names of linear layers whose outputs are tokens, as a language model's head. None: of all linear
             layers that give an output of the model, whose outputs are taken to be tokens or classes.
+        position_embeddings: keys of these: (1, tokens, channels) or (tokens, channels), prefix tokens first, or
+            (1, height, width, channels).
         prefix: what stands before the keys of the base model, such as "vit." in a Hugging Face model with a head.
     """
 
@@ -40,6 +42,7 @@ class ModelFacts:
     first_convolutions: dict = field(default_factory=dict)
     grid: tuple | None = None
     token_heads: tuple | None = ()
+    position_embeddings: tuple = ()
     prefix: str = ""
 
 

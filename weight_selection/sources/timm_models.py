@@ -161,6 +161,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
         layer_patterns=layer_patterns(model),
         first_convolutions=first_convolutions(model),
         grid=grid and tuple(grid),
+        position_embeddings=("pos_embed",),
     )
 
 
