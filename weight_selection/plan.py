@@ -220,7 +220,8 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
     teacher, student = _with_classifiers(teacher, student, options.selects_all)
     _check_options(teacher, student, options)
     _check_common(teacher, student)
-    check_classifier_is_not_tied(student.tied, student.in_classifier)
+    if not options.selects_all:
+        check_classifier_is_not_tied(student.tied, student.in_classifier)
     sources = teacher_keys(teacher.layers, student.layers, options.layer_selection, (teacher.prefix, student.prefix))
     _check_unused(teacher, sources, options.allow_unused)
 

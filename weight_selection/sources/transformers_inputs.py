@@ -11,15 +11,16 @@ TOKENS = 8  # in a sequence; any number would do, as a trace does not look at th
 def example_inputs(model) -> dict:
     """Keyword arguments of a Hugging Face model's forward pass: a batch of one.
 
-    Images have the size that the config records, sounds the number of frames, and sequences a few tokens. All are on
-    the meta device: a trace runs there, where tensors have shapes and no values.
+    Images have the size that the config records, sounds the number of frames, sequences a few tokens. Images and sounds
+    are on the meta device: a trace needs their shapes only. Tokens and masks are small and have values, with which a
+    model can also be run.
 
     Args:
         model: a ``PreTrainedModel``, on any device.
 
     Returns:
         {name: tensor}, of as many of ``pixel_values``, ``input_features``, ``input_ids`` and ``decoder_input_ids`` as
-        the forward takes; with ``use_cache=False`` where it is taken. Empty if none of them is.
+        the forward takes, with a mask where one is needed, and ``use_cache=False`` where it is taken. Empty if it takes none.
     """
     config, takes = model.config, inspect.signature(model.forward).parameters
     inputs = {}
@@ -28,14 +29,18 @@ def example_inputs(model) -> dict:
     if "input_features" in takes and hasattr(config, "num_mel_bins"):
         inputs["input_features"] = torch.empty(1, config.num_mel_bins, _frames(model), device="meta")
     if "input_ids" in takes:
-        inputs["input_ids"] = _tokens()
-        inputs |= {"attention_mask": _mask()} if "attention_mask" in takes else {}
+        inputs |= _tokens(takes, "", _is_causal(model) and not config.is_encoder_decoder)
     if "decoder_input_ids" in takes and config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = _tokens()
-        inputs |= {"decoder_attention_mask": _mask()} if "decoder_attention_mask" in takes else {}
+        inputs |= _tokens(takes, "decoder_", _is_causal(model))
     if inputs and "use_cache" in takes:  # of keys and values of earlier tokens
         inputs["use_cache"] = False
     return inputs
+
+
+def token_heads(model) -> tuple:
+    """Names of the linear layers whose outputs are tokens: a language model's head."""
+    head = model.get_output_embeddings()
+    return tuple(name for name, module in model.named_modules() if module is head)
 
 
 def image_shape(config) -> tuple:
@@ -51,10 +56,18 @@ def _frames(model):
     return 2 * model.config.max_source_positions
 
 
-def _tokens():
-    return torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
+def _tokens(takes, prefix, masked):
+    """A sequence, and a mask that lets every token be seen.
+
+    Whether it needs a causal mask alone, a model finds out from the values of positions, which the meta device does not
+    have, unless it is given another mask. Of models that are not causal the opposite is true.
+    """
+    inputs = {f"{prefix}input_ids": torch.zeros(1, TOKENS, dtype=torch.int64)}
+    if masked and f"{prefix}attention_mask" in takes:
+        inputs[f"{prefix}attention_mask"] = torch.ones(1, TOKENS, dtype=torch.int64)
+    return inputs
 
 
-def _mask():
-    """Which tokens see which. Models without one look at the values of positions, which the meta device has not."""
-    return torch.zeros(1, 1, TOKENS, TOKENS, device="meta")
+def _is_causal(model):
+    """Whether tokens see only those before them."""
+    return any(getattr(module, "is_causal", False) for module in model.modules())
