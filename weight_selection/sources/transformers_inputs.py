@@ -20,7 +20,7 @@ def example_inputs(model) -> dict:
 
     Returns:
         {name: tensor}, of as many of ``pixel_values``, ``input_features``, ``input_ids`` and ``decoder_input_ids`` as
-        the forward takes, with a mask where one is needed, and ``use_cache=False`` where it is taken. Empty if it takes none.
+        the forward takes, with a mask where one is needed, and ``use_cache=False`` where it is taken.
     """
     config, takes = model.config, inspect.signature(model.forward).parameters
     inputs = {}
