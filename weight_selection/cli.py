@@ -117,11 +117,11 @@ def main(argv=None) -> None:
     options = check_options(args)
     # To hash a large file takes longer than to select from it, and torch takes seconds to import.
     digest = begin_sha256(args.pretrained_path) if args.pretrained_path and not args.dry_run else None
-    import huggingface_hub
+    from huggingface_hub.utils import logging
 
     from weight_selection.selection import Selection, Student, Teacher
 
-    huggingface_hub.utils.logging.set_verbosity_error()  # a page of retries would hide the one line of an error
+    logging.set_verbosity_error()  # a page of retries would hide the one line of an error
     student = Student(args.student, args.student_kwargs, args.student_input_size, "--student")
     named = "--pretrained_model", "--pretrained_path", "give --pretrained_path FILE"
     teacher = Teacher(args.pretrained_model, args.teacher_kwargs, args.pretrained_path, *named)

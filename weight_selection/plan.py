@@ -138,8 +138,9 @@ class PlanEntry:
 
     Attributes:
         key, shape: of the student's tensor.
-        role: ``selected``, ``excluded`` (by request), ``classifier``, or ``unused`` (a parameter that the forward pass
-            does not use). The last three keep the student's own values.
+        role: ``selected``, ``excluded`` (by request), ``classifier``, ``unused`` (a parameter that the forward pass
+            does not use), or ``constant`` (a buffer that follows from the student's own sizes, such as the index of
+            relative positions in a window). All but the first keep the student's own values.
         teacher_key, teacher_shape: of the teacher's tensor, if selected.
         slices: {dimension of neurons: its ``SlicePair``}. All other dimensions hold positions.
         resampling: the change of positions or image channels that comes first, or None.
@@ -352,17 +353,14 @@ def _selected(teacher, student, matching, key, teacher_key, allow_unused):
     ours, theirs = student.neurons.slices[key], teacher.neurons.slices[teacher_key]
     common = range(min(len(shape), len(teacher_shape)))
     positions = [dim for dim in common if ours[dim] is None or theirs[dim] is None]
+    different = [dim for dim in positions if teacher_shape[dim] != shape[dim]]
+    if different and key not in student.parameters:
+        return PlanEntry(key, shape, "constant")
     slices = {
         dim: matching.pairs(key, teacher_key, dim, teacher_shape[dim], shape[dim])
         for dim in common
         if dim not in positions
     }
-    different = [dim for dim in positions if teacher_shape[dim] != shape[dim]]
-    if different and key in student.neurons.unused:
-        raise InputError(
-            f"{key}, dimension {different[0]}: teacher's size {teacher_shape[different[0]]}, student's "
-            f"{shape[different[0]]}: the model does not use it, so nothing says which elements belong together"
-        )
     if 0 in different and key in student.tables - student.geometry.embeddings:
         raise InputError(
             f"{key}, dimension 0: teacher's size {teacher_shape[0]}, student's {shape[0]}: its rows are tokens, "
@@ -398,6 +396,7 @@ class _Matching:
     def __init__(self, teacher: ModelGroups, student: ModelGroups, options: SelectionOptions):
         self.teacher, self.student, self.options = teacher, student, options
         self.groups = {}
+        self.sources = {}  # {number of the student's group: number of the teacher's group that it comes from}
 
     def pairs(self, key: str, teacher_key: str, dim: int, t: int, s: int) -> list:
         """The ``SlicePair`` of a dimension, which has size ``t`` in the teacher and ``s`` in the student.
@@ -408,6 +407,8 @@ class _Matching:
         where = f"{key}, dimension {dim}: teacher's size {t}"
         too_narrow = f"{where} < student's {s}: a teacher must be at least as wide"
         ours, theirs = self.student.slices[key][dim], self.teacher.slices[teacher_key][dim]
+        if None not in (ours, theirs) and len(ours) != len(theirs):
+            theirs = self._of_chosen_layers(ours, theirs)
         if ours is None or theirs is None or len(ours) != len(theirs):
             reason = f"made of {_count(theirs)} in the teacher, of {_count(ours)} in the student"
             raise InputError(too_narrow if t < s else f"{where}, student's {s}: {reason}")
@@ -428,7 +429,20 @@ class _Matching:
             large, small = self.teacher.groups[their.group], self.student.groups[pair.group]
             _check_blocks(pair, large, small, where, s)
             self._note(pair, large, small, key)
+            self.sources.setdefault(pair.group, their.group)
         return pairs
+
+    def _of_chosen_layers(self, ours, theirs):
+        """The teacher's slices that the student's come from, if layers with features of their own were dropped.
+
+        A dense block concatenates what its layers give: where it is read, each layer has a slice.
+        """
+        numbers = [self.sources.get(our.group) for our in ours]
+        slices = {their.group: their for their in theirs}
+        distinct = len(set(numbers)) == len(ours) and len(slices) == len(theirs)
+        if self.options.projects or not distinct or not slices.keys() >= set(numbers):
+            return theirs
+        return tuple(slices[number] for number in numbers)
 
     def _note(self, pair, large, small, key):
         """Note that a tensor holds a group; at the first one, decide which neurons are kept."""

@@ -8,7 +8,7 @@ import numpy as np
 from weight_selection.layers import Layers
 from weight_selection.plan import Plan, PlanEntry, shape_words
 
-ROLES = ("selected", "excluded", "classifier", "unused")
+ROLES = ("selected", "excluded", "classifier", "unused", "constant")
 
 
 def summary(plan: Plan) -> str:

@@ -14,7 +14,7 @@ from weight_selection.errors import InputError
 from weight_selection.sources.architectures import Architecture, found_components, keys_inside
 
 # Package of a model's class -> the module that answers for its models.
-LIBRARIES = {"timm": "timm_models"}
+LIBRARIES = {"timm": "timm_models", "torchvision": "torchvision_models"}
 
 
 @dataclass(frozen=True)

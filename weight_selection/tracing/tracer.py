@@ -14,6 +14,7 @@ An operation without a rule is refused by name.
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -40,7 +41,7 @@ MOVES = _names("""
 ALONE = _names("""
     gelu relu relu_ silu silu_ sigmoid sigmoid_ hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ elu
     elu_ leaky_relu leaky_relu_ softplus mish mish_ tanh tanh_ exp log sqrt rsqrt reciprocal square neg abs sin cos erf
-    clamp clamp_ clamp_min clamp_max _softmax _safe_softmax _to_copy logical_not bitwise_not
+    clamp clamp_ clamp_min clamp_max zero_ _softmax _safe_softmax _to_copy logical_not bitwise_not
 """)  # they work on each element by itself, or normalise lines
 TOGETHER = _names("""
     add add_ sub sub_ rsub mul mul_ div div_ pow maximum minimum addcmul where copy_ floor_divide remainder masked_fill
@@ -594,11 +595,15 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         if id(value) not in labelled:
             labelled[id(value)] = tracer.label(value)
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    modules = _Modules(skeleton)
     try:
-        with torch.no_grad(), _LinearLayers(skeleton) as linear, tracer:
+        with torch.no_grad(), modules, tracer:
             output = skeleton(*args, **kwargs)
+    except Untraceable as reason:
+        raise Untraceable(modules.where() + str(reason)) from reason
     except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise Untraceable(f"its forward pass of {_shapes(inputs)} fails ({error})") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Untraceable(f"{modules.where()}its forward pass of {_shapes(inputs)} fails ({reason})") from error
     tracer.labels.positions += channels
     return Trace(
         dims={key: labelled[id(value)] for key, value in state.items()},
@@ -606,7 +611,7 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         constraints=tracer.constraints,
         heights={key: tracer.heights[id(value)] for key, value in state.items() if id(value) in tracer.heights},
         met=frozenset(key for key, value in state.items() if id(value) in tracer.met),
-        output_layers=linear.giving(output),
+        output_layers=modules.giving(output),
     )
 
 
@@ -632,25 +637,36 @@ def _shapes(inputs):
     return f"{words[0]} images" if len(words) == 1 and any(map(_is_images, tree_leaves(inputs))) else ", ".join(words)
 
 
-class _LinearLayers:
-    """Notes what each linear layer of a model gives, to find out which of them give the model's outputs."""
+class _Modules:
+    """Notes which module runs, for errors, and what linear layers give: some of them give the model's outputs."""
 
     def __init__(self, model):
-        self.modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        self.given = []  # (output, name, number of outputs)
+        self.model = model
+        self.running = []  # names of the modules whose forward has begun and not ended
+        self.given = []  # (output, name, number of outputs) of a linear layer
 
     def __enter__(self):
-        self.hooks = [
-            module.register_forward_hook(
-                lambda module, _, output, name=name: self.given.append((output, name, module.out_features))
-            )
-            for name, module in self.modules.items()
-        ]
+        self.hooks = []
+        for name, module in self.model.named_modules():
+            self.hooks.append(module.register_forward_pre_hook(partial(self._begin, name)))
+            self.hooks.append(module.register_forward_hook(partial(self._end, name)))
         return self
 
     def __exit__(self, *_):
         for hook in self.hooks:
             hook.remove()
+
+    def _begin(self, name, module, args):
+        self.running.append(name)
+
+    def _end(self, name, module, args, output):
+        self.running.pop()
+        if isinstance(module, nn.Linear):
+            self.given.append((output, name, module.out_features))
+
+    def where(self) -> str:
+        """The innermost module in which the forward pass stopped, as the beginning of an error."""
+        return f"in {self.running[-1]}: " if self.running and self.running[-1] else ""
 
     def giving(self, output) -> dict:
         """{name of the layer: number of its outputs}, of the tensors in the model's output."""
