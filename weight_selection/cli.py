@@ -203,7 +203,7 @@ def select(args, selection, name: str, digest: Future | None) -> None:
     _, origin, file = selection.opened
     if digest is None and file is not None:
         digest = begin_sha256(file)
-    state_dict = output.cast(selection.weights(), args.dtype)
+    state_dict = output.cast(selection.weights(), args.dtype, selection.plan.tied)
     absent = selection.plan.left_out
     provenance = {
         "teacher": origin | {"sha256": digest},

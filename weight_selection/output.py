@@ -28,6 +28,7 @@ from weight_selection.sources.weight_files import (
     read_weights,
     write_weights,
 )
+from weight_selection.tied import tied_keys
 from weight_selection.tracing.tracer import skeleton_of
 
 LARGE = 10**9  # bytes of values, from which a student is written without being built or run
@@ -78,8 +79,9 @@ class WeightFile:
         with new_file(provenance_path(self.path)) as record, new_file(self.path) as temporary:
             safetensors = self.path.suffix == ".safetensors"
             content = _finished(provenance, self.path.name, student) if safetensors else {}
-            write_weights(state_dict, temporary, json.dumps(content))
-            check_written(temporary, state_dict)
+            tensors = untied(state_dict, student) if safetensors else state_dict
+            write_weights(tensors, temporary, json.dumps(content))
+            check_written(temporary, tensors)
             problem = first_mismatch(state_dict, student, lambda key: key in provenance["left_out"])
             if problem:
                 raise InputError(f"--output_dir: what was written cannot be loaded: {problem}")
@@ -130,7 +132,7 @@ class HubDirectory:
 
         Args, Raises: as ``WeightFile.write``. ``state_dict`` has all of the student's keys.
         """
-        weights = self.hub.stored_tensors(self.model, state_dict)
+        weights = self.hub.stored_tensors(self.model, untied(state_dict, self.model))
         with new_directory(self.path, "--output_dir", replace=True) as directory:
             file = directory / "model.safetensors"
             content = _finished(provenance, file.name, student)
@@ -164,18 +166,27 @@ def is_large(state_dict: dict) -> bool:
     return sum(value.nbytes for value in state_dict.values()) >= LARGE
 
 
-def cast(state_dict: dict, dtype: str) -> dict:
+def cast(state_dict: dict, dtype: str, tied: dict) -> dict:
     """Give the floating-point values another type, one of ``DTYPES``, one tensor after the other in the same dict.
+
+    Args:
+        tied: {key: the key that its tensor goes by}.
 
     Raises:
         InputError: a value is beyond the type's range.
     """
     for key, value in state_dict.items() if dtype != KEEP else ():
-        if value.is_floating_point():
+        if value.is_floating_point() and key not in tied:
             state_dict[key] = value.to(getattr(torch, dtype))
             if not state_dict[key].isfinite().all():
                 raise InputError(f"--dtype {dtype}: {key} has values beyond its range; choose another")
-    return state_dict
+    return {key: state_dict[tied.get(key, key)] for key in state_dict}
+
+
+def untied(state_dict: dict, student: nn.Module) -> dict:
+    """A tied tensor under one of its keys only: safetensors files do not share memory."""
+    tied = tied_keys(student)
+    return {key: value for key, value in state_dict.items() if key not in tied}
 
 
 def value_type(state_dict: dict) -> str:
@@ -207,7 +218,7 @@ def completed(state_dict: dict, student: nn.Module, selection, seed: int, dtype:
     else:
         torch.manual_seed(seed)
         own = selection.student.create().state_dict()
-    own = cast({key: own[key] for key in absent}, dtype)
+    own = cast({key: own[key] for key in absent}, dtype, {})
     return {key: state_dict[key] if key in state_dict else own[key] for key in student.state_dict()}
 
 

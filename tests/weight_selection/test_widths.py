@@ -49,13 +49,13 @@ LLAMA_30B = {  # of its published config.json
             {"hidden_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 1},
             HALF,
             None,
-            {"hidden_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 1},
+            {"hidden_size": 1024, "num_attention_heads": 4},
         ),
         (  # models inside a model
             {"projection_dim": 512, "text_config": {"hidden_size": 512, "num_attention_heads": 8}, "vision_config": {}},
             HALF,
             None,
-            {"text_config": {"hidden_size": 256, "num_attention_heads": 4}},
+            {"text_config.hidden_size": 256, "text_config.num_attention_heads": 4},
         ),
         (
             {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
@@ -73,6 +73,9 @@ def test_widths_and_heads_are_scaled_together_and_depths_are_rounded_up(argument
 
 def test_depths_that_are_not_whole_are_rounded_up():
     assert smaller_arguments({"depths": (3, 3, 9, 3)}, None, HALF) == {"depths": (2, 2, 5, 2)}
+    mixed = {"num_hidden_layers": 3, "layer_types": ["local", "full", "local"], "out_indices": [3]}
+    fewer = {"num_hidden_layers": 2, "layer_types": ["local", "full"], "out_indices": None}
+    assert smaller_arguments(mixed, None, HALF) == fewer
     assert smaller_arguments({"layers": (3, 4, 6, 3)}, None, Fraction(1, 100)) == {"layers": (1, 1, 1, 1)}
 
 

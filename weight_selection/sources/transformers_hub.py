@@ -30,15 +30,12 @@ def write_config(config, state_dict: dict, directory: Path) -> None:
 
 
 def stored_tensors(model: nn.Module, state_dict: dict) -> dict:
-    """The tensors under the names that from_pretrained reads; a tied one once."""
-    tied = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ()
-    first = {}
-    for key, value in model.state_dict(keep_vars=True).items():
-        if key not in tied or id(value) not in first:
-            first[id(value)] = key
-    kept = set(first.values())
-    tensors = {key: value for key, value in state_dict.items() if key in kept}
-    return revert_weight_conversion(model, tensors) if revert_weight_conversion else tensors
+    """The tensors under the names that from_pretrained reads.
+
+    Args:
+        state_dict: a tied tensor once.
+    """
+    return revert_weight_conversion(model, state_dict) if revert_weight_conversion else state_dict
 
 
 def reopened(model: nn.Module, directory: Path) -> nn.Module:

@@ -40,34 +40,25 @@ def smaller_arguments(arguments: dict, width: Fraction | None, depth: Fraction |
     A depth that is not whole is rounded up.
 
     Args:
-        arguments: {name: value} that the teacher is built with. Values that are dicts are arguments of models inside.
+        arguments: {name: value} that the teacher is built with. Configurations inside it are dicts.
         width, depth: between 0 and 1, or None to leave it.
+
+    Returns:
+        {name: value}; what is in a configuration inside has its name before it, as in ``vision_config.hidden_size``.
 
     Raises:
         InputError: no argument is known to be a width (or a depth), or a width gives no whole numbers.
     """
+    flat = _flat(arguments)
     changed = {}
     if width is not None:
-        factors = _scaled_floats(arguments, WIDTH_FACTORS, width)
-        changed = factors or _scaled_widths(arguments, width)
-        _check_any(changed, arguments, f"--width {shown(width)}: no argument of this architecture is known as a width")
+        changed = _scaled_factors(flat, WIDTH_FACTORS, width) or _scaled_widths(flat, width)
+        _check_any(changed, flat, f"--width {shown(width)}: no argument of this architecture is known as a width")
     if depth is not None:
-        factors = _scaled_floats(arguments, DEPTH_FACTORS, depth)
-        fewer = factors or _walk(arguments, DEPTHS, lambda value: math.ceil(value * depth))
-        _check_any(fewer, arguments, f"--depth {shown(depth)}: no argument of this architecture is known as a depth")
-        changed = _merged(changed, fewer)
+        fewer = _scaled_factors(flat, DEPTH_FACTORS, depth) or _scaled_depths(flat, depth)
+        _check_any(fewer, flat, f"--depth {shown(depth)}: no argument of this architecture is known as a depth")
+        changed |= fewer
     return changed
-
-
-def model_arguments(name: str, kwargs: dict, option: str) -> dict:
-    """{argument: value} that a model of this name is built with; for ``smaller_arguments``.
-
-    Args:
-        name, kwargs, option: as of ``create_model``.
-    """
-    from weight_selection.sources.timm_models import arguments_of
-
-    return arguments_of(name, kwargs, option)
 
 
 def fraction(text: str) -> Fraction:
@@ -84,16 +75,48 @@ def shown(number: Fraction) -> str:
     return decimal if Fraction(decimal) == number else f"{number.numerator}/{number.denominator}"
 
 
-def _scaled_widths(arguments, width):
+def _flat(arguments, before=""):
+    """Arguments without dicts inside: {name, with those of the configurations around it: value}."""
+    flat = {}
+    for name, value in arguments.items():
+        inside = isinstance(value, dict) and name.endswith("_config")
+        flat |= _flat(value, f"{before}{name}.") if inside else {before + name: value}
+    return flat
+
+
+def _named(flat, names):
+    """The arguments of these names that are whole numbers, or sequences of them."""
+    return {
+        name: value
+        for name, value in flat.items()
+        if _last(name) in names and all(type(leaf) is int for leaf in _leaves(value))
+    }
+
+
+def _last(name):
+    return name.rpartition(".")[2]
+
+
+def _leaves(value):
+    return [leaf for part in value for leaf in _leaves(part)] if isinstance(value, (list, tuple)) else [value]
+
+
+def _each(value, change):
+    return type(value)(_each(part, change) for part in value) if isinstance(value, (list, tuple)) else change(value)
+
+
+def _scaled_widths(flat, width):
     """Widths and heads times a number; what is not whole is refused."""
-    widths = WIDTHS - {name for mark, name in PER_HEAD.items() if mark in arguments} | HEADS
-    if not _sizes(arguments, widths):
+    widths = WIDTHS - {name for mark, name in PER_HEAD.items() if mark in flat}
+    if not _named(flat, widths | HEADS):
         return {}
-    widths |= ENDS
-    sizes = _sizes(arguments, widths) + [(name, size) for name, size in _sizes(arguments, KEY_VALUE_HEADS) if size > 1]
+    scaled = _named(flat, widths | ENDS | HEADS) | {
+        name: value for name, value in _named(flat, KEY_VALUE_HEADS).items() if value > 1
+    }
+    sizes = [(name, size) for name, value in scaled.items() for size in _leaves(value) if size]
     common = math.gcd(*(size for _, size in sizes))
     if width * common % 1:
-        sizes.sort(key=lambda pair: pair[0] not in HEADS)  # a head says more than a width
+        sizes.sort(key=lambda pair: _last(pair[0]) not in HEADS)  # a head says more than a width
         name, size = next((name, size) for name, size in sizes if width * size % 1)
         below, above = (Fraction(round_(width * common), common) for round_ in (math.floor, math.ceil))
         near = " or ".join(shown(number) for number in (below, above) if 0 < number < 1)
@@ -101,54 +124,42 @@ def _scaled_widths(arguments, width):
         raise InputError(
             f"--width {shown(width)}: {name} {size} becomes {shown(width * size)}, which is no whole number; {remedy}"
         )
-    changed = _walk(arguments, widths, lambda size: int(size * width))
-    return _merged(changed, _walk(arguments, KEY_VALUE_HEADS, lambda size: max(1, int(size * width))))
+    return {name: _each(value, lambda size: int(size * width)) for name, value in scaled.items()}
 
 
-def _sizes(arguments, names):
-    """[(name, whole number)] of arguments, also of models inside."""
-    found = []
-    for name, value in arguments.items():
-        if isinstance(value, dict):
-            found += _sizes(value, names)
-        elif name in names:
-            found += [(name, size) for size in _leaves(value) if type(size) is int and size]
-    return found
-
-
-def _leaves(value):
-    return [leaf for part in value for leaf in _leaves(part)] if isinstance(value, (list, tuple)) else [value]
-
-
-def _walk(arguments, names, change):
-    """{name: changed value} of the arguments that are whole numbers, or sequences of them; dicts for models inside."""
-    changed = {}
-    for name, value in arguments.items():
-        if isinstance(value, dict):
-            inside = _walk(value, names, change)
-            changed |= {name: inside} if inside else {}
-        elif name in names and all(type(leaf) is int for leaf in _leaves(value)):
-            changed[name] = _each(value, change)
+def _scaled_depths(flat, depth):
+    """Depths times a number; a list with a word for each layer, and the choice of layers to give, follow from them."""
+    depths = _named(flat, DEPTHS)
+    changed = {name: _each(value, lambda layers: math.ceil(layers * depth)) for name, value in depths.items()}
+    for name, value in flat.items():
+        before = name.removesuffix(_last(name))
+        layers = next((many for many in depths if many == f"{before}num_hidden_layers"), None)
+        if _last(name) == "layer_types" and layers and value:
+            changed[name] = value[: changed[layers]]
+        if _last(name) in ("out_features", "out_indices") and value and depths:
+            changed[name] = None
     return changed
 
 
-def _each(value, change):
-    return type(value)(_each(part, change) for part in value) if isinstance(value, (list, tuple)) else change(value)
-
-
-def _scaled_floats(arguments, names, number):
+def _scaled_factors(flat, names, number):
     """The arguments that are factors themselves, times a number."""
-    return {name: value * float(number) for name, value in arguments.items() if name in names and type(value) is float}
+    factors = {name: value for name, value in flat.items() if _last(name) in names and type(value) is float}
+    return {name: value * float(number) for name, value in factors.items()}
 
 
-def _merged(first, second):
-    """Two nested dicts in one."""
-    both = {key: _merged(first[key], second[key]) for key in first if key in second and isinstance(first[key], dict)}
-    return first | second | both
-
-
-def _check_any(changed, arguments, complaint):
+def _check_any(changed, flat, complaint):
     if not changed:
-        numbers = {name: value for name, value in arguments.items() if type(value) in (int, float, tuple, list)}
+        numbers = {name: value for name, value in flat.items() if type(value) in (int, float, tuple, list)}
         names = ", ".join(f"{name}={value}"[:60] for name, value in numbers.items()) or "none that is a number"
         raise InputError(f"{complaint}; it has {names}; change those that you mean with --student_kwargs")
+
+
+def model_arguments(name: str, kwargs: dict, option: str) -> dict:
+    """{argument: value} that a model of this name is built with; for ``smaller_arguments``.
+
+    Args:
+        name, kwargs, option: as of ``create_model``.
+    """
+    from weight_selection.sources.timm_models import arguments_of
+
+    return arguments_of(name, kwargs, option)
