@@ -7,12 +7,11 @@ import argparse
 import os
 import sys
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import fields
 
 from weight_selection.arguments import Kwargs, Parser, check_kwargs
 from weight_selection.errors import InputError, run_program
-from weight_selection.files import SUFFIXES, begin_sha256, check_file
+from weight_selection.files import SUFFIXES, begin_sha256
 from weight_selection.options import (
     CALIBRATION_IMAGES,
     DTYPES,
@@ -25,8 +24,10 @@ from weight_selection.options import (
     SelectionOptions,
 )
 from weight_selection.sources import COMPONENTS, MODEL_TYPES
+from weight_selection.sources.directories import files_of
+from weight_selection.sources.names import SCHEMES, TIMM, check_name
 from weight_selection.sources.recipe import read_student
-from weight_selection.sources.widths import fraction, model_arguments, shown, smaller_arguments
+from weight_selection.sources.widths import fraction, shown, smaller_arguments
 
 # The options that stand in the provenance of a written file, in this order.
 RECORDED = ("layer_selection", "exclude", "include_head", "include_head_norm", "allow_unused", "element_selection",
@@ -45,10 +46,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default=KEEP, help="of the written values; keep: the teacher's")
     add("--model_type", choices=list(MODEL_TYPES),
         help="sets the default student and teacher; not needed when both are named")
-    add("--pretrained_model", metavar="NAME", help="teacher: a timm name, old or new")
-    add("--pretrained_path", metavar="FILE",
-        help="teacher's weights from disk, not from the hub (.pth .safetensors .npz ...); moving average first")
-    add("--student", metavar="NAME", help="vit_tiny, convnext_femto, another model of the paper, or any timm name")
+    add("--pretrained_model", metavar="NAME",
+        help="teacher: a timm name, old or new; hf-hub:ORG/NAME, timm/NAME or local-dir:DIR of timm's; "
+        "transformers:ID or DIR; torchvision:NAME[.WEIGHTS]")
+    add("--pretrained_path", metavar="PATH",
+        help="teacher's weights from disk, not from the hub: a file (.pth .safetensors .npz ...), moving average "
+        "first; a directory that a library saved; or one of a run of main.py, which names the teacher itself")
+    add("--student", metavar="NAME",
+        help="vit_tiny, convnext_femto, another model of the paper, or any name that --pretrained_model takes")
     add("--student_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V",
         help="such as embed_dim=96 num_heads=3; without --student, what differs from the teacher's architecture")
     add("--student_config", metavar="FILE",
@@ -105,7 +110,10 @@ def check_options(args) -> SelectionOptions:
     if args.format == "hub" and args.output_dir is not None and args.output_dir.endswith(SUFFIXES):
         raise InputError(f"--output_dir {args.output_dir}: --format hub writes a directory; leave the suffix out")
     if args.pretrained_path is not None:
-        check_file(args.pretrained_path, "--pretrained_path")
+        files_of(args.pretrained_path, "--pretrained_path")
+    for option, name in (("--pretrained_model", args.pretrained_model), ("--student", args.student)):
+        if name is not None:
+            check_name(name, option, TIMM if args.student_config and option == "--student" else tuple(SCHEMES))
     check_kwargs(args.student_kwargs, "--student_kwargs", {})
     check_kwargs(args.teacher_kwargs, "--teacher_kwargs", {})
     return options
@@ -134,34 +142,33 @@ def _check_student(args):
     if args.model_type is not None:
         student, teacher = MODEL_TYPES[args.model_type]
         args.student, args.pretrained_model = args.student or student, args.pretrained_model or teacher
-    if args.pretrained_model is None:
+    if args.pretrained_model is None and args.pretrained_path is None:  # a run of main.py names its model
         raise InputError(f"--pretrained_model is missing: name it, or give --model_type {{{types}}} for the defaults")
-    if args.student is None:
-        if not (args.width or args.depth or args.student_kwargs):
-            raise InputError(
-                "--student is missing: name it; or say by --width, --depth or --student_kwargs how it differs from the "
-                f"teacher's architecture; or give --model_type {{{types}}} for the defaults"
-            )
-        args.student, args.student_kwargs = args.pretrained_model, args.teacher_kwargs | args.student_kwargs
+    if args.student is None and not (args.width or args.depth or args.student_kwargs):
+        raise InputError(
+            "--student is missing: name it; or say by --width, --depth or --student_kwargs how it differs from the "
+            f"teacher's architecture; or give --model_type {{{types}}} for the defaults"
+        )
 
 
 def main(argv=None) -> None:
     args = get_args_parser().parse_args(argv)
     options = check_options(args)
     # To hash a large file takes longer than to select from it, and torch takes seconds to import.
-    digest = begin_sha256(args.pretrained_path) if args.pretrained_path and not args.dry_run else None
+    files = files_of(args.pretrained_path, "--pretrained_path") if args.pretrained_path else []
+    digest = begin_sha256(*files) if files and not args.dry_run else None
+    for library in ("HF_HUB", "TRANSFORMERS"):  # a page of warnings would hide the one line of an error
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     from weight_selection.selection import Selection, Student, Teacher
 
-    with suppress(ImportError):  # without it nothing is fetched
-        from huggingface_hub.utils import logging
-
-        logging.set_verbosity_error()  # a page of retries would hide the one line of an error
     named = "--pretrained_model", "--pretrained_path", "give --pretrained_path FILE"
     teacher = Teacher(args.pretrained_model, args.teacher_kwargs, args.pretrained_path, *named)
-    if args.width or args.depth:
-        arguments = model_arguments(args.pretrained_model, args.teacher_kwargs, "--pretrained_model")
-        args.student_kwargs |= smaller_arguments(arguments, args.width, args.depth)
-    student = Student(args.student, args.student_kwargs, args.student_input_size, "--student")
+    args.pretrained_model = teacher.model
+    option = "--student"
+    if args.student is None:
+        option = "--pretrained_model"
+        _take_after(teacher, args)
+    student = Student(args.student, args.student_kwargs, args.student_input_size, option)
     selection = Selection(teacher, student, options)
     name = selection.student_structure.architecture.name
     if args.model_type not in (None, name):
@@ -170,6 +177,17 @@ def main(argv=None) -> None:
         print_plan(args, selection)
     else:
         select(args, selection, name, digest)
+
+
+def _take_after(teacher, args) -> None:
+    """Make the student one of the teacher's architecture, with the arguments that were given or that are smaller."""
+    if args.width or args.depth:
+        from weight_selection.sources.names import arguments_of
+
+        arguments = arguments_of(teacher.model, teacher.kwargs, teacher.option)
+        args.student_kwargs = smaller_arguments(arguments, args.width, args.depth)
+    args.student, args.student_input_size = teacher.model, teacher.input_size
+    args.student_kwargs = teacher.kwargs | args.student_kwargs
 
 
 def print_plan(args, selection) -> None:
@@ -200,9 +218,9 @@ def select(args, selection, name: str, digest: Future | None) -> None:
     else:
         written = output.WeightFile(args.output_dir, name, args.overwrite)
     written.check_not_the_teachers(selection)
-    _, origin, file = selection.opened
-    if digest is None and file is not None:
-        digest = begin_sha256(file)
+    _, origin, files = selection.opened
+    if digest is None and files:
+        digest = begin_sha256(*files)
     state_dict = output.cast(selection.weights(), args.dtype, selection.plan.tied)
     absent = selection.plan.left_out
     provenance = {

@@ -29,15 +29,19 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def begin_sha256(path):
-    """A future of ``sha256(path)``, computed in a thread that nothing waits for when the program ends."""
+def begin_sha256(*paths):
+    """A future of ``sha256(path)``, of several paths of {name: digest}.
+
+    A thread computes it that nothing waits for when the program ends.
+    """
     future = Future()
 
     def compute():
         try:
-            future.set_result(sha256(path))
+            digests = {Path(path).name: sha256(path) for path in paths}
+            future.set_result(digests if len(paths) > 1 else digests.popitem()[1])
         except OSError as error:
-            future.set_exception(InputError(f"cannot read {path}: {error.strerror or error}"))
+            future.set_exception(InputError(f"cannot read {error.filename}: {error.strerror or error}"))
 
     threading.Thread(target=compute, daemon=True).start()
     return future

@@ -21,6 +21,7 @@ from weight_selection.errors import InputError
 from weight_selection.files import SUFFIXES, check_writable, new_directory, new_file, provenance_path, sha256
 from weight_selection.options import KEEP
 from weight_selection.sources.facts import facts_of, library_of
+from weight_selection.sources.names import split_name
 from weight_selection.sources.weight_files import (
     Weights,
     first_mismatch,
@@ -62,7 +63,7 @@ class WeightFile:
 
     def check_not_the_teachers(self, selection) -> None:
         """Raise InputError if the file is the teacher's own."""
-        if self.path.resolve() in _teachers_own(selection):
+        if self.path.resolve() in {own.resolve() for own in _teachers_own(selection)}:
             raise InputError(f"--output_dir {self.path}: is the teacher's own file; choose another name")
 
     def write(self, state_dict: dict, student: nn.Module, provenance: dict) -> None:
@@ -124,7 +125,8 @@ class HubDirectory:
 
     def check_not_the_teachers(self, selection) -> None:
         """Raise InputError if the directory holds the teacher's own weights."""
-        if self.path.resolve() in {place for own in _teachers_own(selection) for place in (own, own.parent)}:
+        own = _teachers_own(selection)
+        if self.path.resolve() in {place.resolve() for path in own for place in (path, path.parent)}:
             raise InputError(f"--output_dir {self.path}: holds the teacher's own weights; name another directory")
 
     def write(self, state_dict: dict, student: nn.Module, provenance: dict) -> None:
@@ -149,12 +151,12 @@ class HubDirectory:
 
 
 def _teachers_own(selection):
-    """The files and directories that the teacher was named by or is read from, as absolute paths."""
+    """The files and directories that the teacher was named by or is read from."""
     teacher = selection.teacher
-    named = [teacher.file, selection.opened[2]]
+    named = [teacher.path, *selection.opened[2]]
     if isinstance(teacher.model, str):
-        named.append(Path(teacher.model.partition(":")[2] or teacher.model))
-    return {path.resolve() for path in named if path is not None and path.exists()}
+        named.append(Path(split_name(teacher.model)[1]))
+    return [path for path in named if path is not None and path.exists()]
 
 
 # ---------------------------------------------------------------------------------------------------------

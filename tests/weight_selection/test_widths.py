@@ -13,8 +13,9 @@ from pairs import VIT
 from weight_selection.cli import main as select_main
 from weight_selection.cost import multiply_adds, parameter_count
 from weight_selection.errors import InputError
+from weight_selection.sources.names import arguments_of
 from weight_selection.sources.timm_models import create_model
-from weight_selection.sources.widths import model_arguments, shown, smaller_arguments
+from weight_selection.sources.widths import shown, smaller_arguments
 
 HALF, THIRD = Fraction(1, 2), Fraction(1, 3)
 LLAMA_30B = {  # of its published config.json
@@ -117,13 +118,13 @@ def test_unknown_depths_are_refused_with_the_arguments_that_there_are():
     ],
 )
 def test_timms_arguments_are_those_that_a_name_fixes(name, expected):
-    assert smaller_arguments(model_arguments(name, {}, "--pretrained_model"), HALF, None) == expected
+    assert smaller_arguments(arguments_of(name, {}, "--pretrained_model"), HALF, None) == expected
 
 
 def test_arguments_that_were_given_are_scaled():
-    arguments = model_arguments("mobilenetv2_100", {"channel_multiplier": 0.5}, "--pretrained_model")
+    arguments = arguments_of("mobilenetv2_100", {"channel_multiplier": 0.5}, "--pretrained_model")
     assert smaller_arguments(arguments, HALF, None) == {"channel_multiplier": 0.25}
-    arguments = model_arguments(VIT.teacher, VIT.large, "--pretrained_model")
+    arguments = arguments_of(VIT.teacher, VIT.large, "--pretrained_model")
     assert smaller_arguments(arguments, THIRD, None) == {"embed_dim": 16, "num_heads": 1}
 
 

@@ -14,7 +14,7 @@ from timm.models._hub import save_config_for_hf
 from weight_selection.errors import InputError
 from weight_selection.sources.facts import library_of
 from weight_selection.sources.teachers import trained_config
-from weight_selection.sources.timm_models import PAPER_MODELS
+from weight_selection.sources.timm_models import architecture_of
 from weight_selection.sources.weight_files import first_mismatch
 
 
@@ -28,7 +28,7 @@ def configuration(selection) -> tuple:
         InputError: timm cannot rebuild it from its name and arguments in JSON.
     """
     student, teacher, model = selection.student, selection.teacher, copy.copy(selection.models[1])
-    arguments = PAPER_MODELS.get(student.model, (None, {}))[1] | student.kwargs
+    arguments = architecture_of(student.model, student.option)[1] | student.kwargs
     if student.input_size is not None and model.pretrained_cfg.get("fixed_input_size"):
         arguments.setdefault("img_size", student.input_size)
     of_timm = inspect.signature(timm.create_model).parameters
@@ -38,7 +38,7 @@ def configuration(selection) -> tuple:
             raise _refused(student.model, f"JSON has no word for {key}={value}")
     config = model.pretrained_cfg | {"tag": "", "custom_load": False}
     if library_of(selection.models[0]) == "timm":
-        trained = trained_config(selection.models[0], teacher.file, teacher.weights_option)
+        trained = trained_config(selection.models[0], teacher.path, teacher.weights_option)
         config |= {key: trained[key] for key in ("mean", "std")}
     model.pretrained_cfg = config
     with tempfile.TemporaryDirectory() as directory:

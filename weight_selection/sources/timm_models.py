@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 from timm.layers import to_2tuple
 from timm.models import is_model
+from timm.models._hub import load_model_config_from_path
 from torch.overrides import TorchFunctionMode
 
 from weight_selection.errors import InputError
@@ -25,7 +26,10 @@ from weight_selection.sources.architectures import (
     found_components,
     keys_inside,
 )
+from weight_selection.sources.directories import CONFIG, Directory, read_config
 from weight_selection.sources.facts import ModelFacts
+from weight_selection.sources.names import TIMM, place_of, split_name
+from weight_selection.sources.names import check_name as check_scheme
 
 # The paper's name -> timm's architecture and what differs from it. Kept out of timm's registry, where some of
 # these names mean something else. The CLIP variants normalise before the first block, as CLIP's ViT-B does. OpenAI
@@ -45,11 +49,18 @@ PAPER_MODELS = {
 
 BUILD = "build_model_with_cfg"  # timm's function that creates a model
 GENERATORS = ("_gen_", "_create_")  # functions of timm that compute the arguments of a class begin so
+# What a config.json must not say: arguments of timm's create_model that are not the model's, and of its configuration
+# what names files.
+CALLERS_OWN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+LOADED = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
 IMAGE_SIZE = 224  # pixels; of a model of timm's class that timm's factory did not build
 
 
 def check_name(name: str, option: str) -> None:
     """Raise InputError, with near matches, unless ``create_model`` knows the name that ``option`` gave."""
+    if split_name(name)[0]:
+        check_scheme(name, option, TIMM)
+        return
     if name in PAPER_MODELS or is_model(name):
         return
     known = list(PAPER_MODELS) + timm.list_models()
@@ -58,13 +69,43 @@ def check_name(name: str, option: str) -> None:
     raise InputError(f"{option} {name}: no such model; {hint}")
 
 
+def architecture_of(name: str, option: str) -> tuple:
+    """What a name stands for: (timm's architecture, the arguments that it is created with).
+
+    Raises:
+        InputError: as ``check_name``, or timm did not save what is in the directory or repository of that name.
+    """
+    check_name(name, option)
+    place = place_of(name, option, "save a copy and name it local-dir:DIR")
+    return PAPER_MODELS.get(name, (name, {})) if place is None else _saved_architecture(place)
+
+
+def _saved_architecture(place):
+    """As ``architecture_of``, of a directory or repository that timm saved a model in."""
+    config = read_config(place)
+    if not isinstance(config.get("architecture"), str):
+        hint = "write transformers: before its name" if "model_type" in config else "name one that timm saved"
+        raise InputError(f"{place.where}: its {CONFIG} has no architecture of timm's; {hint}")
+    try:
+        cfg, architecture, kwargs = load_model_config_from_path(place.file(CONFIG).parent)
+        for key in CALLERS_OWN & kwargs.keys():
+            raise ValueError(f"model_args has {key}, which is not the model's")
+        check_name(architecture, f"{place.where}: {CONFIG},")
+    except (TypeError, ValueError, AttributeError, LookupError) as error:  # timm trusts what it reads
+        raise InputError(f"{place.where}: its {CONFIG} is not timm's ({error})") from error
+    cfg = {key: value for key, value in cfg.items() if key not in LOADED}
+    if isinstance(place, Directory):
+        return architecture, {**kwargs, "pretrained_cfg": {**cfg, "file": str(place.path), "source": "local-dir"}}
+    return architecture, {**kwargs, "pretrained_cfg": {**cfg, "hf_hub_id": place.name, "source": "hf-hub"}}
+
+
 def create_model(
     name: str, *, option: str = "--model", input_size: int | None = None, device="cpu", **kwargs
 ) -> nn.Module:
     """Build a model with its random initialisation, or with ``pretrained=True`` its published weights.
 
     Args:
-        name: one of ``PAPER_MODELS`` or any name timm accepts, old or new, with or without a tag.
+        name: one of ``PAPER_MODELS`` or any name timm accepts, old or new, with or without a tag or a scheme.
         option: the command-line option the name came from, for errors.
         input_size: side of the square input in pixels; ``img_size`` of models whose weights depend on it.
         device: where to create it; ``"meta"`` gives shapes without memory.
@@ -73,8 +114,7 @@ def create_model(
     Raises:
         InputError: unknown name or tag, or arguments the architecture refuses.
     """
-    check_name(name, option)
-    architecture, defaults = PAPER_MODELS.get(name, (name, {}))
+    architecture, defaults = architecture_of(name, option)
     kwargs = {**defaults, **kwargs}
     try:
         with _on(device), warnings.catch_warnings():
@@ -86,7 +126,7 @@ def create_model(
                     kwargs["img_size"] = input_size
             model = _build(architecture, kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
-        given = " ".join(f"{key}={value}" for key, value in kwargs.items())
+        given = " ".join(f"{key}={value}" for key, value in kwargs.items() if key != "pretrained_cfg")
         raise InputError(f"{option} {name}: timm cannot build it with {given or 'no arguments'}: {error}") from error
     channels, *size = model.pretrained_cfg["input_size"]  # timm keeps the published weights' even if told otherwise
     built = kwargs.get("in_chans", channels), *to_2tuple(kwargs.get("img_size") or input_size or size)
@@ -151,10 +191,11 @@ def arguments_of(name: str, kwargs: dict, option: str) -> dict:
     Args:
         name, kwargs, option: as of ``create_model``.
     """
-    check_name(name, option)
-    architecture, defaults = PAPER_MODELS.get(name, (name, {}))
-    with _on("meta"), _overriding(architecture, {**defaults, **kwargs}) as calls:
-        timm.create_model(architecture)
+    architecture, defaults = architecture_of(name, option)
+    kwargs = {**defaults, **kwargs}
+    of_timm = {key: kwargs.pop(key) for key in inspect.signature(timm.create_model).parameters if key in kwargs}
+    with _on("meta"), _overriding(architecture, kwargs) as calls:
+        timm.create_model(architecture, **of_timm)
     arguments = {}
     for function, given in reversed(calls):  # the last one builds; what it is called by, the user can give
         parameters = inspect.signature(function).parameters

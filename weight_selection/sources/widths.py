@@ -152,14 +152,3 @@ def _check_any(changed, flat, complaint):
         numbers = {name: value for name, value in flat.items() if type(value) in (int, float, tuple, list)}
         names = ", ".join(f"{name}={value}"[:60] for name, value in numbers.items()) or "none that is a number"
         raise InputError(f"{complaint}; it has {names}; change those that you mean with --student_kwargs")
-
-
-def model_arguments(name: str, kwargs: dict, option: str) -> dict:
-    """{argument: value} that a model of this name is built with; for ``smaller_arguments``.
-
-    Args:
-        name, kwargs, option: as of ``create_model``.
-    """
-    from weight_selection.sources.timm_models import arguments_of
-
-    return arguments_of(name, kwargs, option)
