@@ -154,8 +154,8 @@ TABLE = {
         Option("epochs", int, 300, "passes over the training images", ranges=FROM_1),
     ),
     "model": (
-        Option("model", str, "vit_tiny", "a model of the paper, any timm name, hf-hub:ORG/NAME, timm/NAME or local-dir:DIR",
-               metavar="NAME"),
+        Option("model", str, "vit_tiny",
+               "a model of the paper, any timm name, hf-hub:ORG/NAME, timm/NAME or local-dir:DIR", metavar="NAME"),
         Option("model_kwargs", dict, {}, "arguments of the model, such as embed_dim=96",
                set_by={"num_classes": "--data_set", "drop_path_rate": "--drop_path", "img_size": "--input_size"}),
         Option("drop_path", float, 0.0, "stochastic depth", metavar="RATE", ranges=FROM_0_TO_1),

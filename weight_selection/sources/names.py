@@ -94,6 +94,15 @@ def create_model(name: str, *, option: str = "--model", device="cpu", **kwargs):
     return _by_name(name).create_model(name, option=option, device=device, **kwargs)
 
 
+def arguments_of(name: str, kwargs: dict, option: str) -> dict:
+    """{argument: value} of all arguments that ``create_model`` builds a model with; a config inside is a dict.
+
+    Args, Raises: as ``create_model``.
+    """
+    check_name(name, option)
+    return _by_name(name).arguments_of(name, kwargs, option)
+
+
 def open_published(name: str, model, kwargs: dict, option: str, remedy: str, include_head: bool):
     """The weights that belong to a name, as ``teachers.Opened``.
 

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import warnings
+from dataclasses import is_dataclass
 from functools import partial
 
 import timm
@@ -46,6 +47,8 @@ PAPER_MODELS = {
     "convnext_tiny": ("convnext_tiny", {}),
 }
 
+BUILD = "build_model_with_cfg"  # timm's function that creates a model
+GENERATORS = ("_gen_", "_create_")  # functions of timm that compute the arguments of a class begin so
 # What a config.json must not say: arguments of timm's create_model that are not the model's, and of its configuration
 # what names files.
 CALLERS_OWN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -136,24 +139,80 @@ def _build(architecture, kwargs):
     try:
         return timm.create_model(architecture, **kwargs)
     except TypeError as error:
-        if "multiple values for keyword argument" not in str(error):
+        if "multiple values for" not in str(error):
             raise
-    entrypoint = timm.models.model_entrypoint(timm.models.split_model_name_tag(architecture)[0])
     of_timm = inspect.signature(timm.create_model).parameters
     own = {key: value for key, value in kwargs.items() if key not in of_timm}
-    with _overriding(sys.modules[entrypoint.__module__], own):
+    with _overriding(architecture, own):
         return timm.create_model(architecture, **{key: value for key, value in kwargs.items() if key in of_timm})
 
 
 @contextlib.contextmanager
-def _overriding(module, kwargs):
-    """Let the models that a module of timm builds take these arguments in place of those that their names fix."""
-    build = module.build_model_with_cfg
-    module.build_model_with_cfg = lambda *args, **given: build(*args, **given | kwargs)
+def _overriding(architecture, kwargs):
+    """Let the models that timm builds take these arguments in place of those that their names fix.
+
+    Some of timm's names compute the arguments of the class from others, such as EfficientNet's channel_multiplier, in
+    a function whose name begins with one of ``GENERATORS``. Such an argument is given to that function.
+
+    Yields:
+        [(function, its arguments)] of these functions and of ``build_model_with_cfg``, as they are called.
+    """
+    entrypoint = timm.models.model_entrypoint(timm.models.split_model_name_tag(architecture)[0])
+    module = sys.modules[entrypoint.__module__]
+    left, calls = dict(kwargs), []
+
+    def overridden(name, function):
+        parameters = inspect.signature(function).parameters
+
+        def call(*args, **given):
+            given = dict(zip(parameters, args, strict=False)) | given
+            taken = [key for key in left if key in parameters or name == BUILD]
+            given |= {key: left.pop(key) for key in taken}
+            calls.append((function, given))
+            return function(**given)
+
+        return call
+
+    own = {name: value for name, value in vars(module).items() if name == BUILD or _computes_arguments(name, value)}
+    vars(module).update({name: overridden(name, function) for name, function in own.items()})
     try:
-        yield
+        yield calls
     finally:
-        module.build_model_with_cfg = build
+        vars(module).update(own)
+
+
+def _computes_arguments(name, value):
+    return name.startswith(GENERATORS) and "pretrained" in inspect.signature(value).parameters
+
+
+def arguments_of(name: str, kwargs: dict, option: str) -> dict:
+    """{argument: value} that timm builds a model of this name with: given, fixed by the name, or the class's default.
+
+    Args:
+        name, kwargs, option: as of ``create_model``.
+    """
+    architecture, defaults = architecture_of(name, option)
+    kwargs = {**defaults, **kwargs}
+    of_timm = {key: kwargs.pop(key) for key in inspect.signature(timm.create_model).parameters if key in kwargs}
+    with _on("meta"), _overriding(architecture, kwargs) as calls:
+        timm.create_model(architecture, **of_timm)
+    arguments = {}
+    for function, given in reversed(calls):  # the last one builds; what it is called by, the user can give
+        parameters = inspect.signature(function).parameters
+        if function.__name__ != BUILD:
+            fixed = {key: value.default for key, value in parameters.items() if value.kind is not value.VAR_KEYWORD}
+            given = {key: value for key, value in (fixed | given).items() if key in fixed}
+            arguments |= {key: value for key, value in given.items() if key not in ("variant", "pretrained")}
+            continue
+        defaults = {
+            key: value.default
+            for key, value in inspect.signature(given["model_cls"]).parameters.items()
+            if value.default is not value.empty
+        }
+        config = given.get("model_cfg")
+        defaults |= vars(config) if is_dataclass(config) else {}
+        arguments |= defaults | {key: value for key, value in given.items() if key not in parameters}
+    return arguments
 
 
 @contextlib.contextmanager
@@ -201,6 +260,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
         layer_patterns=layer_patterns(model),
         first_convolutions=first_convolutions(model),
         grid=grid and tuple(grid),
+        position_embeddings=("pos_embed",),
     )
 
 

@@ -11,10 +11,10 @@ from weight_selection.sources.directories import Directory, weight_files
 from weight_selection.sources.hub import Repository, fetch
 from weight_selection.sources.names import TIMM, check_name
 from weight_selection.sources.teachers import Opened, classifier_of, open_weights, stored_under_own_names
-from weight_selection.sources.timm_models import create_model, model_facts
+from weight_selection.sources.timm_models import arguments_of, create_model, model_facts
 from weight_selection.sources.weight_files import Weights, open_state_dict, read_weights, stored_whole, training_options
 
-__all__ = ["create_model", "create_pretrained", "model_of_checkpoint", "open_published", "open_weights"]
+__all__ = ["arguments_of", "create_model", "create_pretrained", "model_of_checkpoint", "open_published", "open_weights"]
 
 
 def create_pretrained(name: str, kwargs: dict, option: str, remedy: str) -> nn.Module:

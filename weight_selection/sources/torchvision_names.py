@@ -1,6 +1,7 @@
 """torchvision's models by name, and the weights that are published under it; none are fetched for a plan."""
 
 import difflib
+import inspect
 import re
 
 import torch
@@ -40,6 +41,13 @@ def create_model(name: str, *, option: str = "--model", device="cpu", **kwargs) 
     except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
         given = " ".join(f"{key}={value}" for key, value in kwargs.items())
         raise InputError(f"{option} {name}: torchvision cannot build it with {given}: {error}") from error
+
+
+def arguments_of(name: str, kwargs: dict, option: str) -> dict:
+    """The arguments of a model's class, as far as torchvision's builder leaves them alone; as ``names.arguments_of``."""
+    cls = type(create_model(name, option=option, device="meta", **kwargs))
+    parameters = inspect.signature(cls).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty} | kwargs
 
 
 def open_published(name: str, model: nn.Module, kwargs: dict, option: str, remedy: str, include_head: bool) -> Opened:

@@ -43,6 +43,12 @@ def create_model(name: str, *, option: str = "--model", device="cpu", **kwargs) 
         raise InputError(f"{place.where}: transformers cannot build it{_given(kwargs)}: {_reason(error)}") from error
 
 
+def arguments_of(name: str, kwargs: dict, option: str) -> dict:
+    """The values of a model's config; as ``names.arguments_of``."""
+    place = place_of(name, option)
+    return _config(read_config(place), kwargs, place.where)[0].to_dict()
+
+
 def _config(content: dict, kwargs: dict, where: str) -> tuple:
     """The config that a config.json with changed values says, and the class of the model; None for AutoModel's."""
     if content.get("quantization_config"):

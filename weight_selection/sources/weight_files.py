@@ -59,8 +59,10 @@ def training_options(path, option: str) -> dict:
     return options if isinstance(options, dict) else {}
 
 
-def write_weights(state_dict: dict, path) -> None:
+def write_weights(state_dict: dict, path, provenance: str | None = None) -> None:
     """Write a plain state_dict: as safetensors if the suffix says so, else with ``torch.save``.
+
+    A safetensors file says in its metadata that it is PyTorch's, and where its weights come from.
 
     Use it within ``files.new_file``, which turns the OSError of a full disk into an InputError and leaves no half a
     file.
@@ -69,7 +71,8 @@ def write_weights(state_dict: dict, path) -> None:
         save_torch(state_dict, path)
         return
     try:
-        safetensors.torch.save_file(state_dict, path)
+        metadata = {"format": "pt"} | ({"provenance": provenance} if provenance else {})
+        safetensors.torch.save_file(state_dict, path, metadata)
     except safetensors.SafetensorError as error:
         raise OSError(str(error)) from error
 
