@@ -281,7 +281,8 @@ def _with_classifiers(teacher, student, selects_all):
     """
     if student.architecture.classifier is None:
         theirs, ours = teacher.output_layers, student.output_layers
-        names = [name for name, size in ours.items() if selects_all or theirs.get(name) != size]
+        own = [name for name in ours if f"{name}.weight" not in student.tied]  # the others are embeddings as well
+        names = [name for name in own if selects_all or theirs.get(name) != ours[name]]
         if len(names) > 1 and not selects_all:
             sizes = ", ".join(
                 f"{name} ({theirs.get(name)} in the teacher, {ours[name]} in the student)" for name in names

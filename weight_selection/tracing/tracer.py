@@ -77,7 +77,7 @@ class Tracer(TorchDispatchMode):
         self.met = set()
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
         self._uniform = {}  # storage of a tensor that has one value everywhere: the tensor
-        self._filled = {}  # id of a tensor without labels: (the tensor, the dimensions along which its values differ)
+        self._differing = {}  # storage of a tensor without labels: (it, the dimensions along which its values differ)
 
     def get(self, tensor):
         """The ``AxisLabels`` of a tensor, one for each independent axis of neurons."""
@@ -119,24 +119,22 @@ class Tracer(TorchDispatchMode):
         elif name in ALONE | KEEP and self._is_uniform(args[0]):
             self._uniform[_storage(out)] = out
         elif name in ALONE | TOGETHER and isinstance(out, torch.Tensor):
-            self._filled[id(out)] = out, self._filled_by(arguments, out)
+            dims = (dim + out.ndim - x.ndim for x in arguments for dim in self._differs(x))
+            self._differing[_storage(out)] = out, frozenset(dims) & varying(out)
         if name.endswith("_") and len(arguments) > 1:  # written into
             self._uniform.pop(_storage(out), None)
+            self._differing.pop(_storage(out), None)
         return out
 
     def _is_uniform(self, tensor):
         return _storage(tensor) in self._uniform
 
-    def _filled_dims(self, tensor):
-        """The dimensions along which the values of a tensor differ, as far as is known."""
+    def _differs(self, tensor):
+        """The dimensions along which the values of a tensor may differ."""
         if self._is_uniform(tensor):
             return frozenset()
-        return self._filled.get(id(tensor), (None, varying(tensor)))[1]
-
-    def _filled_by(self, tensors, out):
-        """The same of an element-wise combination of tensors."""
-        dims = (dim + out.ndim - tensor.ndim for tensor in tensors for dim in self._filled_dims(tensor))
-        return frozenset(dims) & varying(out)
+        found = self._differing.get(_storage(tensor))
+        return found[1] if found and found[0] is tensor else varying(tensor)  # an expanded dimension holds one value
 
     # -- rules: each gives the outputs of an operation their labels
 
@@ -285,7 +283,7 @@ class Tracer(TorchDispatchMode):
             if self._is_uniform(tensor):
                 continue
             lead = len(shape) - tensor.ndim
-            full = frozenset(dim + lead for dim in self._filled_dims(tensor))
+            full = frozenset(dim + lead for dim in self._differs(tensor))
             axes = [core(axis)[(None,) * lead].expand(shape) for axis in self.get(tensor)]
             if tensor is tensors[0] or not filled and not result:
                 result, filled = axes, full
