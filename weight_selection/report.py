@@ -12,9 +12,12 @@ ROLES = ("selected", "excluded", "classifier", "unused", "constant")
 
 
 def summary(plan: Plan) -> str:
-    """How many tensors have which role: "150 selected, 2 classifier"."""
-    counts = Counter(entry.role for entry in plan.entries)
-    return ", ".join(f"{counts[role]} {role}" for role in ROLES if counts[role])
+    """How many tensors have which role: "150 selected, 2 classifier"; and what of the teacher's a tied student drops."""
+    counts = Counter("tied" if entry.key in plan.tied else entry.role for entry in plan.entries)
+    words = ", ".join(f"{counts[role]} {role}" for role in (*ROLES, "tied") if counts[role])
+    for key, teacher_key in plan.not_taken.items():
+        words += f"; the teacher's {teacher_key} is not taken: the student's is tied to {plan.tied[key]}"
+    return words
 
 
 def group_lines(plan: Plan, describe=None) -> list:
@@ -73,6 +76,8 @@ def tensor_words(entry: PlanEntry, plan: Plan) -> str:
     """How a tensor is made by the plan's rule, in words."""
     if entry.role != "selected":
         return role_words(entry)
+    if entry.key in plan.tied:
+        return f"tied to {plan.tied[entry.key]}"
     words = [] if entry.resampling is None else [entry.resampling.words]
     if len(entry.teacher_shape) != len(entry.shape):
         words.append("reshape")

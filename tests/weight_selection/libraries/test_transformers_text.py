@@ -8,7 +8,7 @@ import transformers
 from proofs import check_consistent, check_hidden, structures, traced
 from weight_selection import InputError, select_weights
 from weight_selection.plan import SelectionOptions, plan_selection
-from weight_selection.report import group_lines, layer_lines
+from weight_selection.report import group_lines, layer_lines, summary
 from weight_selection.sources.transformers_inputs import TOKENS, example_inputs
 
 WORDS = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
@@ -44,7 +44,7 @@ def whisper(heads, layers):
 
 def clip(heads, layers):
     images = bert(heads, layers) | {"image_size": 16, "patch_size": 8}
-    return {"text_config": bert(heads, layers) | TEXT, "vision_config": images, "projection_dim": 16}
+    return {"text_config": bert(heads, layers) | TEXT, "vision_config": images, "projection_dim": 4 * heads}
 
 
 # name: (class, its config's, values of both, sizes of (heads, layers), heads and layers of the teacher and the student,
@@ -125,7 +125,7 @@ def test_a_hidden_student_is_what_the_teacher_computes_and_all_that_meets_keeps_
     teacher, student = pair(name)
     if name.startswith("gemma"):  # it multiplies its embedding by the square root of its width
         teacher.model.embed_tokens.embed_scale = student.model.embed_tokens.embed_scale
-    both = structures(teacher, student, example_inputs(teacher), example_inputs(student))
+    both = structures(teacher, student)
     check_consistent(teacher, both, (traced(teacher, both[0]), traced(student, both[1])))
     request.getfixturevalue("in_double")
     check_hidden(teacher, student, both, inputs_of(student), output=logits, factor=MODELS[name][6])
@@ -135,7 +135,7 @@ def test_a_trace_leaves_the_models_own_attention():
     model = build("llama", (2, 1))
     before = model.config._attn_implementation
     assert before != "eager"
-    structures(model, model, example_inputs(model))
+    structures(model, model)
     assert model.config._attn_implementation == before
 
 
@@ -146,20 +146,14 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def plan_of(teacher, student, **options):
-    both = structures(teacher, student, example_inputs(teacher), example_inputs(student))
-    return plan_selection(*both, SelectionOptions(**options))
-
-
-def selected(teacher, student, **options):
-    inputs = {"example_inputs": example_inputs(teacher), "student_inputs": example_inputs(student)}
-    return select_weights(teacher, student, **inputs, **options)
+    return plan_selection(*structures(teacher, student), SelectionOptions(**options))
 
 
 @pytest.mark.parametrize(("of_teacher", "of_student"), [(True, True), (False, True), (True, False), (False, False)])
 def test_heads_are_tied_as_the_students_are(of_teacher, of_student):
     teacher = build("llama", (4, 1), tie_word_embeddings=of_teacher)
     student = build("llama", (2, 1), tie_word_embeddings=of_student)
-    weights = selected(teacher, student)
+    weights = select_weights(teacher, student)
     missing = student.load_state_dict(weights, strict=False)
     assert not missing.missing_keys and not missing.unexpected_keys
     embedding, head = student.model.embed_tokens.weight, student.lm_head.weight
@@ -170,12 +164,14 @@ def test_heads_are_tied_as_the_students_are(of_teacher, of_student):
     plan = plan_of(teacher, student)
     assert plan.tied == ({HEAD: EMBEDDING} if of_student else {})
     assert plan.not_taken == ({HEAD: HEAD} if of_student and not of_teacher else {})
+    said = "; the teacher's lm_head.weight is not taken: the student's is tied to model.embed_tokens.weight"
+    assert summary(plan) == ("11 selected, 1 tied" if of_student else "12 selected") + said * len(plan.not_taken)
 
 
 def test_weights_of_a_tied_teacher_need_not_have_its_head():  # files of safetensors do not
     teacher, student = pair("llama_tied")
     weights = {key: value for key, value in teacher.state_dict().items() if key != HEAD}
-    assert torch.equal(selected(teacher, student, weights=weights)[HEAD], weights[EMBEDDING][:, ::2])
+    assert torch.equal(select_weights(teacher, student, weights=weights)[HEAD], weights[EMBEDDING][:, ::2])
 
 
 def test_all_keys_of_a_tensor_that_t5_has_four_times_go_by_its_shared_embedding():
@@ -232,8 +228,8 @@ def test_rows_of_an_untied_head_are_tokens(classifier):
 def test_a_tied_head_is_no_classifier_by_itself():
     teacher, student = pair("llama_tied")
     with pytest.raises(InputError, match="lm_head.weight is of the classifier, but it is the tensor of model.embed"):
-        selected(teacher, student, classifier=("lm_head",))
-    weights = selected(*pair("llama"), classifier=("lm_head",))
+        select_weights(teacher, student, classifier=("lm_head",))
+    weights = select_weights(*pair("llama"), classifier=("lm_head",))
     assert HEAD not in weights and EMBEDDING in weights
 
 
@@ -247,7 +243,7 @@ def test_a_deep_llama_is_planned_from_configs_alone():
             return build("llama", (heads, layers))
 
     teacher, student = skeleton(13, 5), skeleton(8, 3)
-    both = structures(teacher, student, example_inputs(teacher), example_inputs(student))
+    both = structures(teacher, student)
     plan = plan_selection(*both, SelectionOptions(layer_selection="uniform"))
     assert group_lines(plan) == [
         "stream: 104 -> 64, uniform, in 30 tensors",
