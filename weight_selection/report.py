@@ -12,7 +12,7 @@ ROLES = ("selected", "excluded", "classifier", "unused", "constant")
 
 
 def summary(plan: Plan) -> str:
-    """How many tensors have which role: "150 selected, 2 classifier"; and what of the teacher's a tied student drops."""
+    """How many tensors have which role: "150 selected, 2 classifier"; and what a tied student drops."""
     counts = Counter("tied" if entry.key in plan.tied else entry.role for entry in plan.entries)
     words = ", ".join(f"{counts[role]} {role}" for role in (*ROLES, "tied") if counts[role])
     for key, teacher_key in plan.not_taken.items():
