@@ -29,6 +29,8 @@ class ModelFacts:
             pattern holds the number.
         first_convolutions: {key of the weight: convolution}, of those that take the image.
         grid: (height, width) of the grid of patches that position embeddings are of, or None.
+        token_heads: names of linear layers whose outputs are tokens, as a language model's head. None: of all linear
+            layers that give an output of the model, whose outputs are taken to be tokens or classes.
         position_embeddings: keys of these: (1, tokens, channels) or (tokens, channels), prefix tokens first, or
             (1, height, width, channels).
         prefix: what stands before the keys of the base model, such as "vit." in a Hugging Face model with a head.
@@ -39,6 +41,7 @@ class ModelFacts:
     layer_patterns: list = field(default_factory=list)
     first_convolutions: dict = field(default_factory=dict)
     grid: tuple | None = None
+    token_heads: tuple | None = ()
     position_embeddings: tuple = ()
     prefix: str = ""
 
@@ -56,7 +59,8 @@ def facts_of(model: nn.Module, example_inputs=None, classifier=None) -> ModelFac
     """
     package = library_of(model)
     if package is None:
-        facts = ModelFacts(Architecture(type(model).__name__.lower(), None, found_components(model, ())))
+        architecture = Architecture(type(model).__name__.lower(), None, found_components(model, ()))
+        facts = ModelFacts(architecture, token_heads=None)
     else:
         facts = import_module(f"weight_selection.sources.{LIBRARIES[package]}").model_facts(model)
     if example_inputs is not None:
