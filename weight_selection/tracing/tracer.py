@@ -583,7 +583,7 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
     Raises:
         Untraceable: the model does something that neurons cannot be followed through, or refuses the inputs.
     """
-    skeleton = _with_plain_attention(skeleton_of(model)).float().eval()
+    skeleton = skeleton_of(model).float().eval()
     tracer = Tracer()
     inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("meta"), inputs)
     channels = [tracer.label_channels(images) for images in tree_leaves(inputs) if _is_images(images)]
@@ -611,17 +611,6 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         met=frozenset(key for key, value in state.items() if id(value) in tracer.met),
         output_layers=modules.giving(output),
     )
-
-
-def _with_plain_attention(skeleton):
-    """The same model, which computes attention from matrix products where its config lets it choose.
-
-    Fused kernels do not run on the meta device, and masks for them look at values.
-    """
-    for module in skeleton.modules():
-        if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
-            module.config._attn_implementation = "eager"
-    return skeleton
 
 
 def _is_images(value):
@@ -673,9 +662,17 @@ class _Modules:
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, which shares no weight and takes no memory."""
+    """A copy on the meta device, which shares no weight and takes no memory.
+
+    Where its config lets a model choose, the copy computes attention from matrix products: fused kernels do not run on
+    the meta device, and masks for them are made by looking at values.
+    """
     memo = {}
     for tensor in chain(model.parameters(), model.buffers()):
         bare = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
-    return copy.deepcopy(model, memo)
+    skeleton = copy.deepcopy(model, memo)
+    for module in skeleton.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
+            module.config._attn_implementation = "eager"
+    return skeleton
