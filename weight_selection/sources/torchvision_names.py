@@ -44,7 +44,7 @@ def create_model(name: str, *, option: str = "--model", device="cpu", **kwargs) 
 
 
 def arguments_of(name: str, kwargs: dict, option: str) -> dict:
-    """The arguments of a model's class, as far as torchvision's builder leaves them alone; as ``names.arguments_of``."""
+    """The arguments of a model's class that have defaults, and those that were given; as ``names.arguments_of``."""
     cls = type(create_model(name, option=option, device="meta", **kwargs))
     parameters = inspect.signature(cls).parameters.values()
     return {one.name: one.default for one in parameters if one.default is not one.empty} | kwargs
