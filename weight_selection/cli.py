@@ -161,7 +161,7 @@ def main(argv=None) -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     from weight_selection.selection import Selection, Student, Teacher
 
-    named = "--pretrained_model", "--pretrained_path", "give --pretrained_path FILE"
+    named = "--pretrained_model", "--pretrained_path", "give --pretrained_path PATH"
     teacher = Teacher(args.pretrained_model, args.teacher_kwargs, args.pretrained_path, *named)
     args.pretrained_model = teacher.model
     option = "--student"

@@ -14,7 +14,7 @@ from weight_selection.errors import InputError
 from weight_selection.sources.architectures import Architecture, found_components, keys_inside
 
 # Package of a model's class -> the module that answers for its models.
-LIBRARIES = {"timm": "timm_models", "torchvision": "torchvision_models"}
+LIBRARIES = {"timm": "timm_models", "torchvision": "torchvision_models", "transformers": "transformers_models"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class ModelFacts:
         position_embeddings: keys of these: (1, tokens, channels) or (tokens, channels), prefix tokens first, or
             (1, height, width, channels).
         prefix: what stands before the keys of the base model, such as "vit." in a Hugging Face model with a head.
+        spare: pattern of keys that are of use to one task only, such as a pooler; a student for another has none.
     """
 
     architecture: Architecture
@@ -44,6 +45,7 @@ class ModelFacts:
     token_heads: tuple | None = ()
     position_embeddings: tuple = ()
     prefix: str = ""
+    spare: str | None = None
 
 
 def facts_of(model: nn.Module, example_inputs=None, classifier=None) -> ModelFacts:
@@ -59,8 +61,7 @@ def facts_of(model: nn.Module, example_inputs=None, classifier=None) -> ModelFac
     """
     package = library_of(model)
     if package is None:
-        architecture = Architecture(type(model).__name__.lower(), None, found_components(model, ()))
-        facts = ModelFacts(architecture, token_heads=None)
+        facts = facts_of_any(model)
     else:
         facts = import_module(f"weight_selection.sources.{LIBRARIES[package]}").model_facts(model)
     if example_inputs is not None:
@@ -69,6 +70,12 @@ def facts_of(model: nn.Module, example_inputs=None, classifier=None) -> ModelFac
         architecture = replace(facts.architecture, classifier=keys_inside(classifier), head_norm=None)
         facts = replace(facts, architecture=architecture)
     return facts
+
+
+def facts_of_any(model: nn.Module) -> ModelFacts:
+    """What is known of a module that no library answers for."""
+    architecture = Architecture(type(model).__name__.lower(), None, found_components(model, ()))
+    return ModelFacts(architecture, token_heads=None)
 
 
 def library_of(model: nn.Module) -> str | None:

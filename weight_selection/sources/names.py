@@ -75,7 +75,7 @@ def place_of(name: str, option: str, remedy: str = "name a directory") -> Direct
         return Directory(Path(rest), where)
     if scheme == "local-dir" or rest.startswith((".", "/", "~")) or rest.count("/") > 1:
         raise InputError(f"{where}: no such directory")
-    return Repository(rest, where, f"there is no such directory either: name one, or {remedy}")
+    return Repository(rest, where, f"it is no directory either; {remedy}")
 
 
 def create_model(name: str, *, option: str = "--model", device="cpu", **kwargs):

@@ -12,7 +12,7 @@ from weight_selection.sources.hub import Repository, fetch
 from weight_selection.sources.names import TIMM, check_name
 from weight_selection.sources.teachers import Opened, classifier_of, open_weights, stored_under_own_names
 from weight_selection.sources.timm_models import arguments_of, create_model, model_facts
-from weight_selection.sources.weight_files import Weights, read_weights, training_options
+from weight_selection.sources.weight_files import Weights, open_state_dict, read_weights, stored_whole, training_options
 
 __all__ = ["arguments_of", "create_model", "create_pretrained", "model_of_checkpoint", "open_published", "open_weights"]
 
@@ -75,10 +75,9 @@ def model_of_checkpoint(path, option: str) -> tuple:
     check_name(name, option, TIMM)
     model = create_model(name, option=option, input_size=size, device="meta", **kwargs)
     head_norm = model_facts(model).architecture.head_norm or NO_KEYS
+    stored = open_state_dict(path, option) or stored_whole(read_weights(path, option))
     classifier = [
-        value
-        for key, value in read_weights(path, option).items()
-        if re.search(classifier_of(model), key) and not re.search(head_norm, key)
+        value for key, value in stored.items() if re.search(classifier_of(model), key) and not re.search(head_norm, key)
     ]
     if classifier:  # --nb_classes may be left out, as the data set knows it
         kwargs = {"num_classes": classifier[-1].shape[0], **kwargs}

@@ -44,7 +44,7 @@ def create_model(name: str, *, option: str = "--model", device="cpu", **kwargs) 
 
 
 def arguments_of(name: str, kwargs: dict, option: str) -> dict:
-    """The arguments of a model's class that have defaults, and those that were given; as ``names.arguments_of``."""
+    """The arguments of a model's class that have defaults, and those that are given; as ``names.arguments_of``."""
     cls = type(create_model(name, option=option, device="meta", **kwargs))
     parameters = inspect.signature(cls).parameters.values()
     return {one.name: one.default for one in parameters if one.default is not one.empty} | kwargs
@@ -57,7 +57,7 @@ def open_published(name: str, model: nn.Module, kwargs: dict, option: str, remed
     if weights is None:
         raise InputError(f"{where}: torchvision has no weights for it; {remedy}")
     file = fetch(weights.url, where, remedy)
-    opened, unused = _open(file, model, option)
+    opened, unused = _open(file, model, f"{where}:")
     model_name = split_name(name)[1].partition(".")[0]
     return Opened(opened, f"{model_name}.{weights.name}", weights.url, [file], unused)
 

@@ -65,7 +65,7 @@ def _config(content: dict, kwargs: dict, where: str) -> tuple:
     cls = _class(content.get("architectures"), where)
     try:
         content, config = copy.deepcopy(content), CONFIG_MAPPING[kind].from_dict(copy.deepcopy(content))
-        for key, value in kwargs.items():
+        for key, value in sorted(kwargs.items(), key=lambda item: item[0].endswith("layer_types")):
             _set(content, config, key.split("."), value, f"{where}: {key}={value}")
         return CONFIG_MAPPING[kind].from_dict(content), cls
     except InputError:
@@ -103,6 +103,9 @@ def _set(content: dict, config, path: list, value, what: str) -> None:
         return
     if name == "num_labels":  # it is the number of these two
         content.pop("id2label", None), content.pop("label2id", None)
+    types = content.get("layer_types")
+    if name == "num_hidden_layers" and isinstance(types, list) and isinstance(value, int):
+        content["layer_types"] = types[:value]  # one for each layer
     content[config.attribute_map.get(name, name)] = value
 
 
