@@ -26,8 +26,9 @@ def summary(plan: Plan) -> str:
 def student_line(kwargs: dict, model: nn.Module, facts: ModelFacts) -> str:
     """What a student is built with, and what it costs: "embed_dim=192: 5,717,416 parameters, 1.08 G multiply-adds"."""
     words = " ".join(f"{name}={value}" for name, value in kwargs.items()) or "no arguments"
-    giga = multiply_adds(model, facts.inputs) / 1e9
-    return f"student with {words}: {parameter_count(model):,} parameters, {giga:.3g} G multiply-adds"
+    count = multiply_adds(model, facts.inputs)
+    cost = f"{count / 1e9:.3g} G" if count >= 1e8 else f"{count / 1e6:.3g} M"
+    return f"student with {words}: {parameter_count(model):,} parameters, {cost} multiply-adds"
 
 
 def value_words(state_dict: dict) -> str:
