@@ -210,6 +210,7 @@ class Tracer(TorchDispatchMode):
 
     def _index(self, func, out, x, indices, *args, **kwargs):
         axes = []
+        self._indices(indices)
         picked = [dim for dim, index in enumerate(indices) if index is not None]
         for axis in self.get(x):
             if varying(axis) & set(picked):  # indices pick from positions
@@ -221,10 +222,16 @@ class Tracer(TorchDispatchMode):
 
     def _embedding(self, func, out, weight, indices, *args):
         """Rows of a table are looked up: its rows are positions, its columns neurons."""
+        self._indices([indices])
         for axis in self.get(weight):
             if 0 in varying(axis):
                 self._positions(core(axis))
         self.put(out, [axis[:1].expand(out.shape) for axis in self.get(weight) if 0 not in varying(axis)])
+
+    def _indices(self, indices):
+        """The numbers in a tensor that something is looked up by are no neurons."""
+        for axis in chain(*map(self.get, indices)):
+            self._positions(core(axis))
 
     def _reduce(self, func, out, x, *args, **kwargs):
         first = out[0] if isinstance(out, tuple) else out
