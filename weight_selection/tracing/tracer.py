@@ -81,6 +81,7 @@ class Tracer(TorchDispatchMode):
         self.met = set()
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
         self._uniform = {}  # storage of a tensor that has one value everywhere: the tensor
+        self._filled = {}  # id of a tensor without labels: (the tensor, the dimensions along which its values differ)
 
     def get(self, tensor):
         """The ``AxisLabels`` of a tensor, one for each independent axis of neurons."""
@@ -121,12 +122,25 @@ class Tracer(TorchDispatchMode):
             rule(self, func, out, *args, **kwargs)
         elif name in ALONE | KEEP and self._is_uniform(args[0]):
             self._uniform[_storage(out)] = out
+        elif name in ALONE | TOGETHER and isinstance(out, torch.Tensor):
+            self._filled[id(out)] = out, self._filled_by(arguments, out)
         if name.endswith("_") and len(arguments) > 1:  # written into
             self._uniform.pop(_storage(out), None)
         return out
 
     def _is_uniform(self, tensor):
         return _storage(tensor) in self._uniform
+
+    def _filled_dims(self, tensor):
+        """The dimensions along which the values of a tensor differ, as far as is known."""
+        if self._is_uniform(tensor):
+            return frozenset()
+        return self._filled.get(id(tensor), (None, varying(tensor)))[1]
+
+    def _filled_by(self, tensors, out):
+        """The same of an element-wise combination of tensors."""
+        dims = (dim + out.ndim - tensor.ndim for tensor in tensors for dim in self._filled_dims(tensor))
+        return frozenset(dims) & varying(out)
 
     # -- rules: each gives the outputs of an operation their labels
 
@@ -282,7 +296,7 @@ class Tracer(TorchDispatchMode):
             if self._is_uniform(tensor):
                 continue
             lead = len(shape) - tensor.ndim
-            full = frozenset(dim + lead for dim in varying(tensor))  # an expanded dimension holds one value
+            full = frozenset(dim + lead for dim in self._filled_dims(tensor))
             axes = [core(axis)[(None,) * lead].expand(shape) for axis in self.get(tensor)]
             if tensor is tensors[0] or not filled and not result:
                 result, filled = axes, full
@@ -361,9 +375,10 @@ class Tracer(TorchDispatchMode):
                 raise Untraceable("a product sums over neurons that differ from place to place")
         elif ours is not None or theirs is not None:
             lone, dim = (ours, our_dim) if ours is not None else (theirs, their_dim)
-            if varying(lone) != {dim}:
-                raise Untraceable("a product sums over neurons with what are none")
-            self._positions(core(lone))
+            if varying(lone) == {dim}:
+                self._positions(core(lone))
+            else:  # each head has the same positions
+                self._constrain(lone, None, {dim})
         heads = None if ours is None else self._heads(ours, {our_dim})
         if heads is not None:
             return [heads], []
@@ -583,7 +598,7 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         Untraceable: the model does something that neurons cannot be followed through.
         RefusedInputs: its forward pass fails on the inputs.
     """
-    skeleton = skeleton_of(model).float().eval()
+    skeleton = _with_plain_attention(skeleton_of(model)).float().eval()
     tracer = Tracer()
     inputs = tree_map_only(torch.Tensor, _on_meta, inputs)
     channels = [tracer.label_channels(images) for images in tree_leaves(inputs) if _is_images(images)]
@@ -615,6 +630,17 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
 
 def _on_meta(tensor):
     return tensor.detach().to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+
+def _with_plain_attention(skeleton):
+    """The same model, which computes attention from matrix products where its config lets it choose.
+
+    Fused kernels do not run on the meta device, and masks for them look at values.
+    """
+    for module in skeleton.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
+            module.config._attn_implementation = "eager"
+    return skeleton
 
 
 def _is_images(value):
