@@ -14,8 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from distributed.program import RunError
 from distributed.stop_coordinator import StopCoordinator
-from input_pipeline.bad_images import BadImages
-from input_pipeline.loader import DeviceLoader
+from input_pipeline.loader import BadImages, DeviceLoader
 from models.distillation import Loss
 from utils import Progress, seed_everything
 

@@ -16,14 +16,10 @@ SAMPLE = 64  # this many images are read to estimate the memory for all
 
 
 class CachedDataset:
-    """A data set with the items of another one, (image, label), and all images in one buffer.
+    """A data set with the items of another one, (uint8 (height, width, 3), label), and all images in one buffer.
 
-    A process's loader workers share the buffer, because they are forked from it. The processes of a run do not share
-    it: each has its own.
-
-    Args:
-        dataset: items are (uint8 (height, width, 3), label). An item that raises ``BadImage`` goes on doing so.
-        name: what to call the images while they are read.
+    An item that raises ``BadImage`` goes on doing so. A process's loader workers share the buffer, because they are
+    forked from it. Each process of a run has its own. ``name`` is what to call the images while they are read.
 
     Attributes:
         data: flat uint8, the images one after the other.
@@ -60,7 +56,6 @@ class CachedDataset:
 
 
 def _read(dataset, index):
-    """An item of a data set, or (BadImage, 0)."""
     try:
         return dataset[index]
     except BadImage as error:
@@ -81,11 +76,10 @@ def check_memory(datasets, device: torch.device | None) -> None:
 
 
 def _estimate(dataset):
-    """The bytes of all images of a data set."""
     sizes = []
     for index in range(0, len(dataset), max(1, len(dataset) // SAMPLE)):
         with contextlib.suppress(BadImage):
-            sizes.append(dataset[index][0].numel())
+            sizes.append(dataset[index][0].numel())  # bytes
     return len(dataset) * sum(sizes) / max(1, len(sizes))
 
 

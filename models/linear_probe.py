@@ -12,12 +12,8 @@ def make_linear_probe(model: nn.Module, name: str) -> None:
     The normalisation has no weights. It brings all features to one scale, so that one learning rate suits them all. The
     linear layer starts from a truncated normal distribution (std 0.01), and its biases from zero.
 
-    Args:
-        model: its classifier must be a single linear layer.
-        name: of the model, for errors.
-
     Raises:
-        InputError: the classifier is of another kind.
+        InputError: the classifier is not a single linear layer; names the model by ``name``.
     """
     classifier = model.get_classifier()
     if not isinstance(classifier, nn.Linear):

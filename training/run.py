@@ -15,8 +15,7 @@ from distributed.process_group import init_distributed, main_only
 from distributed.program import RunError, Stopped
 from distributed.stop_coordinator import StopCoordinator
 from engine import EpochMetrics, TrainState, evaluate, train_one_epoch
-from input_pipeline.bad_images import BadImages
-from input_pipeline.loader import DeviceLoader
+from input_pipeline.loader import BadImages, DeviceLoader
 from models.distillation import build_teacher
 from training import checkpoint, output_dir
 from training.metric_log import MetricLog

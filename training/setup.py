@@ -17,11 +17,17 @@ from datasets import build_dataset
 from distributed.launch import Launch
 from distributed.stop_coordinator import StopCoordinator
 from engine import TrainState
-from input_pipeline.bad_images import BadImages, BadTestImages
 from input_pipeline.cache import CachedDataset, check_memory
-from input_pipeline.loader import DeviceLoader, eval_loader, train_loader
+from input_pipeline.loader import (
+    BadImages,
+    BadTestImages,
+    DeviceLoader,
+    EvalSampler,
+    TrainBatchSampler,
+    eval_loader,
+    train_loader,
+)
 from input_pipeline.placement import TransformInWorkers, TransformOneByOne, build_pipeline
-from input_pipeline.samplers import EvalSampler, TrainBatchSampler
 from models.distillation import Loss, Teacher, WithProjector
 from models.initialization import initialize
 from models.linear_probe import make_linear_probe

@@ -10,11 +10,8 @@ from PIL import Image
 from datasets import build_dataset
 from distributed.stop_coordinator import StopCoordinator
 from helpers import read_log
-from input_pipeline.bad_images import BadImages, BadTestImages
-from input_pipeline.loader import eval_loader, train_loader
-from input_pipeline.placement import TransformOneByOne, build_pipeline
-from input_pipeline.samplers import EvalSampler, TrainBatchSampler
-from input_pipeline.transforms import build_transform
+from input_pipeline.loader import BadImages, BadTestImages, EvalSampler, TrainBatchSampler, eval_loader, train_loader
+from input_pipeline.placement import TransformOneByOne, build_pipeline, build_transform
 from training.options import parse_args
 from weight_selection.errors import InputError
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from input_pipeline.transforms import build_transform
+from input_pipeline.placement import build_transform
 from training.options import parse_args
 from utils import seed_everything
 

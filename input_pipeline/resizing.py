@@ -16,17 +16,11 @@ TRANSPOSES = int(PIL.__version__.partition(".")[0]) >= 13
 
 
 class Pixels(NamedTuple):
-    """A batch of images that lie one after the other in a buffer.
+    """A batch of images that lie one after the other in a buffer."""
 
-    Attributes:
-        data: flat uint8, images of (height, width, 3). It holds the batch's images only, or all of a data set.
-        offsets: (B,) int64 on the host, where in ``data`` each image of the batch starts.
-        sizes: (B, 2) int64 on the host, the (height, width) of each image.
-    """
-
-    data: torch.Tensor
-    offsets: torch.Tensor
-    sizes: torch.Tensor
+    data: torch.Tensor  # flat uint8, images of (height, width, 3): those of the batch, or all of a data set
+    offsets: torch.Tensor  # (B,) int64 on the host, where in ``data`` each image of the batch starts
+    sizes: torch.Tensor  # (B, 2) int64 on the host, the (height, width) of each image
 
     def images(self):
         """Views of the images of the batch, each (height, width, 3)."""
@@ -35,26 +29,18 @@ class Pixels(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """How an image becomes a square; in pixels. Every field is a number, or a column of numbers for a batch.
+    """How an image becomes a square; in pixels. Every field is a number, or a column of numbers for a batch."""
 
-    Attributes:
-        top, left, height, width: the box to cut out.
-        tall, wide: the height and width to resize the box to.
-        above, before: how many rows and columns of the resized box to drop before the square begins.
-        cubic: 1 for the bicubic kernel, 0 for the bilinear one.
-        flip: 1 to mirror the square, left to right.
-    """
-
-    top: int
+    top: int  # the box to cut out: top, left, height, width
     left: int
     height: int
     width: int
-    tall: int
+    tall: int  # the height and width to resize the box to
     wide: int
-    above: int
+    above: int  # how many rows and columns of the resized box to drop before the square begins
     before: int
-    cubic: int
-    flip: int
+    cubic: int  # 1 for the bicubic kernel, 0 for the bilinear one
+    flip: int  # 1 to mirror the square, left to right
 
 
 def _transposed(image):
@@ -79,17 +65,13 @@ def one_by_one(images, geometry, size):
         one = Geometry(*row)
         box = image.permute(2, 0, 1)[None, :, one.top : one.top + one.height, one.left : one.left + one.width]
         mode = "bicubic" if one.cubic else "bilinear"
-        if _transposed(one):
-            resized = _interpolate(box.transpose(2, 3), (one.wide, one.tall), mode).transpose(2, 3)
-        else:
-            resized = _interpolate(box, (one.tall, one.wide), mode)
+        turned = _transposed(one)
+        box, side = (box.transpose(2, 3), (one.wide, one.tall)) if turned else (box, (one.tall, one.wide))
+        resized = F.interpolate(box, size=side, mode=mode, antialias=True, align_corners=False)
+        resized = resized.transpose(2, 3) if turned else resized
         kept = resized[0, :, one.above : one.above + size, one.before : one.before + size]
         square.copy_(kept.flip(-1) if one.flip else kept)
     return result
-
-
-def _interpolate(box, size, mode):
-    return F.interpolate(box, size=size, mode=mode, antialias=True, align_corners=False)
 
 
 def by_products(pixels, geometry, size):
