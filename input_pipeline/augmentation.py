@@ -53,14 +53,9 @@ class Packed(NamedTuple):
 
 
 class Augmentation:
-    """The batched form of one of timm's transforms.
+    """The batched form of one of timm's transforms, a Compose from ``build_transform``, which is not changed.
 
-    Args:
-        transform: a Compose from ``build_transform``, for training or for the test. It is not changed.
-
-    Attributes:
-        size: side of the square images that come out, in pixels.
-        mean, std: (3, 1, 1), for normalisation.
+    Square images of side ``size`` in pixels come out, normalised by ``mean`` and ``std``, both (3, 1, 1).
 
     Raises:
         Unsupported: the transform has a step, an operation or an interpolation that has no batched form.
@@ -196,18 +191,14 @@ class Augmentation:
         )
 
     def apply(self, pixels: Pixels | list[torch.Tensor], packed: Packed, batched: bool) -> torch.Tensor:
-        """Cut out, resize, mirror and change the images of a batch, as drawn.
+        """Cut out, resize, mirror and change the images of a batch, as drawn; on a CPU, ``pixels`` may be a list.
 
-        Args:
-            pixels: the images in the order of their draws; on a CPU they may also be a list.
-            packed: the draws of the same images.
-            batched: True runs an operation on all images of a group at once, which is fast on an accelerator. False
-                runs it on one image at a time, which stays in the cache of a CPU; it works only there. The two differ
-                by one level in few pixels.
+        If ``batched``, an operation runs on all images of a group at once, which is fast on an accelerator. If not, it
+        runs on one image at a time, which stays in the cache of a CPU; it works only there. The two differ by one level
+        in few pixels.
 
-        Returns:
-            (B, 3, size, size) uint8, where the pixels are. Not batched, an image comes out the same in any batch.
-            Batched, it does so up to one level in few pixels: a product of larger matrices may add in another order.
+        Returns (B, 3, size, size) uint8, where the pixels are. Not batched, an image comes out the same in any batch.
+        Batched, it does so up to one level in few pixels: a product of larger matrices may add in another order.
         """
         functions = operations.OPERATIONS if batched else operations.ON_CPU
         if batched:
@@ -231,15 +222,10 @@ class Augmentation:
         return images
 
     def finish(self, images: torch.Tensor, packed: Packed) -> torch.Tensor:
-        """Normalise images and erase boxes, with noise from generators of its own.
+        """Normalise the uint8 images from ``apply`` and erase boxes, with noise from generators of its own.
 
-        Args:
-            images: (B, 3, size, size) uint8 from ``apply``.
-            packed: the draws of the same images.
-
-        Returns:
-            (B, 3, size, size) float32. The noise in an erased box is the same in any batch; another kind of device
-            makes other noise.
+        Returns (B, 3, size, size) float32. The noise in an erased box is the same in any batch; another kind of device
+        makes other noise.
         """
         device = images.device
         mean, std = (values.to(device, non_blocking=True) for values in (self.mean, self.std))

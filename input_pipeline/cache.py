@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from distributed.stop_coordinator import StopCoordinator
 from utils import Progress
 from weight_selection.errors import InputError
 from weight_selection.image_files import BadImage
@@ -62,17 +63,26 @@ def _read(dataset, index):
         return error, 0
 
 
-def check_memory(datasets, device: torch.device | None) -> None:
+def check_memory(datasets, device: torch.device | None, stop_coordinator: StopCoordinator) -> None:
     """Estimate from a few images whether all fit into the memory of this machine, and of a device if one is given.
 
     Raises:
-        InputError: they need more memory than is free.
+        InputError: in any process they need more memory than is free; all must call it, and all raise it.
     """
     size = sum(_estimate(dataset) for dataset in datasets)
-    if device is not None and device.type == "cuda":
-        _compare(size, torch.cuda.mem_get_info(device)[0], "GPU")
     # Every process has its own images, and has them twice while it fills its buffer.
-    _compare(2 * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), _free_memory(), "machine")
+    refusal = _refusal(2 * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), _free_memory(), "machine")
+    if device is not None and device.type == "cuda":
+        refusal = _refusal(size, torch.cuda.mem_get_info(device)[0], "GPU") or refusal
+    if refusal := stop_coordinator.first_of_all(refusal):
+        raise InputError(refusal)
+
+
+def _refusal(needed, free, where):
+    if needed <= 0.9 * free:
+        return None
+    has = f"needs about {needed / 1e9:.1f} GB, this {where} has {free / 1e9:.1f} GB free"
+    return f"--cache_images true: {has}; leave it out"
 
 
 def _estimate(dataset):
@@ -81,14 +91,6 @@ def _estimate(dataset):
         with contextlib.suppress(BadImage):
             sizes.append(dataset[index][0].numel())  # bytes
     return len(dataset) * sum(sizes) / max(1, len(sizes))
-
-
-def _compare(needed, free, where):
-    if needed > 0.9 * free:
-        raise InputError(
-            f"--cache_images true: needs about {needed / 1e9:.1f} GB, this {where} has {free / 1e9:.1f} GB free; "
-            "leave it out"
-        )
 
 
 def _free_memory():

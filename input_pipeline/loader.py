@@ -8,8 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,24 +20,14 @@ from input_pipeline.placement import Batch, TransformInWorkers, TransformOnDevic
 from utils import print_main, seed_host
 from weight_selection.image_files import BadImage
 
-# ---------------------------------------------------------------------------------------------------------
-# Which images
-
 
 class TrainBatchSampler(Sampler):
     """One process's micro-batches of an epoch, or of the rest of it, as lists of (index of an image, epoch).
 
-    An epoch is one permutation of the images, cut into micro-batches numbered 0, 1, ... Process r takes the numbers r,
-    r + world size, r + 2 * world size, ... So an optimiser step sees the same micro-batches on any number of
-    processes. Images left over after the last whole total batch are not used in this epoch.
-
-    Args:
-        images: number of images in the set.
-        batch_size: images in a micro-batch.
-        steps_per_epoch: optimiser steps in an epoch.
-        update_freq: micro-batches of each process in a step.
-        rank, world_size: this process's number, and how many processes there are.
-        seed: the run's.
+    An epoch is one permutation of the images, cut into micro-batches of ``batch_size`` numbered 0, 1, ... Process r
+    takes the numbers r, r + world size, r + 2 * world size, ... and ``update_freq`` of them for an optimiser step. So a
+    step sees the same micro-batches on any number of processes. Images left over after the last step are not used in
+    this epoch.
     """
 
     def __init__(self, images, batch_size, steps_per_epoch, update_freq, rank, world_size, seed):
@@ -69,16 +58,9 @@ class EvalSampler(Sampler):
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
     def most_batches(self, batch_size: int) -> int:
         """Number of batches in the process that has the most of them."""
         return -(-self.most // batch_size)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What a worker does
 
 
 class EvalDataset(Dataset):
@@ -113,7 +95,7 @@ class EvalDataset(Dataset):
     def collate(self, items) -> Batch:
         """Make a batch of items."""
         samples, labels, problems = zip(*items, strict=True)
-        return Batch(*self.pipeline.collate(samples), torch.tensor(labels), list(chain(*problems)))
+        return Batch(*self.pipeline.collate(samples), torch.tensor(labels), sum(problems, []))
 
 
 class TrainDataset(EvalDataset):
@@ -150,17 +132,10 @@ def _obey_only_the_parent(worker):
     threading.Thread(target=wait, daemon=True).start()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Images that cannot be read: training replaces a few and names them, the test allows none
-
-
 class BadImages:
-    """The training images that could not be read, in all processes; the run ends when there are too many.
+    """The training images that could not be read, in all processes; a run with more than ``limit`` of them ends.
 
-    Args:
-        limit: how many there may be.
-        coordinator: stops all processes at the same step.
-        known: the ones that were found before an interruption of the run.
+    ``known`` are those that were found before an interruption of the run.
     """
 
     def __init__(self, limit: int, coordinator: StopCoordinator, known=()):
@@ -202,10 +177,6 @@ class BadTestImages:
             self.coordinator.fail(f"test image {problems[0]}; repair it: accuracy is over all test images")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Loaders
-
-
 @dataclass(frozen=True)
 class DeviceLoader:
     """Yields a model's inputs and targets on the device: float32 (batch, 3, size, size), normalised; int64 (batch,).
@@ -220,10 +191,6 @@ class DeviceLoader:
     bad_images: BadImages | BadTestImages  # notes each batch's messages before the batch is yielded
     device: torch.device
 
-    def on(self, device: torch.device) -> "DeviceLoader":
-        """The same loader with its batches on another device."""
-        return replace(self, device=device)
-
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for batch in self.workers:
             self.bad_images.add(batch.problems)
@@ -231,16 +198,10 @@ class DeviceLoader:
 
 
 def train_loader(dataset, pipeline, sampler: TrainBatchSampler, args, device, bad_images: BadImages) -> DeviceLoader:
-    """The loader of this process's micro-batches.
+    """The loader of this process's micro-batches, from the position of ``sampler`` on.
 
-    Args:
-        dataset: items are (uint8 (height, width, 3), label); of a ``CachedDataset``, the images move to the device if
-            the pipeline transforms them there.
-        pipeline: from ``build_pipeline``.
-        sampler: its ``set_position`` says which epoch and step the next iteration begins with.
-        args: the checked options.
-        device: where to yield batches.
-        bad_images: takes note of images that cannot be read.
+    The items of ``dataset`` are (uint8 (height, width, 3), label). The images of a ``CachedDataset`` move to the device
+    if ``pipeline``, which is from ``build_pipeline``, transforms them there.
     """
     items = TrainDataset(dataset, pipeline, args.seed, args.skip_bad_images)
     workers = _workers(items, args, device, batch_sampler=sampler, persistent_workers=args.num_workers > 0)

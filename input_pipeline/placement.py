@@ -116,30 +116,17 @@ def build_transform(args, train: bool):
     mean, std = normalization(args.imagenet_default_mean_and_std)
     common = {"input_size": args.input_size, "mean": mean, "std": std}
     if train:
+        crop = {"scale": tuple(args.scale), "hflip": args.hflip, "interpolation": args.train_interpolation}
+        colours = {"color_jitter": args.color_jitter, "auto_augment": None if args.aa == "none" else args.aa}
+        erasing = {"re_prob": args.reprob, "re_mode": args.remode, "re_count": args.recount}
         try:
-            transform = create_transform(
-                **common,
-                is_training=True,
-                scale=tuple(args.scale),
-                hflip=args.hflip,
-                color_jitter=args.color_jitter,
-                auto_augment=None if args.aa == "none" else args.aa,
-                interpolation=args.train_interpolation,
-                re_prob=args.reprob,
-                re_mode=args.remode,
-                re_count=args.recount,
-            )
+            transform = create_transform(**common, is_training=True, **crop, **colours, **erasing)
         except (AssertionError, ValueError, KeyError) as error:  # timm refuses a policy with any of these
             raise InputError(f"--aa {args.aa}: no policy of timm's; such as rand-m9-mstd0.5-inc1, or none") from error
         return _with_posterize_to_black(transform)
     squash = args.crop_pct is None and args.input_size >= 384
-    return create_transform(
-        **common,
-        is_training=False,
-        interpolation="bicubic",
-        crop_pct=1.0 if squash else args.crop_pct or 224 / 256,
-        crop_mode="squash" if squash else "center",
-    )
+    crop = {"crop_pct": 1.0 if squash else args.crop_pct or 224 / 256, "crop_mode": "squash" if squash else "center"}
+    return create_transform(**common, is_training=False, interpolation="bicubic", **crop)
 
 
 def _with_posterize_to_black(transform):

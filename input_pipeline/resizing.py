@@ -52,13 +52,8 @@ def _transposed(image):
 def one_by_one(images, geometry, size):
     """Resize with torch's kernel for uint8, which is fast on a CPU because it uses vector instructions.
 
-    Args:
-        images: uint8 (height, width, 3) on a CPU.
-        geometry: (B, 10) int64, a row of ``Geometry`` for each image.
-        size: side of the squares.
-
-    Returns:
-        (B, 3, size, size) uint8.
+    ``images`` are uint8 (height, width, 3) on a CPU, and ``geometry`` (B, 10) int64 has a row of ``Geometry`` for each.
+    Returns (B, 3, size, size) uint8.
     """
     result = torch.empty(len(geometry), 3, size, size, dtype=torch.uint8)
     for row, image, square in zip(geometry.tolist(), images, result, strict=True):
@@ -75,17 +70,10 @@ def one_by_one(images, geometry, size):
 
 
 def by_products(pixels, geometry, size):
-    """Resize by multiplying with matrices of weights, many images at a time.
+    """Resize ``Pixels`` on any device by multiplying with matrices of weights, many images at a time.
 
-    Products of float32 must be exact to more than 16 bits: torch's default is, TF32 and autocast are not.
-
-    Args:
-        pixels: on any device; the host never waits for it.
-        geometry: (B, 10) int64 on the host, a row of ``Geometry`` for each image.
-        size: side of the squares.
-
-    Returns:
-        (B, 3, size, size) uint8, on the device of the pixels.
+    The host never waits for the device. Products of float32 must be exact to more than 16 bits: torch's default is,
+    TF32 and autocast are not. Arguments and result as in ``one_by_one``; the geometry is on the host.
     """
     lengths = _parts(Geometry(*geometry.unbind(1)))
     parts = zip(*(values.split(lengths) for values in (geometry, pixels.offsets, pixels.sizes)), strict=True)
@@ -144,18 +132,11 @@ def _to_levels(values):
 
 
 def _weights(size, length, resized, skipped, flip, cubic, padded):
-    """How much each pixel of a box contributes to each pixel of the square, along one side.
+    """How much each pixel of a box contributes to each of the ``size`` pixels of the square, along one side.
 
-    Args:
-        size: side of the square.
-        length, resized: (B, 1) int64, the side of the box before and after resizing.
-        skipped: (B, 1), how many pixels of the resized box lie before the square.
-        flip: (B, 1), 1 to take the square's pixels in the opposite order.
-        cubic: (B, 1), 1 for the bicubic kernel, 0 for the bilinear one.
-        padded: the largest ``length``.
-
-    Returns:
-        (B, size, padded) float32; each row sums to 1.
+    All of the box is (B, 1): its ``length``, the length ``resized``, how many pixels of that are ``skipped`` before the
+    square, whether to ``flip`` the square, and whether the kernel is ``cubic``. ``padded`` is the largest length.
+    Returns (B, size, padded) float32; each row sums to 1.
     """
     kept = torch.arange(size, device=length.device)
     places = skipped + torch.where(flip == 1, size - 1 - kept, kept)
