@@ -69,7 +69,7 @@ def _deviations(table, cell, runs) -> list:
     options = paper.recipe(setting, data) if table.recipe is None else table.recipe
     seeds = {}
     for run in runs:
-        if differs := paper.deviations(cell.run, run, options):
+        if differs := paper.deviations(cell.run, run, table.script, options):
             seeds.setdefault(", ".join(differs), []).append(str(run.seed))
     return [f"{cell.run}, seed {' '.join(those)}: {differs}" for differs, those in seeds.items()]
 

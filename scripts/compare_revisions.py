@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("then", "now")
 ENVIRONMENT = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 NEW_OPTIONS = ("verbose", "classifier", "width", "depth", "format", "dtype")  # of weight_selection.py, since 3bea770
+NEW_KEYS = {"first_weights"}  # of results.json, since 3bea770
 IGNORED = {"seconds", "wall_time", "versions"}  # keys whose values depend on clocks and installed packages
 
 # Runs the commands on stdin in one process, as if each started alone: importing torch takes longer than a command.
@@ -222,6 +223,7 @@ def find_difference(then, now, where="") -> str | None:
     if type(then) is not type(now):
         return f"{where}: {then!r:.200}, now {now!r:.300}"
     if isinstance(then, dict):
+        now = {key: value for key, value in now.items() if key not in NEW_KEYS - then.keys()}
         its_own = re.fullmatch(r"/checkpoint-[^/]*", where)  # keys of a checkpoint itself stood in the order of events
         if set(then) != set(now) or (list(then) != list(now) and not its_own):
             gone, new = [str(key) for key in then if key not in now], [str(key) for key in now if key not in then]

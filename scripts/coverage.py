@@ -79,7 +79,7 @@ class Family:
 def reason_of(message: str) -> str:
     """The kind of a refusal."""
     if "cannot take a" in message:
-        why = message.split(" apart: ")[1]
+        why = re.sub(r"^in \S+: ", "", message.split(" apart: ")[1])
         return "not taken apart: " + re.sub(r"its forward pass of .* images fails.*", "its forward pass fails", why)
     return next(reason for reason, pattern in REASONS.items() if re.search(pattern, message))
 

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import yaml
 
+from datasets import DATA_SETS
+from planned import planned_runs
 from runs import Run
+from training.options import CANNOT_CHANGE_RESULT, OPTIONS
 from weight_selection.errors import InputError
 
 SEEDS_OF_A_MEDIAN = 3
+IMAGENET_IMAGES = (1_281_167, 50_000)  # to train, to test
 
 
 @dataclass(frozen=True)
@@ -87,19 +91,73 @@ def recipe(setting: str, data: str) -> dict:
     return contents()["basic_recipe"] | changes["all"] | changes[data]
 
 
-def deviations(path: str, run: Run, options: dict) -> list:
-    """How a run deviates from the paper, in words such as ``epochs 3 (paper: 300)``.
+def data_set(data: str) -> str:
+    """main.py's --data_set for the DATA of a run."""
+    name = contents()["data_sets"].get(data, data)
+    return next(known for known in DATA_SETS if known.lower() == name.lower())
+
+
+def images(data: str) -> tuple:
+    """The numbers of images that DATA has to train and to test on."""
+    return DATA_SETS[data_set(data)].images or IMAGENET_IMAGES
+
+
+def deviations(path: str, run: Run, script: str, options: dict, **environment: str) -> list:
+    """How a run deviates from what the table's script runs, in words such as ``epochs 3 (paper: 300)``.
+
+    All options count but those that cannot change a result, and the seed. So do the numbers of images, and how the
+    first weights were made. Where the paper gives a value, the word is "paper", else "recipe".
 
     Args:
         path: SETTING/DATA/NAME of the run; its data set must be DATA's.
         run: the run.
+        script: that measures the run.
         options: the paper's options of main.py.
+        **environment: variables of the script.
     """
     data = path.split("/")[1]
-    wanted = {"data_set": contents()["data_sets"].get(data, data)} | options
-    pairs = [(name, run.options.get(name), value) for name, value in wanted.items()]
-    return [f"{name} {mine} (paper: {value})" for name, mine, value in pairs if not _same(mine, value)]
+    wanted = {"data_set": data_set(data)} | options
+    found = [_difference(name, run.options.get(name), value, "paper") for name, value in wanted.items()]
+    for name, value in zip(("train_images", "test_images"), images(data), strict=True):
+        found.append(_difference(name, run.results.get(name), value, "paper"))
+    runs = planned_runs(script, **environment)
+    if path not in runs:
+        return [*filter(None, found), f"{script} has no such run"]
+    planned = runs[path]
+    for name, value in planned.options.plain().items():
+        if name in wanted or name in CANNOT_CHANGE_RESULT | APART or (value is None and name in DECIDED):
+            continue
+        found.append(_difference(name, run.options.get(name, OPTIONS[name].default), value, "recipe"))
+    return [*filter(None, found), *_first_weights(run, planned)]
 
 
-def _same(mine, value) -> bool:
-    return mine.lower() == value.lower() if isinstance(mine, str) and isinstance(value, str) else mine == value
+# Compared as first weights; the file of a teacher, as its name says which it is; what follows from the total batch.
+APART = {"seed", "initialize", "finetune", "teacher_path", "update_freq"}
+DECIDED = {"device", "amp_dtype", "world_size"}  # by the program, unless they are given
+
+
+def _first_weights(run, planned):
+    """How the weights that a run started from deviate from those that the script makes."""
+    for name in ("initialize", "finetune"):
+        mine, wanted = run.options.get(name), getattr(planned.options, name)
+        if (mine is None) != (wanted is None):
+            return [f"{name} {mine} (recipe: {wanted and 'a file'})"]
+    if planned.selection is None:
+        return []
+    made, wanted = run.results.get("first_weights"), dict(vars(planned.selection))
+    if made is None:
+        return ["first weights of unknown origin (no provenance beside --initialize)"]
+    teacher = made["teacher"]
+    name = "model" if teacher.get("model") == wanted["pretrained_model"] else "name"  # an old name of the same model
+    mine = made["options"] | {"pretrained_model": teacher.get(name), "student": made["student"]["name"]}
+    mine |= {f"{who}_kwargs": made[who].get("kwargs", {}) for who in ("teacher", "student")}
+    if wanted["seed"] is not None:  # each seed draws a selection of its own
+        wanted["seed"] = run.seed
+    names = ("element_selection", "layer_selection", "exclude", "include_head", "include_head_norm", "pretrained_model",
+             "student", "teacher_kwargs", "student_kwargs")  # fmt: skip
+    names += ("seed",) * (wanted["seed"] is not None)
+    return [*filter(None, (_difference(name, mine.get(name), wanted[name], "recipe") for name in names))]
+
+
+def _difference(name, mine, value, whose):
+    return None if mine == value else f"{name} {mine} ({whose}: {value})"

@@ -20,6 +20,8 @@ from runs import figure_parser, print_lines, read_run, seed_directories, trained
 from weight_selection.errors import InputError, run_program
 
 RANDOM, SELECTED, TUNED = "random init", "weight selection", "pretraining and fine-tuning"
+NEVER = "none of these runs does"
+SCRIPT = "scripts/figure04.sh"
 DIRECTORY = "vit_tiny/cifar100"
 RECIPE = paper.recipe(*DIRECTORY.split("/"))
 # The paper shortens the warm-up with the training, and does not say to how many whole epochs.
@@ -28,12 +30,21 @@ FIXED = {name: value for name, value in RECIPE.items() if name not in ("epochs",
 
 def find(out: Path, name: str, options: dict, strange: list) -> list:
     """The finished runs of a name. Each that deviates from the paper's ``options`` adds a line to ``strange``."""
-    path = f"{DIRECTORY}/{name}"
+    path, epochs = f"{DIRECTORY}/{name}", trained(out)
     runs = [read_run(directory) for directory in seed_directories(out / path)]
     for run in runs:
-        if differs := paper.deviations(path, run, options):
+        if differs := paper.deviations(path, run, SCRIPT, options, **epochs):
             strange.append(f"{path}, seed {run.seed}: {', '.join(differs)}")
     return runs
+
+
+def trained(out: Path) -> dict:
+    """The variables of figure04.sh with which it makes the runs in ``out``: numbers of epochs in words."""
+    names = {"EPOCHS": ("random", "selected"), "PRETRAINING": ("finetuned",)}
+    return {
+        variable: " ".join(str(epochs) for name in some for epochs in trained_epochs(out / DIRECTORY, name))
+        for variable, some in names.items()
+    }
 
 
 def accuracies(runs: list) -> list:
@@ -55,11 +66,36 @@ def training(out: Path, strange: list) -> dict:
 def pretraining(out: Path, strange: list) -> dict:
     """The data of panel (b): {number of epochs of pretraining: accuracies after fine-tuning, over the seeds}."""
     options = {"epochs": RECIPE["epochs"]}  # all that the paper says of fine-tuning
-    runs = {
-        epochs: find(out, f"finetuned_{epochs}", options, strange)
-        for epochs in trained_epochs(out / DIRECTORY, "finetuned")
-    }
+    lengths = trained_epochs(out / DIRECTORY, "finetuned")
+    runs = {epochs: find(out, f"finetuned_{epochs}", options, strange) for epochs in lengths}
     return {epochs: accuracies(found) for epochs, found in runs.items() if found}
+
+
+def claims(lines: dict, tuned: dict) -> list:
+    """What the paper claims of Figure 4, computed from the runs there are: lines of text.
+
+    Selection reaches the accuracy of random init in a third of its epochs. Pretraining needs 60 epochs of ImageNet-1K
+    to reach that of selection, and fine-tuning included it sees 6.12 times as many images.
+    """
+    whole, said = RECIPE["epochs"], []
+    if goal := lines.get(RANDOM, {}).get(whole):
+        epochs = first_to_reach(lines.get(SELECTED, {}), goal)
+        share = epochs and f"{epochs} of {whole} epochs, {epochs / whole:.0%} (paper: a third)"
+        said.append(f"weight selection reaches random init ({statistics.fmean(goal):.1f}) after: {share or NEVER}")
+    if goal := lines.get(SELECTED, {}).get(whole):
+        epochs = first_to_reach(tuned, goal)
+        (imagenet, _), (cifar, _) = map(paper.images, ("imagenet", "cifar100"))
+        times = epochs and 1 + epochs * imagenet / (whole * cifar)
+        share = epochs and f"{epochs} epochs, {times:.2f} times the images of selection (paper: 60, 6.12)"
+        said.append(f"pretraining reaches weight selection ({statistics.fmean(goal):.1f}) after: {share or NEVER}")
+    return said
+
+
+def first_to_reach(line: dict, goal: list) -> int | None:
+    """The smallest number of epochs of a line {epochs: accuracies} whose mean is at least that of ``goal``."""
+    return min(
+        (epochs for epochs, found in line.items() if statistics.fmean(found) >= statistics.fmean(goal)), default=None
+    )
 
 
 def draw_level(axes, values: list, color: str) -> None:
@@ -95,8 +131,8 @@ def main(argv=None) -> None:
     if not lines and not tuned:
         raise InputError(f"OUT {args.out}: no finished runs {DIRECTORY}/{{random,selected,finetuned}}_EPOCHS/SEED")
     print_lines(lines | {TUNED: tuned})
-    for line in strange:
-        print(f"not the paper's recipe: {line}")
+    for line in claims(lines, tuned) + [f"not the paper's recipe: {line}" for line in strange]:
+        print(line)
     style.save(draw(lines, tuned, strange), args.output)
     print(f"figure: {args.output}")
 

@@ -119,5 +119,10 @@ def lively(model):
 
 def reads(model, key):
     """The dimension along which a tensor sums over neurons: a dead one must not be read."""
-    module = model.get_submodule(key.rpartition(".")[0])
-    return 1 if key.endswith(".weight") and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) else None
+    path, _, name = key.rpartition(".")
+    module = model.get_submodule(path)
+    if type(module).__name__ == "Conv1D" and name == "weight":  # transformers': (inputs, outputs)
+        return 0
+    if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
+        return 1
+    return 1 if name == "weight" and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) else None

@@ -24,6 +24,7 @@ from training.setup import RunData, build_model, build_train_state, complete_opt
 from utils import describe, duration, print_main, versions
 from weight_selection.errors import InputError
 from weight_selection.files import check_writable, sha256, write_json
+from weight_selection.sources.initial_weights import read_provenance
 
 
 def run(options: Options, launch: Launch) -> None:
@@ -94,6 +95,8 @@ def train_and_report(
     print_main(f"{options.model}: " + describe(facts))
     for option, path in (("initialize", options.initialize), ("teacher", options.teacher_path)):
         facts[f"{option}_sha256"] = path and sha256(path)
+    if options.initialize and (provenance := read_provenance(options.initialize, "--initialize")):
+        facts["first_weights"] = {name: provenance[name] for name in ("teacher", "student", "options")}
     if progress.epoch == options.epochs - 1:
         print_main("all epochs are done; nothing left to train")
     bad_images = BadImages(options.skip_bad_images, state.stop_coordinator, progress.bad_images)

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from weight_selection.errors import InputError
 
@@ -29,24 +31,27 @@ class Geometry:
 
     Attributes:
         grid: (height, width) of the grid of patches, or None.
+        embeddings: keys of position embeddings.
         windows: {key of a table of relative positions: (height, width) of the window}.
         images: keys of the convolutions that take the image.
         patches: those of them whose patches do not overlap.
     """
 
     grid: tuple | None
+    embeddings: frozenset
     windows: dict
     images: frozenset
     patches: frozenset
 
 
-def find_geometry(model: nn.Module, images: dict, grid: tuple | None) -> Geometry:
+def find_geometry(model: nn.Module, images: dict, grid: tuple | None, embeddings: tuple = ()) -> Geometry:
     """The geometry of a model.
 
     Args:
         model: on any device.
         images: {key of the weight: convolution}, of those that take the image.
         grid: (height, width) of the grid of patches, or None.
+        embeddings: keys of position embeddings, as of ``ModelFacts``.
     """
     windows = {}
     for name, module in model.named_modules():
@@ -54,7 +59,7 @@ def find_geometry(model: nn.Module, images: dict, grid: tuple | None) -> Geometr
         if table is not None and getattr(module, "window_size", None) is not None:
             windows[f"{name}.relative_position_bias_table".lstrip(".")] = tuple(module.window_size)
     patches = {key for key, convolution in images.items() if convolution.stride == convolution.kernel_size}
-    return Geometry(grid, windows, frozenset(images), frozenset(patches))
+    return Geometry(grid, frozenset(embeddings), windows, frozenset(images), frozenset(patches))
 
 
 def resampling(
@@ -72,26 +77,23 @@ def resampling(
         InputError: there is no way; names the key and the dimension.
     """
     theirs, ours = shapes
+    embedded = key in student.embeddings and source in teacher.embeddings
     prefixes = [_prefix(shape, geometry.grid) for shape, geometry in ((theirs, teacher), (ours, student))]
-    if key == "pos_embed" and None not in prefixes:
+    if embedded and None not in prefixes:
         return _positions(teacher.grid, student.grid, key, *prefixes, allow_unused)
     if not dims:
         return None
-    if key == "pos_embed" and (theirs[1:3], ours[1:3]) == (teacher.grid, student.grid) and set(dims) <= {1, 2}:
-        from timm.layers import resample_abs_pos_embed_nhwc
-
-        size = list(ours[1:3])
-        return Resampling(_words(theirs[1:3], size), partial(resample_abs_pos_embed_nhwc, new_size=size))
+    if embedded and (theirs[1:3], ours[1:3]) == (teacher.grid, student.grid) and set(dims) <= {1, 2}:
+        return Resampling(_words(theirs[1:3], ours[1:3]), partial(_interpolate, size=ours[1:3]))
     if key in student.windows and source in teacher.windows and dims == [0]:
         old, new = teacher.windows[source], student.windows[key]
-        from timm.layers import resize_rel_pos_bias_table
-
         extra = [rows - (2 * h - 1) * (2 * w - 1) for rows, (h, w) in ((theirs[0], old), (ours[0], new))]
         if extra[0] == extra[1] >= 0:
+            resize = _of_timm(key, "resize_rel_pos_bias_table")
             known = {} if old[0] == old[1] else {"old_window_size": old}  # timm takes a table to be of a square
             return Resampling(
                 f"resample relative positions of a {old[0]}x{old[1]} to a {new[0]}x{new[1]} window",
-                lambda table: resize_rel_pos_bias_table(table, new, (ours[0], table.shape[1]), **known),
+                lambda table: resize(table, new, (ours[0], table.shape[1]), **known),
             )
     if key in student.images and source in teacher.images:
         return _kernel(teacher, student, source, key, theirs, ours, dims)
@@ -107,8 +109,8 @@ def _words(old, new):
 
 
 def _prefix(shape, grid):
-    """The number of prefix tokens (class, registers) in position embeddings (1, tokens, embed_dim), or None."""
-    count = shape[1] - grid[0] * grid[1] if grid and len(shape) == 3 else -1
+    """The number of prefix tokens (class, registers) in position embeddings ([1,] tokens, channels), or None."""
+    count = shape[-2] - grid[0] * grid[1] if grid and len(shape) in (2, 3) else -1
     return count if 0 <= count < MANY else None
 
 
@@ -121,21 +123,37 @@ def _positions(old, new, key, t, s, allow_unused):
         raise InputError(f"{key}: teacher's has {t} prefix tokens, student's {s}: {ways} or --exclude pos_embed")
     if t == s and old == new:
         return None
-    from timm.layers import resample_abs_pos_embed
-
     words = [f"first {s} of {t} prefix tokens"] * (t != s) + [_words(old, new)] * (old != new)
 
     def apply(weight):
-        weight = torch.cat([weight[:, :s], weight[:, t:]], dim=1)
-        return weight if old == new else resample_abs_pos_embed(weight, new, old, num_prefix_tokens=s)
+        prefix, patches = weight[..., :s, :], weight[..., t:, :]
+        if old != new:
+            channels = weight.shape[-1]
+            patches = _interpolate(patches.reshape(1, *old, channels), new).reshape(*weight.shape[:-2], -1, channels)
+        return torch.cat([prefix, patches], dim=-2)
 
     return Resampling(", ".join(words), apply)
 
 
-def _kernel(teacher, student, source, key, theirs, ours, dims):
-    from timm.layers import resample_patch_embed
-    from timm.models import adapt_input_conv
+def _interpolate(embeddings, size):
+    """Position embeddings (1, height, width, channels) of another height and width."""
+    images = embeddings.float().permute(0, 3, 1, 2)
+    images = F.interpolate(images, size=tuple(size), mode="bicubic", antialias=True)
+    return images.permute(0, 2, 3, 1).to(embeddings.dtype)
 
+
+def _of_timm(key, function, module="timm.layers"):
+    """The function of timm that changes this tensor."""
+    try:
+        return getattr(import_module(module), function)
+    except ImportError as error:
+        raise InputError(
+            f"{key}: teacher's and student's sizes differ, and timm resamples it; install timm "
+            '(pip install "weight-selection[timm]"), or give the student the teacher\'s size'
+        ) from error
+
+
+def _kernel(teacher, student, source, key, theirs, ours, dims):
     words, steps = [], []
     if 1 in dims:
         if theirs[1] != 3:
@@ -144,7 +162,7 @@ def _kernel(teacher, student, source, key, theirs, ours, dims):
                 "for 3 can be adapted to others"
             )
         words.append(f"adapt 3 channels to {ours[1]}")
-        steps.append(partial(adapt_input_conv, ours[1]))
+        steps.append(partial(_of_timm(key, "adapt_input_conv", "timm.models"), ours[1]))
     if {2, 3} & set(dims):
         if key not in student.patches or source not in teacher.patches:
             raise InputError(
@@ -152,7 +170,7 @@ def _kernel(teacher, student, source, key, theirs, ours, dims):
                 "positions overlap: only kernels of patches are resampled; give the student the teacher's"
             )
         words.append(_words(theirs[2:], ours[2:]))
-        steps.append(partial(resample_patch_embed, new_size=list(ours[2:])))
+        steps.append(partial(_of_timm(key, "resample_patch_embed"), new_size=list(ours[2:])))
 
     def apply(weight):
         for step in steps:

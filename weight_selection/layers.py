@@ -1,12 +1,14 @@
 """Layers: which parts of a model repeat, and which of the teacher's layers each of the student's starts from.
 
 A library may know where layers are: timm does, as its optimisers give them learning rates of their own. Beyond that,
-the modules in a ``ModuleList`` or ``Sequential`` are layers if all are of one class. The rules of layer selection
+numbered modules are layers if all in a container are of one class, however they are named: ``0``, ``encoder_layer_0``.
+The rules of layer selection
 choose among the layers of one kind in a stage, as any of these can stand for another. A layer that downsamples, or that
 has another kind of attention, can only stand for its like.
 """
 
 import re
+from collections import defaultdict
 from itertools import groupby
 
 import torch.nn as nn
@@ -33,7 +35,7 @@ class Layers:
     """
 
     def __init__(self, model: nn.Module, shapes: dict, heights: dict, patterns: list):
-        stacks = {name + "." if name else "" for name, module in model.named_modules() if _is_stack(module)}
+        stacks = {f"{name}.{text}".removeprefix(".") for name, text in _stacks(model, bool(patterns))}
         self.spans, self.containers = {}, {}
         for key in shapes:
             spans = {m.span(1) for stack in stacks if key.startswith(stack) and (m := NUMBER.match(key, len(stack)))}
@@ -64,11 +66,42 @@ def _known(patterns, key):
     return []
 
 
-def _is_stack(module):
-    """Whether a module's children are layers: all of one class, which itself has children."""
-    children = list(module.children()) if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
-    kinds = {type(child) for child in children}
-    return len(kinds) == 1 and next(children[0].children(), None) is not None
+def _stacks(model, patterns):
+    """Where a model's modules are layers: (name of the module that holds them, text before their numbers).
+
+    A container of modules of one class holds layers. If no pattern says where layers are, so do a list of modules
+    without children (the linear layers of an MLP), and any module with numbered parts that have the same tensors.
+    """
+    for name, module in model.named_modules():
+        for text, children in _numbered(module).items():
+            kinds = {type(child) for child in children}
+            composite = next(children[0].children(), None) is not None
+            if len(kinds) > 1 or patterns and (text or not composite):
+                continue
+            if isinstance(module, CONTAINERS) and len(children) == len(module):
+                found = composite or isinstance(module, nn.ModuleList)
+            else:
+                found = composite and not kinds & set(CONTAINERS) and _repeat(children)
+            if found:
+                yield name, text
+
+
+CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+def _numbered(module):
+    """{text before a number: the modules of that name}, of the children of a module."""
+    found = defaultdict(list)
+    for name, child in module.named_children():
+        if match := re.fullmatch(r"(.*?)\d+", name):
+            found[match[1]].append(child)
+    return found
+
+
+def _repeat(modules):
+    """Whether several modules have the same tensors, of the same shapes."""
+    contents = [{key: value.shape for key, value in module.state_dict().items()} for module in modules]
+    return len(modules) > 1 and contents.count(contents[0]) == len(contents)
 
 
 def teacher_keys(teacher: Layers, student: Layers, method: str, prefixes: tuple = ("", "")) -> dict:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 import torch.nn as nn
 
 from weight_selection.errors import InputError
@@ -13,6 +14,7 @@ from weight_selection.options import CONSISTENT, SelectionOptions
 from weight_selection.rules import kept_indices
 from weight_selection.sources.architectures import NO_KEYS, Architecture, keys_inside
 from weight_selection.sources.facts import ModelFacts, facts_of
+from weight_selection.tied import check_classifier_is_not_tied, embedding_keys, not_taken, tied_keys
 from weight_selection.tracing.groups import ModelGroups, NeuronGroup, aligned, find_groups
 from weight_selection.tracing.tracer import Untraceable, trace
 
@@ -27,6 +29,8 @@ class ModelStructure:
         layers, neurons, geometry: which parts repeat, which neurons are the same, where positions are.
         parameters: keys that are parameters; the others are buffers.
         output_layers: {name of a linear layer that gives an output of the model: number of its outputs}.
+        tables: keys of tensors whose rows are tokens, positions or outputs.
+        tied: of ``tied_keys``.
     """
 
     facts: ModelFacts
@@ -36,6 +40,8 @@ class ModelStructure:
     geometry: Geometry
     parameters: frozenset
     output_layers: dict
+    tables: frozenset
+    tied: dict
 
     @property
     def architecture(self) -> Architecture:
@@ -81,15 +87,35 @@ def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=No
     except Untraceable as reason:
         raise InputError(f"{name}: weight selection cannot take a {type(model).__name__} apart: {reason}") from reason
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    heads = _output_rows(traced, traced.output_layers if facts.token_heads is None else facts.token_heads)
     return ModelStructure(
         facts,
         shapes,
         Layers(model, shapes, traced.heights, facts.layer_patterns),
         find_groups(traced),
-        find_geometry(model, facts.first_convolutions, facts.grid),
+        find_geometry(model, facts.first_convolutions, facts.grid, facts.position_embeddings),
         frozenset(key for key, _ in model.named_parameters(remove_duplicate=False)),
         traced.output_layers,
+        embedding_keys(model) | heads,
+        tied_keys(model),
     )
+
+
+def _output_rows(traced, names):
+    """Note that the outputs of these linear layers are tokens or classes, not neurons; returns their weights' keys.
+
+    A layer whose outputs another layer reads gives features.
+    """
+    heads = []
+    for key in (f"{name}.weight" for name in names):
+        rows = torch.zeros(traced.labels.count, dtype=torch.bool)
+        rows[traced.labels.find(traced.dims[key][0])] = True
+        matrices = ((other, dims) for other, dims in traced.dims.items() if len(dims) > 1)
+        others = (dim for other, dims in matrices for dim in (dims[1:] if other == key else dims))
+        if not any(rows[traced.labels.find(dim)].any() for dim in others):
+            heads.append(key)
+    traced.labels.positions += [traced.dims[key][0] for key in heads]
+    return frozenset(heads)
 
 
 @dataclass(frozen=True)
@@ -112,8 +138,9 @@ class PlanEntry:
 
     Attributes:
         key, shape: of the student's tensor.
-        role: ``selected``, ``excluded`` (by request), ``classifier``, or ``unused`` (a parameter that the forward pass
-            does not use). The last three keep the student's own values.
+        role: ``selected``, ``excluded`` (by request), ``classifier``, ``unused`` (a parameter that the forward pass
+            does not use), or ``constant`` (a buffer that follows from the student's own sizes, such as the index of
+            relative positions in a window). All but the first keep the student's own values.
         teacher_key, teacher_shape: of the teacher's tensor, if selected.
         slices: {dimension of neurons: its ``SlicePair``}. All other dimensions hold positions.
         resampling: the change of positions or image channels that comes first, or None.
@@ -152,12 +179,17 @@ class Plan:
         entries: one ``PlanEntry`` per student key, in the student's order.
         groups: {number of the student's neuron group: ``PlannedGroup``}, of the groups that selected tensors hold.
         element_selection, seed: the rule of element selection.
+        tied: {student's key: the key that its tensor goes by}, of all keys of tied tensors but these. A file in which
+            no two keys may share memory, such as of safetensors, is written without them.
+        not_taken: {student's key: teacher's key}, of teacher's tensors that go as the student's are tied.
     """
 
     entries: list
     groups: dict
     element_selection: str
     seed: int
+    tied: dict = field(default_factory=dict)
+    not_taken: dict = field(default_factory=dict)
 
     @property
     def selected(self) -> dict:
@@ -187,29 +219,28 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
         InputError: the student is not a smaller version of the teacher; the message names the key and the dimension.
     """
     teacher, student = _with_classifiers(teacher, student, options.selects_all)
-    architecture = student.architecture
     _check_options(teacher, student, options)
     _check_common(teacher, student)
+    if not options.selects_all:
+        check_classifier_is_not_tied(student.tied, student.in_classifier)
     sources = teacher_keys(teacher.layers, student.layers, options.layer_selection, (teacher.prefix, student.prefix))
     _check_unused(teacher, sources, options.allow_unused)
 
     matching = _Matching(teacher.neurons, student.neurons, options)
-    entries = []
-    for key, shape in student.shapes.items():
-        kept_norm = options.include_head_norm and _in_head_norm(architecture, key)
-        if re.search(architecture.classifier, key) and not options.selects_all and not kept_norm:
-            entries.append(PlanEntry(key, shape, "classifier"))
-        elif any(re.search(architecture.components[component], key) for component in options.exclude):
-            entries.append(PlanEntry(key, shape, "excluded"))
-        elif key in student.neurons.unused and key in student.parameters:
-            entries.append(PlanEntry(key, shape, "unused"))
-        elif sources[key] not in teacher.shapes:
-            raise InputError(
-                f"{key}: the teacher has no {sources[key]} to select it from; give the student the teacher's options"
-            )
-        else:
-            entries.append(_entry(teacher, student, matching, key, sources[key], options.allow_unused))
-    return Plan(entries, matching.groups, options.element_selection, options.seed)
+    entries = {
+        key: _entry(teacher, student, matching, key, teacher.tied.get(sources[key], sources[key]), options)
+        for key in student.shapes
+        if key not in student.tied
+    }
+    entries |= {key: replace(entries[first], key=key) for key, first in student.tied.items()}
+    return Plan(
+        [entries[key] for key in student.shapes],
+        matching.groups,
+        options.element_selection,
+        options.seed,
+        student.tied,
+        not_taken(student.tied, teacher.tied, {k: v for k, v in sources.items() if v in teacher.shapes}),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -282,7 +313,11 @@ def _check_common(teacher, student):
 def _check_unused(teacher, sources, allow_unused):
     """Refuse teacher tensors without a counterpart in the student: a LayerScale, a token, a normalisation."""
     used = {teacher.component(key) for key in sources.values() if key in teacher.shapes}
-    spare = [key for key in teacher.shapes if teacher.component(key) not in used and not teacher.in_classifier(key)]
+    spare = [
+        key
+        for key in teacher.shapes
+        if teacher.component(key) not in used and not teacher.in_classifier(key) and key not in teacher.tied
+    ]
     if spare and not allow_unused:
         raise InputError(
             f"{spare[0]}: the student has no such tensor, so the teacher's is lost; give the student one "
@@ -294,23 +329,43 @@ def _check_unused(teacher, sources, allow_unused):
 # Dimensions
 
 
-def _entry(teacher, student, matching, key, teacher_key, allow_unused):
+def _entry(teacher, student, matching, key, teacher_key, options):
+    """Decide what becomes of one tensor of the student."""
+    architecture, shape = student.architecture, student.shapes[key]
+    kept_norm = options.include_head_norm and _in_head_norm(architecture, key)
+    if student.in_classifier(key) and not options.selects_all and not kept_norm:
+        return PlanEntry(key, shape, "classifier")
+    if any(re.search(architecture.components[component], key) for component in options.exclude):
+        return PlanEntry(key, shape, "excluded")
+    if key in student.neurons.unused and key in student.parameters:
+        return PlanEntry(key, shape, "unused")
+    if teacher_key not in teacher.shapes:
+        raise InputError(
+            f"{key}: the teacher has no {teacher_key} to select it from; give the student the teacher's options"
+        )
+    return _selected(teacher, student, matching, key, teacher_key, options.allow_unused)
+
+
+def _selected(teacher, student, matching, key, teacher_key, allow_unused):
     """Compare one tensor of each model, dimension by dimension."""
     shape, teacher_shape = student.shapes[key], teacher.shapes[teacher_key]
     _check_shapes(student.architecture, key, teacher_shape, shape)
     ours, theirs = student.neurons.slices[key], teacher.neurons.slices[teacher_key]
     common = range(min(len(shape), len(teacher_shape)))
     positions = [dim for dim in common if ours[dim] is None or theirs[dim] is None]
+    different = [dim for dim in positions if teacher_shape[dim] != shape[dim]]
+    if different and key not in student.parameters:
+        return PlanEntry(key, shape, "constant")
     slices = {
         dim: matching.pairs(key, teacher_key, dim, teacher_shape[dim], shape[dim])
         for dim in common
         if dim not in positions
     }
-    different = [dim for dim in positions if teacher_shape[dim] != shape[dim]]
-    if different and key in student.neurons.unused:
+    if 0 in different and key in student.tables - student.geometry.embeddings:
         raise InputError(
-            f"{key}, dimension {different[0]}: teacher's size {teacher_shape[different[0]]}, student's "
-            f"{shape[different[0]]}: the model does not use it, so nothing says which elements belong together"
+            f"{key}, dimension 0: teacher's size {teacher_shape[0]}, student's {shape[0]}: its rows are tokens, "
+            "positions or outputs, which are never subsampled; give the student the teacher's number of them (such as "
+            "vocab_size or max_position_embeddings)"
         )
     shapes = teacher_shape, shape
     change = resampling(teacher.geometry, student.geometry, teacher_key, key, shapes, different, allow_unused)
@@ -341,6 +396,7 @@ class _Matching:
     def __init__(self, teacher: ModelGroups, student: ModelGroups, options: SelectionOptions):
         self.teacher, self.student, self.options = teacher, student, options
         self.groups = {}
+        self.sources = {}  # {number of the student's group: number of the teacher's group that it comes from}
 
     def pairs(self, key: str, teacher_key: str, dim: int, t: int, s: int) -> list:
         """The ``SlicePair`` of a dimension, which has size ``t`` in the teacher and ``s`` in the student.
@@ -351,6 +407,8 @@ class _Matching:
         where = f"{key}, dimension {dim}: teacher's size {t}"
         too_narrow = f"{where} < student's {s}: a teacher must be at least as wide"
         ours, theirs = self.student.slices[key][dim], self.teacher.slices[teacher_key][dim]
+        if None not in (ours, theirs) and len(ours) != len(theirs):
+            theirs = self._of_chosen_layers(ours, theirs)
         if ours is None or theirs is None or len(ours) != len(theirs):
             reason = f"made of {_count(theirs)} in the teacher, of {_count(ours)} in the student"
             raise InputError(too_narrow if t < s else f"{where}, student's {s}: {reason}")
@@ -371,7 +429,20 @@ class _Matching:
             large, small = self.teacher.groups[their.group], self.student.groups[pair.group]
             _check_blocks(pair, large, small, where, s)
             self._note(pair, large, small, key)
+            self.sources.setdefault(pair.group, their.group)
         return pairs
+
+    def _of_chosen_layers(self, ours, theirs):
+        """The teacher's slices that the student's come from, if layers with features of their own were dropped.
+
+        A dense block concatenates what its layers give: where it is read, each layer has a slice.
+        """
+        numbers = [self.sources.get(our.group) for our in ours]
+        slices = {their.group: their for their in theirs}
+        distinct = len(set(numbers)) == len(ours) and len(slices) == len(theirs)
+        if self.options.projects or not distinct or not slices.keys() >= set(numbers):
+            return theirs
+        return tuple(slices[number] for number in numbers)
 
     def _note(self, pair, large, small, key):
         """Note that a tensor holds a group; at the first one, decide which neurons are kept."""

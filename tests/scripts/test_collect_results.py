@@ -15,7 +15,10 @@ import plot_curves
 import plot_epochs
 import plot_projection
 from helpers import read_results
-from training.options import get_args_parser
+from planned import planned_runs
+from runs import read_run
+from training.options import CANNOT_CHANGE_RESULT, OPTIONS, get_args_parser
+from weight_selection.cli import RECORDED
 
 TABLES = paper.contents()["tables"]
 
@@ -28,16 +31,27 @@ def real_results(train, tmp_path_factory):
     return read_results(directory), (directory / "log.txt").read_text()
 
 
+SCRIPTS = {cell.run: paper.read_table(name).script for name in TABLES for cell in paper.read_table(name).cells}
+
+
 @pytest.fixture
 def make_run(real_results, tmp_path):
-    """``make_run(path, seed, best, last)`` leaves a run of the paper's recipe in OUT, but for options given."""
+    """``make_run(path, seed, best, last)`` leaves a run in OUT as the table's script makes it, but for options given.
 
-    def make(path, seed, best, last=None, **options):
+    ``images`` are the numbers of images to train and to test on; ``first_weights`` changes their provenance.
+    """
+
+    def make(path, seed, best, last=None, images=None, first_weights=None, **options):
         results, log = copy.deepcopy(real_results[0]), real_results[1]
-        setting, data, _ = path.split("/")
-        recipe = paper.recipe(setting, data) if setting in paper.contents()["recipes"] else {}
-        names = {"cifar100": "CIFAR100", "imagenet": "IMNET", "imagenet_long": "IMNET"}
-        results["args"] |= {"data_set": names.get(data, data), "seed": seed} | recipe | options
+        if path.startswith(("vit_tiny/", "vit_a/", "convnext_femto/")):
+            planned = planned_runs(SCRIPTS.get(path, "scripts/figure04.sh"))[path]
+            results["args"] |= planned.options.plain()
+            images = images or paper.images(path.split("/")[1])
+            results |= {"train_images": images[0], "test_images": images[1]}
+            if planned.selection is not None:
+                results["first_weights"] = provenance(planned.selection, seed)
+                results["first_weights"]["options"] |= first_weights or {}
+        results["args"] |= {"seed": seed} | options
         results |= {key: results["args"][key] for key in ("data_set", "seed", "epochs")}
         results["best"]["acc1"], results["last"]["acc1"] = best, best - 1 if last is None else last
         directory = tmp_path / "out" / path / str(seed)
@@ -48,6 +62,17 @@ def make_run(real_results, tmp_path):
 
     (tmp_path / "out").mkdir()
     return make
+
+
+def provenance(selection, seed):
+    """What weight_selection.py writes about first weights that it selects by these options."""
+    options = {name: getattr(selection, name) for name in RECORDED}
+    teacher, student = selection.pretrained_model, selection.student
+    return {
+        "teacher": {"name": teacher, "model": teacher, "kwargs": selection.teacher_kwargs},
+        "student": {"name": student, "kwargs": selection.student_kwargs},
+        "options": options | {"seed": 0 if selection.seed is None else seed},
+    }
 
 
 @pytest.fixture
@@ -133,7 +158,7 @@ def test_runs_of_another_recipe_are_marked_and_not_compared(make_run, collect):
     assert cells["random init", "best epoch"][0] == "51.0 ± 29.7 (2) [1]"
     assert cells["weight selection", "best epoch"][0] == "80.0 (1) [2]"
     assert cells["random init", "best - paper"][0] == cells["weight selection", "best - paper"][0] == "-"
-    marks = "data_set image_folder (paper: cifar100), epochs 3 (paper: 300)"
+    marks = "data_set image_folder (paper: CIFAR100), epochs 3 (paper: 300)"
     assert f"- [1] vit_tiny/cifar100/random, seed 1: {marks}" in text
     assert "- [2] vit_tiny/cifar100/selected, seed 0: total_batch_size 64 (paper: 512)" in text
 
@@ -150,6 +175,63 @@ def test_linear_probing_and_longer_training_have_recipes_of_their_own(make_run, 
     cells = grid(collect("table11"))
     assert cells["random init (600 epochs)", "best - paper"] == ["-0.3", "-"]
     assert cells["random init (600 epochs)", "best epoch"] == ["76.0 (1)", "77.0 (1) [1]"]
+
+
+def other_value(option, value):
+    """A value of an option that is not this one."""
+    if option.choices:
+        return next(choice for choice in option.choices if choice != value)
+    if option.type is bool:
+        return not value
+    if option.type in (str, dict):
+        return "another" if option.type is str else {"depth": 3}
+    return [0.5, 0.6] if option.nargs else (value or 0) + 1
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS.keys() - {"seed"}))
+def test_a_run_with_another_value_of_an_option_is_marked_if_that_can_change_its_result(make_run, name):
+    run, script = "vit_tiny/cifar100/random", "scripts/table03.sh"
+    usual = planned_runs(script)[run].options.plain()[name]
+    directory = make_run(run, 0, 72.0, **{name: other_value(OPTIONS[name], usual)})
+    marks = paper.deviations(run, read_run(directory), script, paper.recipe("vit_tiny", "cifar100"))
+    unmarked = CANNOT_CHANGE_RESULT | {"teacher_path", "update_freq", "device", "amp_dtype", "world_size"}
+    assert [mark.split()[0] for mark in marks] == ([] if name in unmarked else [name])
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "mark"),
+    [
+        ("random", {"images": (5000, 10000)}, "train_images 5000 (paper: 50000)"),
+        ("random", {"images": (50000, 1000)}, "test_images 1000 (paper: 10000)"),
+        ("random", {"initialize": "init/vit.pth"}, "initialize init/vit.pth (recipe: None)"),
+        ("selected", {"initialize": None}, "initialize None (recipe: a file)"),
+        ("selected", {"first_weights": {"element_selection": "l1"}}, "element_selection l1 (recipe: uniform)"),
+        ("selected", {"first_weights": {"layer_selection": "mid_n"}}, "layer_selection mid_n (recipe: first_n)"),
+        ("selected", {"first_weights": {"exclude": ["norm"]}}, "exclude ['norm'] (recipe: [])"),
+        ("random_consistent", {"first_weights": {"seed": 5}}, "seed 5 (recipe: 0)"),
+    ],
+)
+def test_other_images_and_other_first_weights_are_marked(make_run, run, changes, mark):
+    run, script = f"vit_tiny/cifar100/{run}", "scripts/table03.sh"
+    directory = make_run(run, 0, 72.0, **changes)
+    assert paper.deviations(run, read_run(directory), script, paper.recipe("vit_tiny", "cifar100")) == [mark]
+
+
+def test_first_weights_of_another_teacher_or_of_none_that_is_known_are_marked(make_run):
+    run, script = "vit_tiny/cifar100/selected", "scripts/table03.sh"
+    path = make_run(run, 0, 72.0) / "results.json"
+    recipe, results = paper.recipe("vit_tiny", "cifar100"), json.loads(path.read_text())
+
+    def marks():
+        path.write_text(json.dumps(results))
+        return paper.deviations(run, read_run(path.parent), script, recipe)
+
+    results["first_weights"]["teacher"] |= {"name": "vit_small_patch16_224_in21k"}
+    assert marks() == [], "timm's old name of the same weights"
+    results["first_weights"]["teacher"] |= {"model": "vit_small_patch16_224.dino"}
+    assert marks()[0].startswith("pretrained_model vit_small_patch16_224_in21k (recipe: ")
+    del results["first_weights"]
+    assert marks() == ["first weights of unknown origin (no provenance beside --initialize)"]
 
 
 def test_our_own_tables_say_what_was_measured(make_run, collect):
@@ -343,6 +425,7 @@ def test_figure_4_draws_what_there_is(make_run, cli, tmp_path, capsys):
         "random init, 50 epochs: 60.5 (60.0 to 61.0, seeds: 2)",
         "random init, 200 epochs: 70.5 (70.0 to 71.0, seeds: 2)",
         "weight selection, 300 epochs: 80.5 (80.0 to 81.0, seeds: 2)",
+        "pretraining reaches weight selection (80.5) after: none of these runs does",
         f"figure: {png}",
     ]
     one_panel = matplotlib.image.imread(png).shape
@@ -353,10 +436,26 @@ def test_figure_4_draws_what_there_is(make_run, cli, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "pretraining and fine-tuning, 20 epochs: 78.0 (78.0 to 78.0, seeds: 1)" in lines
     assert [line for line in lines if line.startswith("not the paper's recipe")] == [
-        "not the paper's recipe: vit_tiny/cifar100/selected_25, seed 0: data_set image_folder (paper: cifar100), "
+        "not the paper's recipe: vit_tiny/cifar100/selected_25, seed 0: data_set image_folder (paper: CIFAR100), "
         "epochs 1 (paper: 25)"
     ]
     assert matplotlib.image.imread(png).shape[1] == 2 * one_panel[1]
+
+
+def test_the_claims_of_figure_4_are_computed(make_run, cli, tmp_path, capsys):
+    for name, epochs, best in (("random", 300, 72.0), ("selected", 50, 69.0), ("selected", 100, 72.5)):
+        length = {"epochs": epochs, "warmup_epochs": (epochs + 3) // 6}
+        make_run(f"vit_tiny/cifar100/{name}" + f"_{epochs}" * (epochs < 300), 0, best, **length)
+    make_run("vit_tiny/cifar100/selected", 0, 81.0)
+    for epochs, best in ((20, 79.0), (60, 81.5), (80, 82.0)):
+        make_run(f"vit_tiny/cifar100/finetuned_{epochs}", 0, best)
+    assert cli(plot_epochs.main, tmp_path / "out", "--output", tmp_path / "figure.png") is None
+    lines = [line for line in capsys.readouterr().out.splitlines() if "reaches" in line]
+    assert lines == [
+        "weight selection reaches random init (72.0) after: 100 of 300 epochs, 33% (paper: a third)",
+        "pretraining reaches weight selection (81.0) after: 60 epochs, 6.12 times the images of selection "
+        "(paper: 60, 6.12)",
+    ]
 
 
 def test_the_figure_of_projection_draws_trainings_by_their_length(make_run, cli, tmp_path, capsys):

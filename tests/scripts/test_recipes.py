@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import paper
-from training.options import parse_args
+from training.options import parse_args, share_batch
 
 ROOT = Path(__file__).parents[2]
 FILES = {
@@ -30,6 +30,20 @@ def options(path):
 def test_main_takes_every_recipe(path, capsys):
     assert options(path)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "batch_size", "update_freq"),
+    [
+        ("vit_tiny.yaml:cifar100", 64, 1),
+        ("convnext_femto.yaml:cifar100", 128, 1),
+        ("vit_tiny.yaml:imagenet", 128, 4),
+        ("convnext_femto.yaml:imagenet", 128, 4),
+    ],
+)
+def test_eight_processes_have_the_micro_batches_of_the_releases_readme(recipe, batch_size, update_freq):
+    shared = share_batch(parse_args(["--config", str(ROOT / "recipes" / recipe)]), 8)
+    assert (shared.batch_size, shared.update_freq) == (batch_size, update_freq)
 
 
 @pytest.mark.parametrize("setting", paper.contents()["recipes"])

@@ -36,6 +36,9 @@ def tiny_state(seed=3, **kwargs):
 # What a run leaves
 
 
+FIRST_WEIGHTS = {"teacher": {"name": "vit_small"}, "student": {"name": "vit_tiny"}, "options": {"seed": 0}}
+
+
 @pytest.fixture(scope="module")
 def finished(train, tmp_path_factory):
     """Directory of a run of four epochs from initial weights in a directory, with a moving average and TensorBoard."""
@@ -43,6 +46,8 @@ def finished(train, tmp_path_factory):
     (directory / "init").mkdir()
     backbone = {key: value for key, value in tiny_state().items() if not key.startswith("head.")}
     torch.save(backbone, directory / "init" / "vit.pth")
+    content = {"sha256": sha256(directory / "init" / "vit.pth"), "left_out": ["head.weight"], **FIRST_WEIGHTS}
+    (directory / "init" / "vit.json").write_text(json.dumps(content))
     train(
         "--epochs 4 --warmup_steps -1 --warmup_epochs 1 --save_ckpt_num 2 --seed 5",
         "--model_ema true --model_ema_decay 0.9 --model_ema_eval true",
@@ -83,6 +88,7 @@ def test_results_say_what_was_run_and_what_came_out(finished):
         "total_batch_size": 16,
         "initialize": str(file),
         "initialize_sha256": sha256(file),
+        "first_weights": FIRST_WEIGHTS,
     }
     assert facts.items() <= results.items()
     assert results["wall_time"] > 0

@@ -38,7 +38,8 @@ def load_initial(model: nn.Module, path, option: str) -> list:
             first key), or has changed since its provenance was written.
     """
     state_dict = read_weights(path, option)
-    return _load(model, state_dict, _left_out(path, option), f"{option} {path}")
+    provenance = read_provenance(path, option) or {"left_out": []}
+    return _load(model, state_dict, provenance["left_out"], f"{option} {path}")
 
 
 def load_finetune(model: nn.Module, path, option: str, nested) -> list:
@@ -63,18 +64,24 @@ def _load(model, state_dict, left_out, origin):
     return list(model.load_state_dict(state_dict, strict=False).missing_keys)
 
 
-def _left_out(path, option):
-    """The keys that the provenance beside a file lists as left out."""
+def read_provenance(path, option: str) -> dict | None:
+    """What the file beside first weights says of them: teacher, student, options, left_out; None if there is no file.
+
+    Raises:
+        InputError: it is not weight_selection.py's, or the weights have changed since.
+    """
     provenance = provenance_path(path)
     if not provenance.is_file():
-        return set()
+        return None
     try:
         content = parse_json(read_text(provenance))
-        left_out, digest = set(content["left_out"]), content["sha256"]
+        digest, kinds = content["sha256"], [content[name] for name in ("teacher", "student", "options")]
+        if not all(isinstance(kind, dict) for kind in kinds) or not isinstance(content["left_out"], list):
+            raise TypeError("another layout")
     except (Damaged, KeyError, TypeError) as error:
         raise InputError(
             f"{option} {path}: the {provenance.name} beside it is not weight_selection.py's; move it"
         ) from error
     if digest != sha256(path):
         raise InputError(f"{option} {path}: changed since {provenance.name} beside it was written; make both anew")
-    return left_out
+    return content

@@ -14,6 +14,7 @@ An operation without a rule is refused by name.
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -40,7 +41,7 @@ MOVES = _names("""
 ALONE = _names("""
     gelu relu relu_ silu silu_ sigmoid sigmoid_ hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ elu
     elu_ leaky_relu leaky_relu_ softplus mish mish_ tanh tanh_ exp log sqrt rsqrt reciprocal square neg abs sin cos erf
-    clamp clamp_ clamp_min clamp_max _softmax _safe_softmax _to_copy logical_not bitwise_not
+    clamp clamp_ clamp_min clamp_max zero_ _softmax _safe_softmax _to_copy logical_not bitwise_not
 """)  # they work on each element by itself, or normalise lines
 TOGETHER = _names("""
     add add_ sub sub_ rsub mul mul_ div div_ pow maximum minimum addcmul where copy_ floor_divide remainder masked_fill
@@ -76,6 +77,7 @@ class Tracer(TorchDispatchMode):
         self.met = set()
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
         self._uniform = {}  # storage of a tensor that has one value everywhere: the tensor
+        self._filled = {}  # id of a tensor without labels: (the tensor, the dimensions along which its values differ)
 
     def get(self, tensor):
         """The ``AxisLabels`` of a tensor, one for each independent axis of neurons."""
@@ -116,12 +118,25 @@ class Tracer(TorchDispatchMode):
             rule(self, func, out, *args, **kwargs)
         elif name in ALONE | KEEP and self._is_uniform(args[0]):
             self._uniform[_storage(out)] = out
+        elif name in ALONE | TOGETHER and isinstance(out, torch.Tensor):
+            self._filled[id(out)] = out, self._filled_by(arguments, out)
         if name.endswith("_") and len(arguments) > 1:  # written into
             self._uniform.pop(_storage(out), None)
         return out
 
     def _is_uniform(self, tensor):
         return _storage(tensor) in self._uniform
+
+    def _filled_dims(self, tensor):
+        """The dimensions along which the values of a tensor differ, as far as is known."""
+        if self._is_uniform(tensor):
+            return frozenset()
+        return self._filled.get(id(tensor), (None, varying(tensor)))[1]
+
+    def _filled_by(self, tensors, out):
+        """The same of an element-wise combination of tensors."""
+        dims = (dim + out.ndim - tensor.ndim for tensor in tensors for dim in self._filled_dims(tensor))
+        return frozenset(dims) & varying(out)
 
     # -- rules: each gives the outputs of an operation their labels
 
@@ -270,7 +285,7 @@ class Tracer(TorchDispatchMode):
             if self._is_uniform(tensor):
                 continue
             lead = len(shape) - tensor.ndim
-            full = frozenset(dim + lead for dim in varying(tensor))  # an expanded dimension holds one value
+            full = frozenset(dim + lead for dim in self._filled_dims(tensor))
             axes = [core(axis)[(None,) * lead].expand(shape) for axis in self.get(tensor)]
             if tensor is tensors[0] or not filled and not result:
                 result, filled = axes, full
@@ -349,9 +364,10 @@ class Tracer(TorchDispatchMode):
                 raise Untraceable("a product sums over neurons that differ from place to place")
         elif ours is not None or theirs is not None:
             lone, dim = (ours, our_dim) if ours is not None else (theirs, their_dim)
-            if varying(lone) != {dim}:
-                raise Untraceable("a product sums over neurons with what are none")
-            self._positions(core(lone))
+            if varying(lone) == {dim}:
+                self._positions(core(lone))
+            else:  # each head has the same positions
+                self._constrain(lone, None, {dim})
         heads = None if ours is None else self._heads(ours, {our_dim})
         if heads is not None:
             return [heads], []
@@ -569,7 +585,7 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
     Raises:
         Untraceable: the model does something that neurons cannot be followed through, or refuses the inputs.
     """
-    skeleton = skeleton_of(model).float().eval()
+    skeleton = _with_plain_attention(skeleton_of(model)).float().eval()
     tracer = Tracer()
     inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("meta"), inputs)
     channels = [tracer.label_channels(images) for images in tree_leaves(inputs) if _is_images(images)]
@@ -579,11 +595,15 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         if id(value) not in labelled:
             labelled[id(value)] = tracer.label(value)
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    modules = _Modules(skeleton)
     try:
-        with torch.no_grad(), _LinearLayers(skeleton) as linear, tracer:
+        with torch.no_grad(), modules, tracer:
             output = skeleton(*args, **kwargs)
+    except Untraceable as reason:
+        raise Untraceable(modules.where() + str(reason)) from reason
     except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise Untraceable(f"its forward pass of {_shapes(inputs)} fails ({error})") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Untraceable(f"{modules.where()}its forward pass of {_shapes(inputs)} fails ({reason})") from error
     tracer.labels.positions += channels
     return Trace(
         dims={key: labelled[id(value)] for key, value in state.items()},
@@ -591,8 +611,19 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         constraints=tracer.constraints,
         heights={key: tracer.heights[id(value)] for key, value in state.items() if id(value) in tracer.heights},
         met=frozenset(key for key, value in state.items() if id(value) in tracer.met),
-        output_layers=linear.giving(output),
+        output_layers=modules.giving(output),
     )
+
+
+def _with_plain_attention(skeleton):
+    """The same model, which computes attention from matrix products where its config lets it choose.
+
+    Fused kernels do not run on the meta device, and masks for them look at values.
+    """
+    for module in skeleton.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
+            module.config._attn_implementation = "eager"
+    return skeleton
 
 
 def _is_images(value):
@@ -606,25 +637,36 @@ def _shapes(inputs):
     return f"{words[0]} images" if len(words) == 1 and any(map(_is_images, tree_leaves(inputs))) else ", ".join(words)
 
 
-class _LinearLayers:
-    """Notes what each linear layer of a model gives, to find out which of them give the model's outputs."""
+class _Modules:
+    """Notes which module runs, for errors, and what linear layers give: some of them give the model's outputs."""
 
     def __init__(self, model):
-        self.modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        self.given = []  # (output, name, number of outputs)
+        self.model = model
+        self.running = []  # names of the modules whose forward has begun and not ended
+        self.given = []  # (output, name, number of outputs) of a linear layer
 
     def __enter__(self):
-        self.hooks = [
-            module.register_forward_hook(
-                lambda module, _, output, name=name: self.given.append((output, name, module.out_features))
-            )
-            for name, module in self.modules.items()
-        ]
+        self.hooks = []
+        for name, module in self.model.named_modules():
+            self.hooks.append(module.register_forward_pre_hook(partial(self._begin, name)))
+            self.hooks.append(module.register_forward_hook(partial(self._end, name)))
         return self
 
     def __exit__(self, *_):
         for hook in self.hooks:
             hook.remove()
+
+    def _begin(self, name, module, args):
+        self.running.append(name)
+
+    def _end(self, name, module, args, output):
+        self.running.pop()
+        if isinstance(module, nn.Linear):
+            self.given.append((output, name, module.out_features))
+
+    def where(self) -> str:
+        """The innermost module in which the forward pass stopped, as the beginning of an error."""
+        return f"in {self.running[-1]}: " if self.running and self.running[-1] else ""
 
     def giving(self, output) -> dict:
         """{name of the layer: number of its outputs}, of the tensors in the model's output."""

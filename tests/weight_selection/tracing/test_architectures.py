@@ -1,21 +1,19 @@
 """Every family: what is coupled keeps the same neurons, and a student hidden in a larger teacher is found again."""
 
-import copy
 import re
 
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
-from timm.models.vgg import VGG
 
 import coverage
-from architectures import MODELS, lively, models, reads
-from helpers import assert_same, meta
+from architectures import MODELS, models
+from helpers import meta
+from proofs import check_consistent, check_hidden, structures, traced
 from weight_selection.apply import apply_plan
 from weight_selection.errors import InputError
-from weight_selection.plan import SelectionOptions, make_plan, plan_selection, structure_of
+from weight_selection.plan import make_plan
 from weight_selection.report import tensor_words
 from weight_selection.rules import element_indices
 from weight_selection.sources.facts import facts_of
@@ -23,87 +21,24 @@ from weight_selection.sources.timm_models import create_model, input_size
 from weight_selection.tracing.tracer import trace
 
 
-def hidden(plan, teacher, student):
-    """A teacher's state_dict that computes what the student does.
-
-    Layers that the plan drops are zero: a residual branch of zeros is the identity. Neurons that it drops are copies of
-    those that it keeps, so that a normalisation sees the statistics of the student's, and nobody reads them.
-    """
-    state = {key: torch.zeros_like(value) for key, value in teacher.state_dict().items()}
-    if isinstance(teacher, VGG):  # no residuals: the convolutions that go are the identity
-        state = {key: nn.init.dirac_(value) if value.ndim == 4 else value for key, value in state.items()}
-    weights = student.state_dict()
-    for entry in plan.entries:
-        value = weights[entry.key]
-        for dim, size in enumerate(entry.teacher_shape):
-            origin, alive = np.arange(size), np.ones(size, bool)
-            for pair in entry.slices.get(dim, ()):
-                theirs, ours = pair.teacher, pair.student
-                axes = [np.arange(t) for t in theirs.shape]
-                origin[theirs] = ours[np.ix_(*(axis % s for axis, s in zip(axes, ours.shape, strict=True)))]
-                alive[theirs] = np.all(
-                    np.meshgrid(*(axis < s for axis, s in zip(axes, ours.shape, strict=True)), indexing="ij"), axis=0
-                )
-            value = value.index_select(dim, torch.from_numpy(origin))
-            if dim == reads(teacher, entry.teacher_key):
-                value = value * torch.from_numpy(alive).view([-1 if d == dim else 1 for d in range(value.ndim)])
-        state[entry.teacher_key] = value
-    return state
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def pair(request):
     """Name, teacher, student and the structures of both, of one pair after another."""
     teacher, student = models(request.param)
-    return request.param, teacher, student, (structure_of(teacher, "teacher"), structure_of(student, "student"))
-
-
-def plan_all(structures, method):
-    return plan_selection(*structures, SelectionOptions(include_head=True, element_selection=method))
+    return request.param, teacher, student, structures(teacher, student)
 
 
 def test_a_student_hidden_in_a_teacher_is_what_the_teacher_computes_and_is_found_again(pair):
-    _, *both, structures = pair
-    teacher, student = copy.deepcopy(both)
-    lively(student)
-    plan = plan_all(structures, "consecutive")
-    teacher.double().eval().load_state_dict(hidden(plan, teacher, student))
+    name, teacher, student, both = pair
     images = torch.randn(2, *input_size(student), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = student(images)
-        assert expected.std() > 1e-3, "this student computes nothing"
-        torch.testing.assert_close(teacher(images), expected, rtol=1e-9, atol=1e-9)
-    assert_same(apply_plan(plan, teacher.state_dict()), student.state_dict())
+    check_hidden(teacher, student, both, (images,), chain=name == "vgg")
 
 
 def test_all_that_meets_in_a_sum_or_a_product_keeps_the_same_neurons(pair):
-    name, teacher, student, structures = pair
+    name, teacher, student, both = pair
     if name == "vgg":
         pytest.skip("its layers have streams of their own")
-    traces = trace(teacher, facts_of(teacher).inputs), trace(student, facts_of(student).inputs)
-    for method in ("uniform", "random"):
-        check_neurons(plan_all(structures, method), teacher, *traces)
-
-
-def check_neurons(plan, teacher, large, small):
-    """Select from a teacher whose elements are their own places, and compare with what meets in a forward pass."""
-    shapes = {key: value.shape for key, value in teacher.state_dict().items()}
-    places = {key: torch.arange(shape.numel(), dtype=torch.float64).view(shape) for key, shape in shapes.items()}
-    chosen = apply_plan(plan, places)
-    kept = {}  # {neuron of the student: neuron of the teacher}
-    for entry in plan.entries:
-        assert entry.resampling is None
-        indices = torch.unravel_index(chosen[entry.key].long(), entry.teacher_shape)
-        for dim, size in enumerate(entry.shape):
-            lines = indices[dim].movedim(dim, 0).reshape(size, -1)
-            assert (lines == lines[:, :1]).all(), f"{entry.key}: another choice in every row"
-            assert len(lines[:, 0].unique()) == size, f"{entry.key}: an element twice"
-            ours = small.labels.find(small.dims[entry.key][dim]).tolist()
-            theirs = large.labels.find(large.dims[entry.teacher_key][dim][lines[:, 0]]).tolist()
-            for our, their in zip(ours, theirs, strict=True):
-                assert kept.setdefault(our, their) == their, (
-                    f"{entry.key}, dimension {dim}: other neurons than elsewhere"
-                )
+    check_consistent(teacher, both, [traced(teacher, both[0]), traced(student, both[1])])
 
 
 @pytest.mark.timeout(0)
@@ -200,7 +135,11 @@ def test_a_plain_stack_has_layers_per_stage_between_poolings():
         (("resnet18", {}), ("resnet34", {}), "layer1: teacher has 2 layers, student 3"),
         (("resnet50", {}), ("resnet18", {}), "layer1.0.conv3.weight: the student has no such tensor"),
         (("nest_tiny", {}), ("nest_tiny", {"img_size": 112}), "levels.0.pos_embed, dimension 2"),
-        (("densenet201", {}), ("densenet121", {}), "made of 49 parts in the teacher, of 25 parts in the student"),
+        (
+            ("vit_giant_patch14_dinov2", {"depth": 2}),
+            ("vit_small_patch14_dinov2", {"depth": 2}),
+            "made of 2 parts in the",
+        ),
         (("vgg16", {}), ("vgg11_bn", {}), "features"),
         (("resnext101_64x4d", {}), ("resnet50", {}), "blocks of 64x4 in the teacher, 64 neurons in the student"),
         (("res2net50_26w_6s", {}), ("res2net50_14w_8s", {}), "6 parts in the teacher, of 8 parts in the student"),

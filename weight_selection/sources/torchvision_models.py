@@ -1,0 +1,61 @@
+"""What torchvision's models answer about themselves: their classifier, the images that they take, their positions.
+
+Its models share no class and record nothing, but their authors named the parts alike: the classifier is ``fc``,
+``head``, or the last layer of ``classifier`` or ``heads``.
+"""
+
+import re
+
+import torch
+import torch.nn as nn
+
+from weight_selection.sources.architectures import Architecture, found_components, keys_inside
+from weight_selection.sources.facts import ModelFacts
+
+IMAGE_SIZE = 224  # pixels; of models that take images of any size
+INCEPTION_SIZE = 299
+CLASSIFIERS = ("fc", "head", "heads", "classifier")
+AUXILIARY = ("aux1", "aux2", "AuxLogits", "aux_classifier")  # classifiers that only training uses
+LAYERS = {"VGG": r"^features\.(\d+)\."}  # plain stacks: convolutions with poolings between them
+
+
+def model_facts(model: nn.Module) -> ModelFacts:
+    """What one of torchvision's models answers; it may be on the meta device."""
+    root = [cls for cls in type(model).__mro__ if cls.__module__.startswith("torchvision.")][-1].__name__
+    modules = dict(model.named_modules())
+    first = next((name for name, module in modules.items() if isinstance(module, nn.Conv2d)), None)
+    classifier = _classifier(modules)
+    size = _image_size(model, root)
+    channels = modules[first].in_channels if first else 3
+    patch = getattr(model, "patch_size", None) if root == "VisionTransformer" else None
+    return ModelFacts(
+        architecture=Architecture(
+            name=root.lower(),
+            classifier=keys_inside(classifier) if classifier else None,
+            components=found_components(model, (first,)),
+        ),
+        inputs=(torch.empty(1, channels, size, size, device="meta"),),
+        layer_patterns=[(re.compile(LAYERS[root]), True)] if root in LAYERS else [],
+        first_convolutions={f"{first}.weight": modules[first]} if first else {},
+        grid=(size // patch, size // patch) if patch else None,
+        position_embeddings=("encoder.pos_embedding",) if patch else (),
+    )
+
+
+def _classifier(modules):
+    """Names of the modules that belong to the task: the layers that give the classes, and auxiliary classifiers."""
+    names = []
+    for name in CLASSIFIERS:
+        inside = {path: module for path, module in modules.items() if path == name or path.startswith(f"{name}.")}
+        layers = [path for path, module in inside.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        names += layers[-1:]
+    return (*names, *(name for name in AUXILIARY if name in modules)) if names else ()
+
+
+def _image_size(model, root):
+    """Side of the square images that a model takes, in pixels."""
+    if root == "VisionTransformer":
+        return model.image_size
+    if root == "MaxVit":
+        return 4 * model.blocks[0].grid_size[0]  # its stem and its first block halve the image
+    return INCEPTION_SIZE if root == "Inception3" else IMAGE_SIZE
