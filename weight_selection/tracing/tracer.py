@@ -29,6 +29,10 @@ class Untraceable(Exception):
     """The tracer cannot follow neurons through something in a forward pass; the message says through what."""
 
 
+class RefusedInputs(Untraceable):
+    """The forward pass itself fails on the inputs that it was given."""
+
+
 def _names(text):
     return frozenset(text.split())
 
@@ -77,7 +81,7 @@ class Tracer(TorchDispatchMode):
         self.met = set()
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
         self._uniform = {}  # storage of a tensor that has one value everywhere: the tensor
-        self._filled = {}  # id of a tensor without labels: (the tensor, the dimensions along which its values differ)
+        self._differing = {}  # storage of a tensor without labels: (it, the dimensions along which its values differ)
 
     def get(self, tensor):
         """The ``AxisLabels`` of a tensor, one for each independent axis of neurons."""
@@ -119,24 +123,22 @@ class Tracer(TorchDispatchMode):
         elif name in ALONE | KEEP and self._is_uniform(args[0]):
             self._uniform[_storage(out)] = out
         elif name in ALONE | TOGETHER and isinstance(out, torch.Tensor):
-            self._filled[id(out)] = out, self._filled_by(arguments, out)
+            dims = (dim + out.ndim - x.ndim for x in arguments for dim in self._differs(x))
+            self._differing[_storage(out)] = out, frozenset(dims) & varying(out)
         if name.endswith("_") and len(arguments) > 1:  # written into
             self._uniform.pop(_storage(out), None)
+            self._differing.pop(_storage(out), None)
         return out
 
     def _is_uniform(self, tensor):
         return _storage(tensor) in self._uniform
 
-    def _filled_dims(self, tensor):
-        """The dimensions along which the values of a tensor differ, as far as is known."""
+    def _differs(self, tensor):
+        """The dimensions along which the values of a tensor may differ."""
         if self._is_uniform(tensor):
             return frozenset()
-        return self._filled.get(id(tensor), (None, varying(tensor)))[1]
-
-    def _filled_by(self, tensors, out):
-        """The same of an element-wise combination of tensors."""
-        dims = (dim + out.ndim - tensor.ndim for tensor in tensors for dim in self._filled_dims(tensor))
-        return frozenset(dims) & varying(out)
+        found = self._differing.get(_storage(tensor))
+        return found[1] if found and found[0] is tensor else varying(tensor)  # an expanded dimension holds one value
 
     # -- rules: each gives the outputs of an operation their labels
 
@@ -224,6 +226,7 @@ class Tracer(TorchDispatchMode):
 
     def _index(self, func, out, x, indices, *args, **kwargs):
         axes = []
+        self._indices(indices)
         picked = [dim for dim, index in enumerate(indices) if index is not None]
         for axis in self.get(x):
             if varying(axis) & set(picked):  # indices pick from positions
@@ -235,10 +238,16 @@ class Tracer(TorchDispatchMode):
 
     def _embedding(self, func, out, weight, indices, *args):
         """Rows of a table are looked up: its rows are positions, its columns neurons."""
+        self._indices([indices])
         for axis in self.get(weight):
             if 0 in varying(axis):
                 self._positions(core(axis))
         self.put(out, [axis[:1].expand(out.shape) for axis in self.get(weight) if 0 not in varying(axis)])
+
+    def _indices(self, indices):
+        """The numbers in a tensor that something is looked up by are no neurons."""
+        for axis in chain(*map(self.get, indices)):
+            self._positions(core(axis))
 
     def _reduce(self, func, out, x, *args, **kwargs):
         first = out[0] if isinstance(out, tuple) else out
@@ -285,7 +294,7 @@ class Tracer(TorchDispatchMode):
             if self._is_uniform(tensor):
                 continue
             lead = len(shape) - tensor.ndim
-            full = frozenset(dim + lead for dim in self._filled_dims(tensor))
+            full = frozenset(dim + lead for dim in self._differs(tensor))
             axes = [core(axis)[(None,) * lead].expand(shape) for axis in self.get(tensor)]
             if tensor is tensors[0] or not filled and not result:
                 result, filled = axes, full
@@ -580,14 +589,16 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
     Args:
         model: on any device, also on the meta device.
         inputs: example inputs of the forward pass, its arguments or its keyword arguments. They are moved to the meta
-            device. The channels of images, (batch, channels, height, width), are no neurons.
+            device, and numbers to float32 as the model. The channels of images, (batch, channels, height, width), are
+            no neurons.
 
     Raises:
-        Untraceable: the model does something that neurons cannot be followed through, or refuses the inputs.
+        Untraceable: the model does something that neurons cannot be followed through.
+        RefusedInputs: its forward pass fails on the inputs.
     """
-    skeleton = _with_plain_attention(skeleton_of(model)).float().eval()
+    skeleton = skeleton_of(model).float().eval()
     tracer = Tracer()
-    inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("meta"), inputs)
+    inputs = tree_map_only(torch.Tensor, _on_meta, inputs)
     channels = [tracer.label_channels(images) for images in tree_leaves(inputs) if _is_images(images)]
     state = skeleton.state_dict(keep_vars=True)
     labelled = {}  # a tied tensor has one set of labels
@@ -602,8 +613,8 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
     except Untraceable as reason:
         raise Untraceable(modules.where() + str(reason)) from reason
     except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Untraceable(f"{modules.where()}its forward pass of {_shapes(inputs)} fails ({reason})") from error
+        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())
+        raise RefusedInputs(f"{modules.where()}its forward pass of {_shapes(inputs)} fails ({reason})") from error
     tracer.labels.positions += channels
     return Trace(
         dims={key: labelled[id(value)] for key, value in state.items()},
@@ -615,15 +626,8 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
     )
 
 
-def _with_plain_attention(skeleton):
-    """The same model, which computes attention from matrix products where its config lets it choose.
-
-    Fused kernels do not run on the meta device, and masks for them look at values.
-    """
-    for module in skeleton.modules():
-        if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
-            module.config._attn_implementation = "eager"
-    return skeleton
+def _on_meta(tensor):
+    return tensor.detach().to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
 def _is_images(value):
@@ -675,9 +679,17 @@ class _Modules:
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, which shares no weight and takes no memory."""
+    """A copy on the meta device, which shares no weight and takes no memory.
+
+    Where its config lets a model choose, the copy computes attention from matrix products: fused kernels do not run on
+    the meta device, and masks for them are made by looking at values.
+    """
     memo = {}
     for tensor in chain(model.parameters(), model.buffers()):
         bare = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
-    return copy.deepcopy(model, memo)
+    skeleton = copy.deepcopy(model, memo)
+    for module in skeleton.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
+            module.config._attn_implementation = "eager"
+    return skeleton
