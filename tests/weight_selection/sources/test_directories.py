@@ -17,6 +17,7 @@ from weight_selection.selection import Selection, Student, Teacher
 from weight_selection.sources.weight_files import read_weights
 
 INDEX = "model.safetensors.index.json"
+SKELETON = VIT.models()[0]  # of the teacher
 
 
 def save_shards(state_dict, directory, safe=True):
@@ -70,10 +71,10 @@ def shards(weights, tmp_path):
     return tmp_path, sorted(path.name for path in tmp_path.glob("*-of-*"))
 
 
-def refusal(directory, skeleton=VIT.models()[0]):
+def refusal(directory):
     """The error of reading a directory for the small teacher."""
     with pytest.raises(InputError) as refused:
-        Teacher(VIT.teacher, VIT.large, directory).open(skeleton, include_head=False)
+        Teacher(VIT.teacher, VIT.large, directory).open(SKELETON, include_head=False)
     message = str(refused.value)
     assert message.startswith(f"weights {directory}")
     assert "\n" not in message
