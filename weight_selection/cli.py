@@ -175,7 +175,7 @@ def select(args, selection, name: str, digest: Future | None) -> None:
         | ({"classifier": args.classifier} if args.classifier else {})
         | (selection.projection.provenance() if selection.projection is not None else {}),
         "left_out": absent,
-    }
+    } | ({"left_behind": selection.plan.left_behind} if selection.plan.left_behind else {})
     if args.complete:
         own = student.state_dict()
         state_dict = {key: state_dict.get(key, value) for key, value in own.items()}

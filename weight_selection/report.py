@@ -12,9 +12,11 @@ ROLES = ("selected", "excluded", "classifier", "unused", "constant")
 
 
 def summary(plan: Plan) -> str:
-    """How many tensors have which role: "150 selected, 2 classifier"."""
+    """How many tensors have which role: "150 selected, 2 classifier", and which of the teacher's are left behind."""
     counts = Counter(entry.role for entry in plan.entries)
-    return ", ".join(f"{counts[role]} {role}" for role in ROLES if counts[role])
+    words = ", ".join(f"{counts[role]} {role}" for role in ROLES if counts[role])
+    left = dict.fromkeys(re.sub(r"\.(weight|bias)$", "", key) for key in plan.left_behind)
+    return f"{words} (the student has no place for the teacher's {', '.join(left)})" if left else words
 
 
 def group_lines(plan: Plan, describe=None) -> list:
