@@ -16,7 +16,7 @@ from weight_selection.sources.architectures import NO_KEYS, Architecture, keys_i
 from weight_selection.sources.facts import ModelFacts, facts_of
 from weight_selection.tied import check_classifier_is_not_tied, embedding_keys, not_taken, tied_keys
 from weight_selection.tracing.groups import ModelGroups, NeuronGroup, aligned, find_groups
-from weight_selection.tracing.tracer import Untraceable, trace
+from weight_selection.tracing.tracer import RefusedInputs, Untraceable, trace
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,11 @@ def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=No
     try:
         traced = trace(model, facts.inputs)
     except Untraceable as reason:
-        raise InputError(f"{name}: weight selection cannot take a {type(model).__name__} apart: {reason}") from reason
+        wrong = example_inputs is not None and isinstance(reason, RefusedInputs)
+        remedy = "; give example_inputs (student_inputs) that its forward takes" if wrong else ""
+        raise InputError(
+            f"{name}: weight selection cannot take a {type(model).__name__} apart: {reason}{remedy}"
+        ) from reason
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     heads = _output_rows(traced, traced.output_layers if facts.token_heads is None else facts.token_heads)
     return ModelStructure(
@@ -260,7 +264,7 @@ def _check_options(teacher, student, options):
     architecture = student.architecture
     absent = [component for component in options.exclude if component not in architecture.components]
     if absent:
-        known = ", ".join(architecture.components)
+        known = ", ".join(architecture.components) or "none"
         raise InputError(f"--exclude {absent[0]}: {architecture.name} has no such component; it has {known}")
     if options.include_head_norm and architecture.head_norm is None:
         raise InputError(

@@ -4,9 +4,12 @@ import re
 from collections import Counter
 
 import numpy as np
+import torch.nn as nn
 
+from weight_selection.cost import multiply_adds, parameter_count
 from weight_selection.layers import Layers
 from weight_selection.plan import Plan, PlanEntry, shape_words
+from weight_selection.sources.facts import ModelFacts
 
 ROLES = ("selected", "excluded", "classifier", "unused", "constant")
 
@@ -17,6 +20,20 @@ def summary(plan: Plan) -> str:
     words = ", ".join(f"{counts[role]} {role}" for role in ROLES if counts[role])
     left = dict.fromkeys(re.sub(r"\.(weight|bias)$", "", key) for key in plan.left_behind)
     return f"{words} (the student has no place for the teacher's {', '.join(left)})" if left else words
+
+
+def student_line(kwargs: dict, model: nn.Module, facts: ModelFacts) -> str:
+    """What a student is built with, and what it costs: "embed_dim=192: 5,717,416 parameters, 1.08 G multiply-adds"."""
+    words = " ".join(f"{name}={value}" for name, value in kwargs.items()) or "no arguments"
+    giga = multiply_adds(model, facts.inputs) / 1e9
+    return f"student with {words}: {parameter_count(model):,} parameters, {giga:.3g} G multiply-adds"
+
+
+def value_words(state_dict: dict) -> str:
+    """How many values there are, and of which type: "5,524,224 values, float32"."""
+    count = sum(value.numel() for value in state_dict.values())
+    dtypes = dict.fromkeys(str(value.dtype) for value in state_dict.values() if value.is_floating_point())
+    return f"{count:,} values, {' and '.join(dtypes).replace('torch.', '')}"
 
 
 def group_lines(plan: Plan, describe=None) -> list:

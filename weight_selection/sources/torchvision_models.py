@@ -16,6 +16,7 @@ IMAGE_SIZE = 224  # pixels; of models that take images of any size
 INCEPTION_SIZE = 299
 CLASSIFIERS = ("fc", "head", "heads", "classifier")
 AUXILIARY = ("aux1", "aux2", "AuxLogits", "aux_classifier")  # classifiers that only training uses
+MLPS = {"ConvNeXt": r"\.block\.[35]\.", "MaxVit": r"\.mlp_layer\.[13]\."}  # those that are no module of their own
 LAYERS = {"VGG": r"^features\.(\d+)\."}  # plain stacks: convolutions with poolings between them
 
 
@@ -32,7 +33,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
         architecture=Architecture(
             name=root.lower(),
             classifier=keys_inside(classifier) if classifier else None,
-            components=found_components(model, (first,)),
+            components=found_components(model, (first,)) | ({"mlp": MLPS[root]} if root in MLPS else {}),
         ),
         inputs=(torch.empty(1, channels, size, size, device="meta"),),
         layer_patterns=[(re.compile(LAYERS[root]), True)] if root in LAYERS else [],

@@ -29,6 +29,10 @@ class Untraceable(Exception):
     """The tracer cannot follow neurons through something in a forward pass; the message says through what."""
 
 
+class RefusedInputs(Untraceable):
+    """The forward pass itself fails on the inputs that it was given."""
+
+
 def _names(text):
     return frozenset(text.split())
 
@@ -224,6 +228,7 @@ class Tracer(TorchDispatchMode):
 
     def _index(self, func, out, x, indices, *args, **kwargs):
         axes = []
+        self._indices(indices)
         picked = [dim for dim, index in enumerate(indices) if index is not None]
         for axis in self.get(x):
             if varying(axis) & set(picked):  # indices pick from positions
@@ -235,6 +240,7 @@ class Tracer(TorchDispatchMode):
 
     def _embedding(self, func, out, weight, indices, *args):
         """Rows of a table are looked up: its rows are positions, its columns neurons."""
+        self._indices([indices])
         for axis in self.get(weight):
             if 0 in varying(axis):
                 self._positions(core(axis))
@@ -243,6 +249,11 @@ class Tracer(TorchDispatchMode):
     def _pixel_shuffle(self, func, out, x, factor):
         """Channels become the pixels of patches, which are positions."""
         for axis in self.get(x):
+            self._positions(core(axis))
+
+    def _indices(self, indices):
+        """The numbers in a tensor that something is looked up by are no neurons."""
+        for axis in chain(*map(self.get, indices)):
             self._positions(core(axis))
 
     def _reduce(self, func, out, x, *args, **kwargs):
@@ -586,14 +597,16 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
     Args:
         model: on any device, also on the meta device.
         inputs: example inputs of the forward pass, its arguments or its keyword arguments. They are moved to the meta
-            device. The channels of images, (batch, channels, height, width), are no neurons.
+            device, and numbers to float32 as the model. The channels of images, (batch, channels, height, width), are
+            no neurons.
 
     Raises:
-        Untraceable: the model does something that neurons cannot be followed through, or refuses the inputs.
+        Untraceable: the model does something that neurons cannot be followed through.
+        RefusedInputs: its forward pass fails on the inputs.
     """
     skeleton = _with_plain_attention(skeleton_of(model)).float().eval()
     tracer = Tracer()
-    inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("meta"), inputs)
+    inputs = tree_map_only(torch.Tensor, _on_meta, inputs)
     channels = [tracer.label_channels(images) for images in tree_leaves(inputs) if _is_images(images)]
     state = skeleton.state_dict(keep_vars=True)
     labelled = {}  # a tied tensor has one set of labels
@@ -608,8 +621,8 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
     except Untraceable as reason:
         raise Untraceable(modules.where() + str(reason)) from reason
     except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Untraceable(f"{modules.where()}its forward pass of {_shapes(inputs)} fails ({reason})") from error
+        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())
+        raise RefusedInputs(f"{modules.where()}its forward pass of {_shapes(inputs)} fails ({reason})") from error
     tracer.labels.positions += channels
     return Trace(
         dims={key: labelled[id(value)] for key, value in state.items()},
@@ -619,6 +632,10 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         met=frozenset(key for key, value in state.items() if id(value) in tracer.met),
         output_layers=modules.giving(output),
     )
+
+
+def _on_meta(tensor):
+    return tensor.detach().to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
 def _with_plain_attention(skeleton):
