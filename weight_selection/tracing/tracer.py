@@ -244,6 +244,11 @@ class Tracer(TorchDispatchMode):
                 self._positions(core(axis))
         self.put(out, [axis[:1].expand(out.shape) for axis in self.get(weight) if 0 not in varying(axis)])
 
+    def _pixel_shuffle(self, func, out, x, factor):
+        """Channels become the pixels of patches, which are positions."""
+        for axis in self.get(x):
+            self._positions(core(axis))
+
     def _indices(self, indices):
         """The numbers in a tensor that something is looked up by are no neurons."""
         for axis in chain(*map(self.get, indices)):
@@ -532,6 +537,7 @@ class Tracer(TorchDispatchMode):
         "im2col": _im2col,
         "col2im": _col2im,
         "index": _index,
+        "pixel_shuffle": _pixel_shuffle,
         "embedding": _embedding,
     }
 
