@@ -119,11 +119,8 @@ OUTPUT = Need(lambda args: args.output_dir is not None, "no --output_dir")
 CHECKPOINTS = Need(lambda args: args.save_ckpt, "--save_ckpt false")
 WANDB = Need(lambda args: args.enable_wandb, "--enable_wandb false")
 
-# ---------------------------------------------------------------------------------------------------------
-# The rows, by their group in --help
-
 # fmt: off
-TABLE = {
+TABLE = {  # the rows, by their group in --help
     None: (
         Option("config", str, None, "YAML file of options; those on the command line win", metavar="FILE", **NEUTRAL),
         # Another machine may share the total out in another way; mixup then draws for other micro-batches.
