@@ -47,11 +47,10 @@ MODELS = {
     "deit": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", {}, vit),
     "beit": ("BeitForImageClassification", "BeitConfig", BIASES, vit),
     "dinov2": ("Dinov2ForImageClassification", "Dinov2Config", {"mlp_ratio": 2}, vit),
-    "dinov2_swiglu": ("Dinov2ForImageClassification", "Dinov2Config", {"mlp_ratio": 2, "use_swiglu_ffn": True}, vit),
     "dinov2_registers": (
         "Dinov2WithRegistersForImageClassification",
         "Dinov2WithRegistersConfig",
-        REGISTERS | {"mlp_ratio": 2},
+        REGISTERS | {"mlp_ratio": 2, "use_swiglu_ffn": True},
         vit,
     ),
     "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", REGISTERS, vit),
@@ -61,9 +60,7 @@ MODELS = {
     "siglip_vision": ("SiglipForImageClassification", "SiglipConfig", {}, siglip),
     "clip_vision": ("CLIPVisionModel", "CLIPVisionConfig", {}, vit),
     "swin": ("SwinForImageClassification", "SwinConfig", {}, swin),
-    "swin_v2": ("Swinv2ForImageClassification", "Swinv2Config", {}, swin),
     "convnext": ("ConvNextForImageClassification", "ConvNextConfig", {"num_stages": 2}, stages),
-    "convnext_v2": ("ConvNextV2ForImageClassification", "ConvNextV2Config", {"num_stages": 2}, stages),
 }
 TEACHER, STUDENT = (4, 2), (2, 1)
 
