@@ -227,6 +227,7 @@ def select(args, selection, name: str, digest: Future | None) -> None:
         "teacher": origin | {"sha256": digest},
         "student": {"name": args.student, "kwargs": args.student_kwargs}
         | ({"input_size": args.student_input_size} if args.student_input_size else {}),
+        **({"not_taken": selection.plan.not_taken} if selection.plan.not_taken else {}),
         "options": {name: getattr(args, name) for name in RECORDED}
         | ({"classifier": args.classifier} if args.classifier else {})
         | ({"dtype": args.dtype} if args.dtype != KEEP else {})

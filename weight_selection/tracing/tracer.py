@@ -81,7 +81,7 @@ class Tracer(TorchDispatchMode):
         self.met = set()
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
         self._uniform = {}  # storage of a tensor that has one value everywhere: the tensor
-        self._filled = {}  # id of a tensor without labels: (the tensor, the dimensions along which its values differ)
+        self._differing = {}  # storage of a tensor without labels: (it, the dimensions along which its values differ)
 
     def get(self, tensor):
         """The ``AxisLabels`` of a tensor, one for each independent axis of neurons."""
@@ -123,24 +123,22 @@ class Tracer(TorchDispatchMode):
         elif name in ALONE | KEEP and self._is_uniform(args[0]):
             self._uniform[_storage(out)] = out
         elif name in ALONE | TOGETHER and isinstance(out, torch.Tensor):
-            self._filled[id(out)] = out, self._filled_by(arguments, out)
+            dims = (dim + out.ndim - x.ndim for x in arguments for dim in self._differs(x))
+            self._differing[_storage(out)] = out, frozenset(dims) & varying(out)
         if name.endswith("_") and len(arguments) > 1:  # written into
             self._uniform.pop(_storage(out), None)
+            self._differing.pop(_storage(out), None)
         return out
 
     def _is_uniform(self, tensor):
         return _storage(tensor) in self._uniform
 
-    def _filled_dims(self, tensor):
-        """The dimensions along which the values of a tensor differ, as far as is known."""
+    def _differs(self, tensor):
+        """The dimensions along which the values of a tensor may differ."""
         if self._is_uniform(tensor):
             return frozenset()
-        return self._filled.get(id(tensor), (None, varying(tensor)))[1]
-
-    def _filled_by(self, tensors, out):
-        """The same of an element-wise combination of tensors."""
-        dims = (dim + out.ndim - tensor.ndim for tensor in tensors for dim in self._filled_dims(tensor))
-        return frozenset(dims) & varying(out)
+        found = self._differing.get(_storage(tensor))
+        return found[1] if found and found[0] is tensor else varying(tensor)  # an expanded dimension holds one value
 
     # -- rules: each gives the outputs of an operation their labels
 
@@ -301,7 +299,7 @@ class Tracer(TorchDispatchMode):
             if self._is_uniform(tensor):
                 continue
             lead = len(shape) - tensor.ndim
-            full = frozenset(dim + lead for dim in self._filled_dims(tensor))
+            full = frozenset(dim + lead for dim in self._differs(tensor))
             axes = [core(axis)[(None,) * lead].expand(shape) for axis in self.get(tensor)]
             if tensor is tensors[0] or not filled and not result:
                 result, filled = axes, full
@@ -357,6 +355,8 @@ class Tracer(TorchDispatchMode):
             labels = core(other).permute(order).flatten()
         if len(matrix) > 4096 or (labels is not None and len(labels) != len(matrix)):
             raise Untraceable("neurons are spread over positions")
+        if other is not None and self._is_derived(other):
+            self._note_shared(matrix)
         self.constraints.append(BlockConstraint(labels, matrix))
 
     def _is_derived(self, axis):
@@ -371,6 +371,8 @@ class Tracer(TorchDispatchMode):
             a, b = core(ours).movedim(our_dim, -1), core(theirs).movedim(their_dim, -1)
             free = varying(ours) - {our_dim}, varying(theirs) - {their_dim}
             if free[0] == free[1]:
+                self._note_shared(a)
+                self._note_shared(b)
                 self.labels.join(a, b)
             elif not free[0] or not free[1]:
                 many, few = (a, b) if free[0] else (b, a)
@@ -390,6 +392,12 @@ class Tracer(TorchDispatchMode):
         heads = None if theirs is None else self._heads(theirs, {their_dim})
         return [], [] if heads is None else [heads]
 
+    def _note_shared(self, labels):
+        """Note labels (heads, ..., head_dim) that are the same for several heads."""
+        rows = labels.flatten(0, -2) if labels.ndim > 1 else labels[None]
+        if len(unique_rows(rows)[0]) < len(rows):
+            self.labels.shared.append(labels)
+
     def _one(self, axes, dim):
         """The axis that varies along a dimension over which a product sums, or None."""
         found = [axis for axis in axes if dim in varying(axis)]
@@ -406,6 +414,8 @@ class Tracer(TorchDispatchMode):
         mine, their = self._sum(ours, last, theirs, last - 1)
         mine += [axis for axis in ours if last not in varying(axis)]
         their += [axis for axis in theirs if last - 1 not in varying(axis)]
+        for heads in filter(self._is_derived, mine):  # values that all heads share
+            self.labels.shared += [core(axis) for axis in their if not varying(axis) & varying(heads)]
         result = self._match(
             [fit(axis.narrow(last, 0, 1), out.shape) for axis in mine],
             frozenset(),
@@ -604,7 +614,7 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         Untraceable: the model does something that neurons cannot be followed through.
         RefusedInputs: its forward pass fails on the inputs.
     """
-    skeleton = _with_plain_attention(skeleton_of(model)).float().eval()
+    skeleton = skeleton_of(model).float().eval()
     tracer = Tracer()
     inputs = tree_map_only(torch.Tensor, _on_meta, inputs)
     channels = [tracer.label_channels(images) for images in tree_leaves(inputs) if _is_images(images)]
@@ -636,17 +646,6 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
 
 def _on_meta(tensor):
     return tensor.detach().to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
-
-
-def _with_plain_attention(skeleton):
-    """The same model, which computes attention from matrix products where its config lets it choose.
-
-    Fused kernels do not run on the meta device, and masks for them look at values.
-    """
-    for module in skeleton.modules():
-        if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
-            module.config._attn_implementation = "eager"
-    return skeleton
 
 
 def _is_images(value):
@@ -698,9 +697,17 @@ class _Modules:
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, which shares no weight and takes no memory."""
+    """A copy on the meta device, which shares no weight and takes no memory.
+
+    Where its config lets a model choose, the copy computes attention from matrix products: fused kernels do not run on
+    the meta device, and masks for them are made by looking at values.
+    """
     memo = {}
     for tensor in chain(model.parameters(), model.buffers()):
         bare = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
-    return copy.deepcopy(model, memo)
+    skeleton = copy.deepcopy(model, memo)
+    for module in skeleton.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
+            module.config._attn_implementation = "eager"
+    return skeleton
