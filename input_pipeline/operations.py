@@ -13,12 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-# ---------------------------------------------------------------------------------------------------------
-# Operations that replace each value of a channel by another value: one table for all pixels
-
 
 def _by_table(table):
-    """The operation that looks every value up in ``table(values, level, images)``, (G, 1 or 3, 256) new values.
+    """The operation that looks every value up in ``table(values, level, images)``: (G, 1 or 3, 256), for each channel.
 
     ``values`` are 0 to 255, on the device of the images; ``level`` is (G, 1, 1); the new values are from 0 to 255 too.
     """
@@ -76,12 +73,8 @@ def _histograms_on_cpu(images):
     return torch.bincount(_entries(images), minlength=len(images) * 3 * 256).view(-1, 3, 256)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Operations that blend an image with a plainer one made from it
-
-
 def _by_blending(plainer):
-    """The operation whose level 0 gives ``plainer(float32 images)`` and level 1 the images; larger levels go beyond."""
+    """The operation that blends: level 0 gives ``plainer(float32 images)``, 1 the images; larger levels go beyond."""
 
     def operation(images, level, cubic, fill):
         images = images.float()

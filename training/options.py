@@ -102,7 +102,7 @@ DATA_FILES = Need(lambda args: DATA_SETS[args.data_set].layout is not None, "--d
 CLASS_FOLDERS = Need(lambda args: DATA_SETS[args.data_set].folders, "--data_set {data_set}", always=True)
 TRAINING = Need(lambda args: not args.eval, "--eval true")
 FIRST_WEIGHTS = Need(lambda args: args.eval or not (args.finetune or args.resume), "--finetune or --resume")
-FINETUNE = Need(lambda args: args.finetune, "no --finetune")
+WEIGHT_FILE = Need(lambda args: args.finetune or args.initialize, "no --finetune or --initialize")
 TRAINED_FEATURES = Need(lambda args: not args.linear_probe, "--linear_probe true")
 MODEL_EMA = Need(lambda args: args.model_ema, "--model_ema false")
 DISTILLATION = Need(lambda args: args.distillation != "none", "--distillation none")
@@ -119,11 +119,8 @@ OUTPUT = Need(lambda args: args.output_dir is not None, "no --output_dir")
 CHECKPOINTS = Need(lambda args: args.save_ckpt, "--save_ckpt false")
 WANDB = Need(lambda args: args.enable_wandb, "--enable_wandb false")
 
-# ---------------------------------------------------------------------------------------------------------
-# The rows, by their group in --help
-
 # fmt: off
-TABLE = {
+TABLE = {  # the rows, by their group in --help
     None: (
         Option("config", str, None, "YAML file of options; those on the command line win", metavar="FILE", **NEUTRAL),
         # Another machine may share the total out in another way; mixup then draws for other micro-batches.
@@ -147,8 +144,8 @@ TABLE = {
         Option("init", str, "timm", "random initialisation", choices=SCHEMES, needs=(FIRST_WEIGHTS,)),
         Option("initialize", str, None, "weight_selection.py's file, or the directory it is in", metavar="PATH"),
         Option("finetune", str, None, "weights of a trained model of this architecture", metavar="FILE"),
-        Option("model_key", str, "model|module", "keys of the weights in the --finetune file, in order, by |",
-               needs=(FINETUNE,)),
+        Option("model_key", str, "model|module", "keys of the weights in the --finetune or --initialize file, by |",
+               needs=(WEIGHT_FILE,)),
         Option("linear_probe", bool, False, "train only a new classifier, on frozen features"),
         Option("model_ema", bool, False, "keep an exponential moving average of the weights"),
         Option("model_ema_decay", float, 0.9999, "how much of the average stays at every step", ranges=FROM_0_TO_1,
@@ -291,7 +288,24 @@ def get_args_parser() -> Parser:
                 form = {"action": Kwargs, "nargs": "*", "metavar": "K=V"}
             flags = (f"--{option.name}", *option.aliases)
             group.add_argument(*flags, default=copy.copy(option.default), help=option.help, **form)
+    for name, why in NOT_TAKEN.items():
+        parser.add_argument(f"--{name}", nargs="*", action=_Refuse, const=why, help=argparse.SUPPRESS)
     return parser
+
+
+# Options of the release that main.py does not have.
+NOT_TAKEN = {
+    "resplit": "training images are not split for augmentation here, and no experiment of the paper does it",
+    "model_prefix": "keys of a file are matched without one; the prefixes of DDP and torch.compile are removed",
+}
+
+
+class _Refuse(argparse.Action):
+    def __init__(self, **form):
+        super().__init__(**form | {"default": argparse.SUPPRESS})
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise InputError(f"{' '.join([option_string, *values])}: {self.const}; leave it out")
 
 
 def read_config(path: str) -> list[str]:
@@ -333,8 +347,8 @@ def _parse_given(parser, argv):
 def check_options(args: Options, given: set) -> None:
     """Refuse options that are out of range, contradict each other, or would have no effect.
 
-    Only those that are ``given`` on the command line are refused for having no effect: a recipe may set what a command
-    switches off.
+    Only those that are ``given`` on the command line with another value than their default are refused for having no
+    effect: a recipe may set what a command switches off.
 
     Raises:
         InputError: names an option, its value and what to do instead.
@@ -350,7 +364,7 @@ def check_options(args: Options, given: set) -> None:
     for name, option in OPTIONS.items():
         for need in option.needs:
             value = getattr(args, name)
-            used = name in given or (need.always and value is not None)
+            used = value != option.default and (name in given or need.always)
             if used and not need.met(args):
                 why = need.otherwise.format(**vars(args))
                 raise InputError(f"--{name} {value}: has no effect with {why}; leave it out")

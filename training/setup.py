@@ -23,12 +23,13 @@ from input_pipeline.placement import TransformInWorkers, TransformOneByOne, buil
 from models.distillation import Loss, Teacher, WithProjector
 from models.initialization import initialize, make_linear_probe
 from optim_factory import cosine_schedule, create_optimizer
-from training.options import Options, default_options, mixes
+from training.options import OPTIONS, Options, default_options, mixes
 from utils import print_main, seed_everything
 from weight_selection.errors import InputError, printable
 from weight_selection.sources.architectures import CONVNEXT, declared_architecture
 from weight_selection.sources.initial_weights import find_weights, load_finetune, load_initial
 from weight_selection.sources.timm_models import check_input_size, create_model
+from weight_selection.sources.weight_files import NESTED
 
 
 def complete_options(options: Options, local_rank: int) -> Options:
@@ -159,7 +160,8 @@ def build_model(options: Options, classes: int) -> nn.Module:
             for parameter in model.get_classifier().parameters():
                 parameter.mul_(options.head_init_scale)
     if options.initialize:
-        kept = load_initial(model, options.initialize, "--initialize")
+        keys = NESTED if options.model_key == OPTIONS["model_key"].default else options.model_key.split("|")
+        kept = load_initial(model, options.initialize, "--initialize", keys)
         print_main(f"initialised from {options.initialize}; random: {', '.join(kept) or 'nothing'}")
     elif options.finetune:
         kept = load_finetune(model, options.finetune, "--finetune", options.model_key.split("|"))

@@ -233,7 +233,7 @@ def select(args, selection, name: str, digest: Future | None) -> None:
         | ({"dtype": args.dtype} if args.dtype != KEEP else {})
         | (selection.projection.provenance() if selection.projection is not None else {}),
         "left_out": absent,
-    }
+    } | ({"left_behind": selection.plan.left_behind} if selection.plan.left_behind else {})
     student = output.initialised_student(selection, state_dict, args.seed)
     if args.complete or args.format == "hub":
         dtype = output.value_type(state_dict) if args.format == "hub" else args.dtype  # a hub's directory has one type

@@ -15,12 +15,13 @@ ROLES = ("selected", "excluded", "classifier", "unused", "constant")
 
 
 def summary(plan: Plan) -> str:
-    """How many tensors have which role: "150 selected, 2 classifier"; and what a tied student drops."""
+    """How many tensors have which role: "150 selected, 2 classifier"; and which of the teacher's are not taken."""
     counts = Counter("tied" if entry.key in plan.tied else entry.role for entry in plan.entries)
     words = ", ".join(f"{counts[role]} {role}" for role in (*ROLES, "tied") if counts[role])
     for key, teacher_key in plan.not_taken.items():
         words += f"; the teacher's {teacher_key} is not taken: the student's is tied to {plan.tied[key]}"
-    return words
+    left = dict.fromkeys(re.sub(r"\.(weight|bias)$", "", key) for key in plan.left_behind)
+    return f"{words}; the student has no place for the teacher's {', '.join(left)}" if left else words
 
 
 def student_line(kwargs: dict, model: nn.Module, facts: ModelFacts) -> str:
