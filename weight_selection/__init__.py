@@ -46,10 +46,8 @@ def select_weights(
     """Select a student's first weights from a teacher's (paper, section 3), or project the teacher's onto it.
 
     Args:
-        teacher: any module, or the name of a model: timm's, ``hf-hub:ORG/NAME``, ``local-dir:DIR``,
-            ``transformers:ORG/NAME``, ``transformers:DIR`` or ``torchvision:NAME.WEIGHTS``. Its own weights are taken
-            (the published ones of a name), unless ``weights`` are given; then it may be on the meta device, or None if
-            they are of a run of main.py, which names its model.
+        teacher: any module, or the name of a model, which ``--pretrained_model`` would take. Its own weights are taken,
+            unless ``weights`` are given; then it may be on the meta device, or None for a run's of main.py.
         student: a smaller model whose tensors have counterparts in the teacher, or a name. Only its shapes matter: it
             may be on the meta device, but not for a projection.
         example_inputs: inputs of the forward pass, a tensor, a tuple, or a dict of keyword arguments, as for
