@@ -445,7 +445,7 @@ class _Matching:
         too_narrow = f"{where} < student's {s}: a teacher must be at least as wide"
         ours, theirs = self.student.slices[key][dim], self.teacher.slices[teacher_key][dim]
         if None not in (ours, theirs) and len(ours) != len(theirs):
-            theirs = self._of_chosen_layers(ours, theirs)
+            theirs = self._of_chosen_layers(ours, self._of_chosen_queries(ours, theirs))
         if ours is None or theirs is None or len(ours) != len(theirs):
             reason = f"made of {_count(theirs)} in the teacher, of {_count(ours)} in the student"
             raise InputError(too_narrow if t < s else f"{where}, student's {s}: {reason}")
@@ -480,6 +480,20 @@ class _Matching:
         if self.options.projects or not distinct or not slices.keys() >= set(numbers):
             return theirs
         return tuple(slices[number] for number in numbers)
+
+    def _of_chosen_queries(self, ours, theirs):
+        """The teacher's slices of as many queries for each key as the student has.
+
+        Slices of one query stand together: two, if rotary embeddings turn its neurons in pairs.
+        """
+        rule, seed, number = self.options.element_selection, self.options.seed, theirs[0].group
+        if len({their.group for their in theirs}) > 1 or not self.teacher.groups[number].shared:
+            return theirs
+        each = self.teacher.fewest_slices(number)
+        if each != self.student.fewest_slices(ours[0].group) or not len(theirs) > len(ours) or len(ours) % each:
+            return theirs
+        kept = kept_indices(rule if rule in CONSISTENT else "uniform", len(theirs) // each, len(ours) // each, seed)
+        return tuple(part for query in kept.tolist() for part in theirs[query * each : (query + 1) * each])
 
     def _note(self, pair, large, small, key):
         """Note that a tensor holds a group; at the first one, decide which neurons are kept."""
