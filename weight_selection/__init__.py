@@ -42,6 +42,7 @@ def select_weights(
     calibration=None,
     calibration_images: int | None = None,
     calibration_size: int | None = None,
+    fused_qkv: str = "parts",
 ) -> dict:
     """Select a student's first weights from a teacher's (paper, section 3), or project the teacher's onto it.
 
@@ -73,6 +74,9 @@ def select_weights(
             three times.
         calibration_images: how many images of the directory or of noise; default: 256, or all if there are fewer.
         calibration_size: side of these images in pixels; default: as the student takes them.
+        fused_qkv: where uniform selection spreads its indices over the rows of fused queries, keys and values: in each
+            of the three ``parts``, or over the ``whole`` as the paper's release does. They differ where the student's
+            width does not divide the teacher's.
 
     Returns:
         A state_dict for ``student.load_state_dict(..., strict=False)``, in the student's order and the teacher's dtype,
@@ -96,6 +100,7 @@ def select_weights(
         calibration_images,
         calibration_size,
         classifier,
+        fused_qkv,
     )
     try:
         options.check()
