@@ -7,6 +7,8 @@ The teachers are ViT-L/16 with 21,843 classes (1.3 GB) and ConvNeXt-B, with rand
 whole teacher, loads it, clones and indexes every tensor, and writes them; the benchmark checks that both ways write the
 same. The limit imports torch and reads the bytes of the selected tensors once. ViT-L with half its layers shows whether
 memory grows with depth. Each row has the medians of some starts.
+
+LLaMA-30B to -7B is a plan alone, printed from two config.json. There, plain only builds both models without numbers.
 """
 
 import argparse
@@ -23,12 +25,24 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GOALS = {"seconds": 0.5, "memory": 0.3}  # of the plain way's
+PLAN_GOAL = "goal of the plan of LLaMA-30B: under 60 seconds and 4000 MB"
 VIT, CONVNEXT = "vit_large_patch16_224", "convnext_base"
 PAIRS = {  # teacher, its arguments, student
     "ViT-L to ViT-T": (VIT, {"num_classes": 21843}, "vit_tiny"),
     "ViT-L, 12 layers, to ViT-T": (VIT, {"num_classes": 21843, "depth": 12}, "vit_tiny"),
     "ConvNeXt-B to -F": (CONVNEXT, {"num_classes": 21841}, "convnext_femto"),
 }
+LLAMAS = [  # config.json of the 30B and the 7B
+    {"hidden_size": 6656, "intermediate_size": 17920, "num_hidden_layers": 60, "num_attention_heads": 52},
+    {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+]
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000}
+BUILD = """
+import sys, torch, transformers
+with torch.device("meta"):
+    models = [transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(path))
+              for path in sys.argv[1:]]
+"""
 MAKE = """
 import json, sys, timm, torch
 name, kwargs, path = sys.argv[1:]
@@ -74,6 +88,36 @@ def measure(words) -> tuple:
     return time.monotonic() - start, usage.ru_maxrss / 1000  # which Linux counts in units of 1024 bytes
 
 
+def compare(variants, starts) -> dict:
+    """{name of a variant: medians of its seconds and of its MB}; ``variants`` are words of commands."""
+    found = {name: [] for name in variants}
+    for start in range(starts + 1):
+        for name, words in variants.items():
+            metrics = measure(words)
+            if start > 0:  # the first warms up the file's pages and Python's byte code
+                found[name].append(metrics)
+    return {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
+
+
+def print_rows(pair, medians) -> None:
+    for name, (seconds, memory) in medians.items():
+        ratios = [metric / base for metric, base in zip((seconds, memory), medians["plain"], strict=True)]
+        print(f"{pair:28}{name:10}  {seconds:7.2f}  {ratios[0]:8.2f}  {memory:7.0f}  {ratios[1]:8.2f}", flush=True)
+
+
+def plan_from_configs(starts) -> None:
+    """Print a plan of two language models of which only config.json is there."""
+    with tempfile.TemporaryDirectory() as directory:
+        paths = [Path(directory, name) for name in ("30B", "7B")]
+        for path, sizes in zip(paths, LLAMAS, strict=True):
+            path.mkdir()
+            (path / "config.json").write_text(json.dumps(LLAMA | sizes))
+        names = [f"transformers:{path}" for path in paths]
+        options = ["--pretrained_model", names[0], "--student", names[1], "--dry_run"]
+        variants = {"plain": ["-c", BUILD, *paths], "plan": [ROOT / "weight_selection.py", *options]}
+        print_rows("LLaMA-30B to -7B", compare(variants, starts))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=5, help="of each variant")
@@ -94,22 +138,14 @@ def main():
                 "selection": [ROOT / "weight_selection.py", *options, "--output_dir", ours],
                 "limit": ["-c", LIMIT, path, count],
             }
-            found = {name: [] for name in variants}
-            for start in range(args.starts + 1):
-                for name, words in variants.items():
-                    metrics = measure(words)
-                    if start > 0:  # the first warms up the file's pages and Python's byte code
-                        found[name].append(metrics)
+            medians = compare(variants, args.starts)
             expected, written = (torch.load(file, weights_only=True) for file in (plain, ours))
             assert expected.keys() == written.keys()
             assert all(torch.equal(expected[key], value) for key, value in written.items())
-        medians = {
-            name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()
-        }
-        for name, (seconds, memory) in medians.items():
-            ratios = [metric / base for metric, base in zip((seconds, memory), medians["plain"], strict=True)]
-            print(f"{pair:28}{name:10}  {seconds:7.2f}  {ratios[0]:8.2f}  {memory:7.0f}  {ratios[1]:8.2f}", flush=True)
+        print_rows(pair, medians)
+    plan_from_configs(args.starts)
     print("goals: " + ", ".join(f"{name} at most {ratio} of the plain way's" for name, ratio in GOALS.items()))
+    print(PLAN_GOAL)
 
 
 if __name__ == "__main__":

@@ -227,12 +227,13 @@ def select(args, selection, name: str, digest: Future | None) -> None:
         "teacher": origin | {"sha256": digest},
         "student": {"name": args.student, "kwargs": args.student_kwargs}
         | ({"input_size": args.student_input_size} if args.student_input_size else {}),
+        **({"not_taken": selection.plan.not_taken} if selection.plan.not_taken else {}),
         "options": {name: getattr(args, name) for name in RECORDED}
         | ({"classifier": args.classifier} if args.classifier else {})
         | ({"dtype": args.dtype} if args.dtype != KEEP else {})
         | (selection.projection.provenance() if selection.projection is not None else {}),
         "left_out": absent,
-    }
+    } | ({"left_behind": selection.plan.left_behind} if selection.plan.left_behind else {})
     student = output.initialised_student(selection, state_dict, args.seed)
     if args.complete or args.format == "hub":
         dtype = output.value_type(state_dict) if args.format == "hub" else args.dtype  # a hub's directory has one type

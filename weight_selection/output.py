@@ -126,7 +126,7 @@ class HubDirectory:
     def check_not_the_teachers(self, selection) -> None:
         """Raise InputError if the directory holds the teacher's own weights."""
         own = _teachers_own(selection)
-        if self.path.resolve() in {place.resolve() for path in own for place in (path, path.parent)}:
+        if self.path.resolve() in {(path if path.is_dir() else path.parent).resolve() for path in own}:
             raise InputError(f"--output_dir {self.path}: holds the teacher's own weights; name another directory")
 
     def write(self, state_dict: dict, student: nn.Module, provenance: dict) -> None:
@@ -153,9 +153,8 @@ class HubDirectory:
 def _teachers_own(selection):
     """The files and directories that the teacher was named by or is read from."""
     teacher = selection.teacher
-    named = [teacher.path, *selection.opened[2]]
-    if isinstance(teacher.model, str):
-        named.append(Path(split_name(teacher.model)[1]))
+    scheme, name = split_name(teacher.model) if isinstance(teacher.model, str) else ("", "")
+    named = [teacher.path, *selection.opened[2], Path(name) if scheme else None]
     return [path for path in named if path is not None and path.exists()]
 
 

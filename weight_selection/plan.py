@@ -186,6 +186,8 @@ class Plan:
         tied: {student's key: the key that its tensor goes by}, of all keys of tied tensors but these. A file in which
             no two keys may share memory, such as of safetensors, is written without them.
         not_taken: {student's key: teacher's key}, of teacher's tensors that go as the student's are tied.
+        left_behind: keys of the teacher's tensors without a place in the student that it has no use for: a pooler,
+            another task's head, parameters that the forward pass does not use.
     """
 
     entries: list
@@ -194,6 +196,7 @@ class Plan:
     seed: int
     tied: dict = field(default_factory=dict)
     not_taken: dict = field(default_factory=dict)
+    left_behind: list = field(default_factory=list)
 
     @property
     def selected(self) -> dict:
@@ -212,8 +215,11 @@ def make_plan(teacher: nn.Module, student: nn.Module, **options) -> Plan:
     Args:
         **options: of ``SelectionOptions``.
     """
-    structures = structure_of(teacher, "teacher"), structure_of(student, "student")
-    return plan_selection(*structures, SelectionOptions(**options))
+    options = SelectionOptions(**options)
+    theirs, ours = (
+        structure_of(m, who, None, options.classifier) for m, who in ((teacher, "teacher"), (student, "student"))
+    )
+    return plan_selection(theirs, ours, options)
 
 
 def plan_selection(teacher: ModelStructure, student: ModelStructure, options: SelectionOptions) -> Plan:
@@ -227,8 +233,9 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
     _check_common(teacher, student)
     if not options.selects_all:
         check_classifier_is_not_tied(student.tied, student.in_classifier)
-    sources = teacher_keys(teacher.layers, student.layers, options.layer_selection, (teacher.prefix, student.prefix))
-    _check_unused(teacher, sources, options.allow_unused)
+    prefixes = _prefixes(teacher, student)
+    sources = teacher_keys(teacher.layers, student.layers, options.layer_selection, prefixes)
+    left_behind = _left_behind(teacher, sources, options.allow_unused)
 
     matching = _Matching(teacher.neurons, student.neurons, options)
     entries = {
@@ -244,6 +251,7 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
         options.seed,
         student.tied,
         not_taken(student.tied, teacher.tied, {k: v for k, v in sources.items() if v in teacher.shapes}),
+        left_behind,
     )
 
 
@@ -285,7 +293,8 @@ def _with_classifiers(teacher, student, selects_all):
     """
     if student.architecture.classifier is None:
         theirs, ours = teacher.output_layers, student.output_layers
-        names = [name for name, size in ours.items() if selects_all or theirs.get(name) != size]
+        own = [name for name in ours if f"{name}.weight" not in student.tied]  # the others are embeddings as well
+        names = [name for name in own if selects_all or theirs.get(name) != ours[name]]
         if len(names) > 1 and not selects_all:
             sizes = ", ".join(
                 f"{name} ({theirs.get(name)} in the teacher, {ours[name]} in the student)" for name in names
@@ -314,19 +323,35 @@ def _check_common(teacher, student):
         )
 
 
-def _check_unused(teacher, sources, allow_unused):
-    """Refuse teacher tensors without a counterpart in the student: a LayerScale, a token, a normalisation."""
+def _prefixes(teacher, student):
+    """What stands before the keys of the base model in each; nothing if the teacher has the student's keys as they are.
+
+    A whole model of two towers has none, and a model of one of them for a task has its name.
+    """
+    if student.prefix and any(key.startswith(student.prefix) for key in teacher.shapes):
+        return "", ""
+    return teacher.prefix, student.prefix
+
+
+def _left_behind(teacher, sources, allow_unused):
+    """Keys of the teacher's tensors without a counterpart that the student has no use for.
+
+    All others are refused, unless their loss is accepted: a LayerScale, a token, a normalisation.
+    """
     used = {teacher.component(key) for key in sources.values() if key in teacher.shapes}
-    spare = [
+    lost = [
         key
         for key in teacher.shapes
         if teacher.component(key) not in used and not teacher.in_classifier(key) and key not in teacher.tied
     ]
-    if spare and not allow_unused:
+    useless = teacher.neurons.unused & teacher.parameters
+    needed = [key for key in lost if key not in useless and not re.search(teacher.facts.spare or NO_KEYS, key)]
+    if needed and not allow_unused:
         raise InputError(
-            f"{spare[0]}: the student has no such tensor, so the teacher's is lost; give the student one "
+            f"{needed[0]}: the student has no such tensor, so the teacher's is lost; give the student one "
             "(--student_kwargs) or accept the loss (--allow_unused)"
         )
+    return [key for key in lost if key not in needed]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -344,10 +369,18 @@ def _entry(teacher, student, matching, key, teacher_key, options):
     if key in student.neurons.unused and key in student.parameters:
         return PlanEntry(key, shape, "unused")
     if teacher_key not in teacher.shapes:
-        raise InputError(
-            f"{key}: the teacher has no {teacher_key} to select it from; give the student the teacher's options"
-        )
+        raise InputError(f"{key}: the teacher has no {teacher_key} to select it from; {_without(student, key)}")
     return _selected(teacher, student, matching, key, teacher_key, options.allow_unused)
+
+
+def _without(student, key):
+    """What to do about a tensor that the teacher lacks."""
+    match = re.search(student.facts.spare or NO_KEYS, key)
+    if match is None:
+        return "give the student the teacher's options"
+    module = key[: match.end()].rstrip(".") or key.partition(".")[0]
+    remedy = "give the student none (add_pooling_layer=False), " if module.endswith("pooler") else ""
+    return f"{remedy}take a teacher that has it, or keep the student's own (--classifier {module} ...)"
 
 
 def _selected(teacher, student, matching, key, teacher_key, allow_unused):

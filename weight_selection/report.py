@@ -15,16 +15,21 @@ ROLES = ("selected", "excluded", "classifier", "unused", "constant")
 
 
 def summary(plan: Plan) -> str:
-    """How many tensors have which role: "150 selected, 2 classifier"."""
-    counts = Counter(entry.role for entry in plan.entries)
-    return ", ".join(f"{counts[role]} {role}" for role in ROLES if counts[role])
+    """How many tensors have which role: "150 selected, 2 classifier"; and which of the teacher's are not taken."""
+    counts = Counter("tied" if entry.key in plan.tied else entry.role for entry in plan.entries)
+    words = ", ".join(f"{counts[role]} {role}" for role in (*ROLES, "tied") if counts[role])
+    for key, teacher_key in plan.not_taken.items():
+        words += f"; the teacher's {teacher_key} is not taken: the student's is tied to {plan.tied[key]}"
+    left = dict.fromkeys(re.sub(r"\.(weight|bias)$", "", key) for key in plan.left_behind)
+    return f"{words}; the student has no place for the teacher's {', '.join(left)}" if left else words
 
 
 def student_line(kwargs: dict, model: nn.Module, facts: ModelFacts) -> str:
     """What a student is built with, and what it costs: "embed_dim=192: 5,717,416 parameters, 1.08 G multiply-adds"."""
     words = " ".join(f"{name}={value}" for name, value in kwargs.items()) or "no arguments"
-    giga = multiply_adds(model, facts.inputs) / 1e9
-    return f"student with {words}: {parameter_count(model):,} parameters, {giga:.3g} G multiply-adds"
+    count = multiply_adds(model, facts.inputs)
+    cost = f"{count / 1e9:.3g} G" if count >= 1e8 else f"{count / 1e6:.3g} M"
+    return f"student with {words}: {parameter_count(model):,} parameters, {cost} multiply-adds"
 
 
 def value_words(state_dict: dict) -> str:
@@ -90,6 +95,8 @@ def tensor_words(entry: PlanEntry, plan: Plan) -> str:
     """How a tensor is made by the plan's rule, in words."""
     if entry.role != "selected":
         return role_words(entry)
+    if entry.key in plan.tied:
+        return f"tied to {plan.tied[entry.key]}"
     words = [] if entry.resampling is None else [entry.resampling.words]
     if len(entry.teacher_shape) != len(entry.shape):
         words.append("reshape")

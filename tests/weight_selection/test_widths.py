@@ -77,6 +77,9 @@ def test_depths_that_are_not_whole_are_rounded_up():
     mixed = {"num_hidden_layers": 3, "layer_types": ["local", "full", "local"], "out_indices": [3]}
     fewer = {"num_hidden_layers": 2, "layer_types": ["local", "full"], "out_indices": None}
     assert smaller_arguments(mixed, None, HALF) == fewer
+    stages = {"depths": [2, 6], "num_layers": 2, "text_config": {"num_layers": 2}}
+    fewer = {"depths": [1, 3], "text_config.num_layers": 1}
+    assert smaller_arguments(stages, None, HALF) == fewer
     assert smaller_arguments({"layers": (3, 4, 6, 3)}, None, Fraction(1, 100)) == {"layers": (1, 1, 1, 1)}
 
 

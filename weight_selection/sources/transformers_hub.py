@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from transformers.utils import logging
 
 from weight_selection.errors import InputError
 
@@ -44,7 +45,13 @@ def reopened(model: nn.Module, directory: Path) -> nn.Module:
     Raises:
         InputError: it does not find a tensor there, or does not know what to do with one.
     """
-    opened, found = type(model).from_pretrained(directory, output_loading_info=True, local_files_only=True)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        opened, found = type(model).from_pretrained(directory, output_loading_info=True, local_files_only=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[problem]:
             raise InputError(

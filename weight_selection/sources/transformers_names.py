@@ -15,6 +15,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from weight_selection.errors import InputError
+from weight_selection.sources import teachers
 from weight_selection.sources.directories import Directory, files_of, read_config, weight_files
 from weight_selection.sources.names import place_of
 from weight_selection.sources.teachers import Opened, classifier_of, refuse_quantised
@@ -54,8 +55,8 @@ def _config(content: dict, kwargs: dict, where: str) -> tuple:
     if content.get("quantization_config"):
         raise InputError(f"{where}: is quantised (quantization_config in config.json); name the original model")
     kind = content.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(kind), CONFIG_MAPPING.keys(), 3)
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), 3) if isinstance(kind, str) else []
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         code = "; code that a repository brings is never run" if "auto_map" in content else ""
         timms = "; write local-dir: or hf-hub: before a model of timm's" if "architecture" in content else ""
@@ -132,6 +133,8 @@ def open_published(name: str, model: nn.Module, kwargs: dict, option: str, remed
 
 def open_weights(path, model: nn.Module, option: str) -> Opened:
     """The weights of a file or directory that ``save_pretrained`` could have written; as ``names.open_weights``."""
+    if not isinstance(model, transformers.PreTrainedModel):  # a part of one
+        return teachers.open_weights(path, model, option)
     files = files_of(path, option)
     weights, unused = _open(files, model, f"{option} {path}")
     return Opened(weights, type(model).__name__, str(path), files, unused)

@@ -97,6 +97,10 @@ def _last(name):
     return name.rpartition(".")[2]
 
 
+def _around(name):
+    return name.removesuffix(_last(name))
+
+
 def _leaves(value):
     return [leaf for part in value for leaf in _leaves(part)] if isinstance(value, (list, tuple)) else [value]
 
@@ -128,13 +132,17 @@ def _scaled_widths(flat, width):
 
 
 def _scaled_depths(flat, depth):
-    """Depths times a number; a list with a word for each layer, and the choice of layers to give, follow from them."""
+    """Depths times a number; a list with a word for each layer, and the choice of layers to give, follow from them.
+
+    A number of stages, beside a list with the depth of each, is no depth.
+    """
     depths = _named(flat, DEPTHS)
+    stages = {(_around(name), len(value)) for name, value in depths.items() if isinstance(value, (list, tuple))}
+    depths = {name: value for name, value in depths.items() if (_around(name), value) not in stages}
     changed = {name: _each(value, lambda layers: math.ceil(layers * depth)) for name, value in depths.items()}
     for name, value in flat.items():
-        before = name.removesuffix(_last(name))
-        layers = next((many for many in depths if many == f"{before}num_hidden_layers"), None)
-        if _last(name) == "layer_types" and layers and value:
+        layers = f"{_around(name)}num_hidden_layers"
+        if _last(name) == "layer_types" and layers in depths and value:
             changed[name] = value[: changed[layers]]
         if _last(name) in ("out_features", "out_indices") and value and depths:
             changed[name] = None

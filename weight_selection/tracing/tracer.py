@@ -19,6 +19,7 @@ from itertools import chain
 
 import torch
 import torch.nn as nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -83,7 +84,7 @@ class Tracer(TorchDispatchMode):
         self.met = set()
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
         self._uniform = {}  # storage of a tensor that has one value everywhere: the tensor
-        self._filled = {}  # id of a tensor without labels: (the tensor, the dimensions along which its values differ)
+        self._differing = {}  # storage of a tensor without labels: (it, the dimensions along which its values differ)
 
     def get(self, tensor):
         """The ``AxisLabels`` of a tensor, one for each independent axis of neurons."""
@@ -125,24 +126,22 @@ class Tracer(TorchDispatchMode):
         elif name in ALONE | KEEP and self._is_uniform(args[0]):
             self._uniform[_storage(out)] = out
         elif name in ALONE | TOGETHER and isinstance(out, torch.Tensor):
-            self._filled[id(out)] = out, self._filled_by(arguments, out)
+            dims = (dim + out.ndim - x.ndim for x in arguments for dim in self._differs(x))
+            self._differing[_storage(out)] = out, frozenset(dims) & varying(out)
         if name.endswith("_") and len(arguments) > 1:  # written into
             self._uniform.pop(_storage(out), None)
+            self._differing.pop(_storage(out), None)
         return out
 
     def _is_uniform(self, tensor):
         return _storage(tensor) in self._uniform
 
-    def _filled_dims(self, tensor):
-        """The dimensions along which the values of a tensor differ, as far as is known."""
+    def _differs(self, tensor):
+        """The dimensions along which the values of a tensor may differ."""
         if self._is_uniform(tensor):
             return frozenset()
-        return self._filled.get(id(tensor), (None, varying(tensor)))[1]
-
-    def _filled_by(self, tensors, out):
-        """The same of an element-wise combination of tensors."""
-        dims = (dim + out.ndim - tensor.ndim for tensor in tensors for dim in self._filled_dims(tensor))
-        return frozenset(dims) & varying(out)
+        found = self._differing.get(_storage(tensor))
+        return found[1] if found and found[0] is tensor else varying(tensor)  # an expanded dimension holds one value
 
     # -- rules: each gives the outputs of an operation their labels
 
@@ -248,6 +247,11 @@ class Tracer(TorchDispatchMode):
                 self._positions(core(axis))
         self.put(out, [axis[:1].expand(out.shape) for axis in self.get(weight) if 0 not in varying(axis)])
 
+    def _pixel_shuffle(self, func, out, x, factor):
+        """Channels become the pixels of patches, which are positions."""
+        for axis in self.get(x):
+            self._positions(core(axis))
+
     def _indices(self, indices):
         """The numbers in a tensor that something is looked up by are no neurons."""
         for axis in chain(*map(self.get, indices)):
@@ -298,7 +302,7 @@ class Tracer(TorchDispatchMode):
             if self._is_uniform(tensor):
                 continue
             lead = len(shape) - tensor.ndim
-            full = frozenset(dim + lead for dim in self._filled_dims(tensor))
+            full = frozenset(dim + lead for dim in self._differs(tensor))
             axes = [core(axis)[(None,) * lead].expand(shape) for axis in self.get(tensor)]
             if tensor is tensors[0] or not filled and not result:
                 result, filled = axes, full
@@ -546,6 +550,7 @@ class Tracer(TorchDispatchMode):
         "im2col": _im2col,
         "col2im": _col2im,
         "index": _index,
+        "pixel_shuffle": _pixel_shuffle,
         "embedding": _embedding,
         "glu": _glu,
     }
@@ -613,7 +618,9 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise Untraceable("it is a TorchScript program; give the module that it was made from")
-    skeleton = _with_plain_attention(skeleton_of(model)).float().eval()
+    if empty := next((key for key, value in model.state_dict().items() if is_lazy(value)), None):
+        raise Untraceable(f"{empty} has no shape yet; run the model once on example inputs")
+    skeleton = skeleton_of(model).float().eval()
     tracer = Tracer()
     inputs = tree_map_only(torch.Tensor, _on_meta, inputs)
     channels = [tracer.label_channels(images) for images in tree_leaves(inputs) if _is_images(images)]
@@ -645,17 +652,6 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
 
 def _on_meta(tensor):
     return tensor.detach().to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
-
-
-def _with_plain_attention(skeleton):
-    """The same model, which computes attention from matrix products where its config lets it choose.
-
-    Fused kernels do not run on the meta device, and masks for them look at values.
-    """
-    for module in skeleton.modules():
-        if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
-            module.config._attn_implementation = "eager"
-    return skeleton
 
 
 def _is_images(value):
@@ -709,9 +705,17 @@ class _Modules:
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, which shares no weight and takes no memory."""
+    """A copy on the meta device, which shares no weight and takes no memory.
+
+    Where its config lets a model choose, the copy computes attention from matrix products: fused kernels do not run on
+    the meta device, and masks for them are made by looking at values.
+    """
     memo = {}
     for tensor in chain(model.parameters(), model.buffers()):
         bare = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
-    return copy.deepcopy(model, memo)
+    skeleton = copy.deepcopy(model, memo)
+    for module in skeleton.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
+            module.config._attn_implementation = "eager"
+    return skeleton
