@@ -358,6 +358,8 @@ class Tracer(TorchDispatchMode):
             labels = core(other).permute(order).flatten()
         if len(matrix) > 4096 or (labels is not None and len(labels) != len(matrix)):
             raise Untraceable("neurons are spread over positions")
+        if other is not None and self._is_derived(other):
+            self._note_shared(matrix)
         self.constraints.append(BlockConstraint(labels, matrix))
 
     def _is_derived(self, axis):
@@ -375,6 +377,8 @@ class Tracer(TorchDispatchMode):
             a, b = core(ours).movedim(our_dim, -1), core(theirs).movedim(their_dim, -1)
             free = varying(ours) - {our_dim}, varying(theirs) - {their_dim}
             if free[0] == free[1]:
+                self._note_shared(a)
+                self._note_shared(b)
                 self.labels.join(a, b)
             elif not free[0] or not free[1]:
                 many, few = (a, b) if free[0] else (b, a)
@@ -394,6 +398,12 @@ class Tracer(TorchDispatchMode):
         heads = None if theirs is None else self._heads(theirs, {their_dim})
         return [], [] if heads is None else [heads]
 
+    def _note_shared(self, labels):
+        """Note labels (heads, ..., head_dim) that are the same for several heads."""
+        rows = labels.flatten(0, -2) if labels.ndim > 1 else labels[None]
+        if len(unique_rows(rows)[0]) < len(rows):
+            self.labels.shared.append(labels)
+
     def _one(self, axes, dim):
         """The axis that varies along a dimension over which a product sums, or None."""
         found = [axis for axis in axes if dim in varying(axis)]
@@ -411,6 +421,8 @@ class Tracer(TorchDispatchMode):
         mine, their = self._sum(ours, last, theirs, last - 1, alike)
         mine += [axis for axis in ours if last not in varying(axis)]
         their += [axis for axis in theirs if last - 1 not in varying(axis)]
+        for heads in filter(self._is_derived, mine):  # values that all heads share
+            self.labels.shared += [core(axis) for axis in their if not varying(axis) & varying(heads)]
         result = self._match(
             [fit(axis.narrow(last, 0, 1), out.shape) for axis in mine],
             frozenset(),
