@@ -42,6 +42,7 @@ REASONS = {
     "the student is deeper": r"at least as deep",
     "layers of other kinds": r"layers are of",
     "another number of prefix tokens": r"prefix tokens",
+    "another vocabulary or number of positions": r"never subsampled",
     "kernels or positions of other sizes": r"positions, not neurons|their positions overlap|can be adapted",
     "sizes that must be the same": r"must be the same",
     "neurons in other parts or blocks": r"made of|blocks|elsewhere in the student",
