@@ -2,6 +2,7 @@
 """Seconds and memory of weight_selection.py as a whole process, against the plain way, in the same run.
 
     python benchmarks/bench_selection.py
+    python benchmarks/bench_selection.py --large    # needs 8 GB of disk in the directory for temporary files
 
 The teachers are ViT-L/16 with 21,843 classes (1.3 GB) and ConvNeXt-B, with random values. The plain way builds the
 whole teacher, loads it, clones and indexes every tensor, and writes them; the benchmark checks that both ways write the
@@ -69,6 +70,27 @@ for key, target in timm.create_model(name, **kwargs).state_dict().items():
         selected[key] = torch.cat(parts)
 torch.save(selected, output)
 """
+LARGE = {"hidden_size": 2560, "intermediate_size": 6912, "num_attention_heads": 20, "num_hidden_layers": 24}
+LARGE_GOAL = 1.3  # of the student's bytes: itself, the largest tensor (0.07) as it is cut, what the allocator keeps
+MAKE_LARGE = """
+import json, sys, torch, transformers
+from pathlib import Path
+from safetensors.torch import save_file
+directory, kwargs = Path(sys.argv[1]), json.loads(sys.argv[2])
+config = transformers.LlamaConfig(**kwargs, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+config.save_pretrained(directory)
+with torch.device("meta"):
+    shapes = {key: value.shape for key, value in transformers.LlamaForCausalLM(config).state_dict().items()}
+values = (0.02 * torch.randn(max(shape.numel() for shape in shapes.values()))).bfloat16()
+shards = {}
+for key, shape in shapes.items():
+    shards.setdefault(f"model-{key.split('.')[2] if '.layers.' in key else 'rest'}.safetensors", {})[key] = shape
+for name, content in shards.items():
+    tensors = {key: values[:shape.numel()].reshape(shape).clone() for key, shape in content.items()}
+    save_file(tensors, directory / name, {"format": "pt"})
+index = {"weight_map": {key: name for name, content in shards.items() for key in content}}
+(directory / "model.safetensors.index.json").write_text(json.dumps(index))
+"""
 LIMIT = """
 import sys, torch
 left = int(sys.argv[2])
@@ -118,10 +140,29 @@ def plan_from_configs(starts) -> None:
         print_rows("LLaMA-30B to -7B", compare(variants, starts))
 
 
+def bench_large():
+    """Peak memory of a selection from a large checkpoint, beyond that of its plan, to the bytes of the student."""
+    with tempfile.TemporaryDirectory() as directory:
+        teacher, student = Path(directory, "teacher"), Path(directory, "student.safetensors")
+        teacher.mkdir()
+        measure(["-c", MAKE_LARGE, teacher, json.dumps(LARGE)])
+        command = [ROOT / "weight_selection.py", "--pretrained_model", f"transformers:{teacher}", "--width", "0.75"]
+        _, plan = measure([*command, "--dry_run"])
+        seconds, memory = measure([*command, "--output_dir", student])
+        size = student.stat().st_size / 1e6
+    ratio = (memory - plan) * 1.024 / size  # a kilobyte of the system has 1024 bytes
+    print(f"LLaMA, {size:.0f} MB: {seconds:.0f} seconds, peak {memory:.0f} MB, of which its plan takes {plan:.0f}")
+    print(f"memory beyond the plan's: {ratio:.2f} of the student's bytes; goal: at most {LARGE_GOAL}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=5, help="of each variant")
+    parser.add_argument("--large", action="store_true", help="only the memory of a selection from a large LLaMA")
     args = parser.parse_args()
+    if args.large:
+        bench_large()
+        return
     print(f"{'':28}{'':10}  seconds  to plain  peak MB  to plain", flush=True)
     for pair, (teacher, kwargs, student) in PAIRS.items():
         with tempfile.TemporaryDirectory() as directory:
