@@ -80,8 +80,7 @@ def select_weights(
 
     Returns:
         A state_dict for ``student.load_state_dict(..., strict=False)``, in the student's order and the teacher's dtype,
-        without the classifier and the excluded components. All keys of a tied tensor have one tensor, which comes
-        from the teacher's embedding if the teacher's are not tied.
+        without the classifier and the excluded components.
 
     Raises:
         InputError: an unknown name or option, weights that are not this teacher's, or a student that is no smaller
