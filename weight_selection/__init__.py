@@ -42,14 +42,13 @@ def select_weights(
     calibration=None,
     calibration_images: int | None = None,
     calibration_size: int | None = None,
+    fused_qkv: str = "parts",
 ) -> dict:
     """Select a student's first weights from a teacher's (paper, section 3), or project the teacher's onto it.
 
     Args:
-        teacher: any module, or the name of a model: timm's, ``hf-hub:ORG/NAME``, ``local-dir:DIR``,
-            ``transformers:ORG/NAME``, ``transformers:DIR`` or ``torchvision:NAME.WEIGHTS``. Its own weights are taken
-            (the published ones of a name), unless ``weights`` are given; then it may be on the meta device, or None if
-            they are of a run of main.py, which names its model.
+        teacher: any module, or the name of a model, which ``--pretrained_model`` would take. Its own weights are taken,
+            unless ``weights`` are given; then it may be on the meta device, or None for a run's of main.py.
         student: a smaller model whose tensors have counterparts in the teacher, or a name. Only its shapes matter: it
             may be on the meta device, but not for a projection.
         example_inputs: inputs of the forward pass, a tensor, a tuple, or a dict of keyword arguments, as for
@@ -75,6 +74,9 @@ def select_weights(
             three times.
         calibration_images: how many images of the directory or of noise; default: 256, or all if there are fewer.
         calibration_size: side of these images in pixels; default: as the student takes them.
+        fused_qkv: where uniform selection spreads its indices over the rows of fused queries, keys and values: in each
+            of the three ``parts``, or over the ``whole`` as the paper's release does. They differ where the student's
+            width does not divide the teacher's.
 
     Returns:
         A state_dict for ``student.load_state_dict(..., strict=False)``, in the student's order and the teacher's dtype,
@@ -98,6 +100,7 @@ def select_weights(
         calibration_images,
         calibration_size,
         classifier,
+        fused_qkv,
     )
     try:
         options.check()

@@ -10,7 +10,7 @@ import torch.nn as nn
 from weight_selection.errors import InputError
 from weight_selection.geometry import Geometry, Resampling, find_geometry, resampling
 from weight_selection.layers import Layers, teacher_keys
-from weight_selection.options import CONSISTENT, SelectionOptions
+from weight_selection.options import CONSISTENT, PARTS, WHOLE, SelectionOptions
 from weight_selection.rules import kept_indices
 from weight_selection.sources.architectures import NO_KEYS, Architecture, keys_inside
 from weight_selection.sources.facts import ModelFacts, facts_of
@@ -183,6 +183,7 @@ class Plan:
         entries: one ``PlanEntry`` per student key, in the student's order.
         groups: {number of the student's neuron group: ``PlannedGroup``}, of the groups that selected tensors hold.
         element_selection, seed: the rule of element selection.
+        fused_qkv: one of ``FUSED_QKV``.
         tied: {student's key: the key that its tensor goes by}, of all keys of tied tensors but these. A file in which
             no two keys may share memory, such as of safetensors, is written without them.
         not_taken: {student's key: teacher's key}, of teacher's tensors that go as the student's are tied.
@@ -194,6 +195,7 @@ class Plan:
     groups: dict
     element_selection: str
     seed: int
+    fused_qkv: str = PARTS
     tied: dict = field(default_factory=dict)
     not_taken: dict = field(default_factory=dict)
     left_behind: list = field(default_factory=list)
@@ -207,6 +209,21 @@ class Plan:
     def left_out(self) -> list:
         """The student's keys that keep its own initialisation."""
         return [entry.key for entry in self.entries if entry.role != "selected"]
+
+    def kept(self, entry: PlanEntry, dim: int) -> np.ndarray:
+        """The teacher's indices that a rule of ``CONSISTENT`` keeps along a dimension of neurons, int64."""
+        pairs, size = entry.slices[dim], entry.shape[dim]
+        if self.fused_qkv == WHOLE and _is_fused_qkv(pairs):
+            return kept_indices("uniform", entry.teacher_shape[dim], size).numpy()
+        indices = np.empty(size, np.int64)
+        for pair in pairs:
+            indices[pair.student.reshape(-1)] = pair.teacher.reshape(-1)[self.groups[pair.group].kept]
+        return indices
+
+
+def _is_fused_qkv(pairs):
+    """Whether a dimension holds queries, keys (the same neurons) and values."""
+    return len(pairs) == 3 and pairs[0].group == pairs[1].group and len({pair.student.size for pair in pairs}) == 1
 
 
 def make_plan(teacher: nn.Module, student: nn.Module, **options) -> Plan:
@@ -249,6 +266,7 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
         matching.groups,
         options.element_selection,
         options.seed,
+        options.fused_qkv,
         student.tied,
         not_taken(student.tied, teacher.tied, {k: v for k, v in sources.items() if v in teacher.shapes}),
         left_behind,

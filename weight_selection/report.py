@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from weight_selection.cost import multiply_adds, parameter_count
 from weight_selection.layers import Layers
+from weight_selection.options import WHOLE
 from weight_selection.plan import Plan, PlanEntry, shape_words
 from weight_selection.sources.facts import ModelFacts
 
@@ -105,7 +106,8 @@ def tensor_words(entry: PlanEntry, plan: Plan) -> str:
     ]
     if smaller:
         inside = " x ".join(str(len(pairs)) for pairs in smaller if len(pairs) > 1)
-        words.append(plan.element_selection + (f" in each of {inside} parts" if inside else ""))
+        where = "over" if plan.fused_qkv == WHOLE else "in each of"
+        words.append(plan.element_selection + (f" {where} {inside} parts" if inside else ""))
         pairs = [pair for pairs in smaller for pair in pairs if pair.teacher.ndim > 1]
         blocks = {f"{shape_words(pair.teacher.shape)} to {shape_words(pair.student.shape)}" for pair in pairs}
         if blocks:

@@ -61,7 +61,7 @@ def test_the_output_directory_of_a_run_names_its_model_itself(run, tmp_path, cli
 def test_a_file_that_names_no_model_is_refused(tmp_path, cli):
     torch.save({"x": torch.zeros(2)}, tmp_path / "x.pth")
     message = cli(select_main, "--pretrained_path", tmp_path / "x.pth", "--student", "vit_tiny", "--dry_run")
-    remedy = "does not say what model its weights are of; name it with --pretrained_model"
+    remedy = "does not say what model its weights are of; name the teacher too"
     assert message == f"--pretrained_path {tmp_path}/x.pth: {remedy}"
 
 

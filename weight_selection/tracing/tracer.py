@@ -44,18 +44,20 @@ MOVES = _names("""
 """)  # they move data: the operation itself moves the labels
 ALONE = _names("""
     gelu relu relu_ silu silu_ sigmoid sigmoid_ hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ elu
-    elu_ leaky_relu leaky_relu_ softplus mish mish_ tanh tanh_ exp log sqrt rsqrt reciprocal square neg abs sin cos erf
-    clamp clamp_ clamp_min clamp_max zero_ _softmax _safe_softmax _to_copy logical_not bitwise_not
+    elu_ celu selu leaky_relu leaky_relu_ softplus log_sigmoid_forward mish mish_ tanh tanh_ exp log sqrt rsqrt
+    reciprocal square neg abs sin cos erf clamp clamp_ clamp_min clamp_max zero_ _softmax _safe_softmax _log_softmax
+    _to_copy logical_not bitwise_not
 """)  # they work on each element by itself, or normalise lines
 TOGETHER = _names("""
     add add_ sub sub_ rsub mul mul_ div div_ pow maximum minimum addcmul where copy_ floor_divide remainder masked_fill
-    masked_fill_ eq ne gt ge lt le
+    masked_fill_ eq ne gt ge lt le _prelu_kernel
 """)  # they combine tensors element by element
 OVER_SPACE = _names("""
     avg_pool2d max_pool2d_with_indices _adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d
     upsample_bicubic2d upsample_linear1d _upsample_bilinear2d_aa _upsample_bicubic2d_aa constant_pad_nd
-    reflection_pad2d replication_pad2d
-""")  # they change height and width
+    reflection_pad2d replication_pad2d avg_pool3d max_pool3d_with_indices _adaptive_avg_pool3d upsample_nearest1d
+    upsample_nearest3d upsample_trilinear3d reflection_pad1d replication_pad1d
+""")  # they change height and width, or the length of a line
 REDUCTIONS = _names("mean sum amax amin max min linalg_vector_norm var all any")
 # They give one value everywhere.
 UNIFORM = _names("empty zeros ones full scalar_tensor new_zeros zeros_like ones_like empty_like")
@@ -364,8 +366,11 @@ class Tracer(TorchDispatchMode):
 
     # -- products
 
-    def _sum(self, ours, our_dim, theirs, their_dim):
-        """Join the neurons over which a product sums; returns labels of the heads that remain (of ours, of theirs)."""
+    def _sum(self, ours, our_dim, theirs, their_dim, alike=False):
+        """Join the neurons over which a product sums; returns labels of the heads that remain (of ours, of theirs).
+
+        ``alike``: one side has the same value everywhere, such as the first state of an LSTM.
+        """
         ours, theirs = self._one(ours, our_dim), self._one(theirs, their_dim)
         if ours is not None and theirs is not None:
             a, b = core(ours).movedim(our_dim, -1), core(theirs).movedim(their_dim, -1)
@@ -380,7 +385,7 @@ class Tracer(TorchDispatchMode):
                 self.constraints.append(BlockConstraint(few.reshape(-1), unique_rows(rows)[0].T))
             else:
                 raise Untraceable("a product sums over neurons that differ from place to place")
-        elif ours is not None or theirs is not None:
+        elif not alike and (ours is not None or theirs is not None):
             lone, dim = (ours, our_dim) if ours is not None else (theirs, their_dim)
             if varying(lone) == {dim}:
                 self._positions(core(lone))
@@ -411,7 +416,8 @@ class Tracer(TorchDispatchMode):
         added, (a, b) = args[:-2], args[-2:]
         last = a.ndim - 1
         ours, theirs = self.get(a), self.get(b)
-        mine, their = self._sum(ours, last, theirs, last - 1)
+        alike = self._is_uniform(a) or self._is_uniform(b)
+        mine, their = self._sum(ours, last, theirs, last - 1, alike)
         mine += [axis for axis in ours if last not in varying(axis)]
         their += [axis for axis in theirs if last - 1 not in varying(axis)]
         for heads in filter(self._is_derived, mine):  # values that all heads share
@@ -518,6 +524,12 @@ class Tracer(TorchDispatchMode):
     def _layer_norm(self, func, out, x, shape, weight, bias, *args):
         self.put(out[0], self.meet([t for t in (x, weight, bias) if t is not None], x.shape))
 
+    def _glu(self, func, out, x, dim=-1):
+        """One half is multiplied by the sigmoid of the other."""
+        halves = [axis.chunk(2, dim) for axis in self.get(x)]
+        ours, theirs = ([pair[number] for pair in halves] for number in (0, 1))
+        self.put(out, self._match(ours, frozenset(), theirs, frozenset()))
+
     def _im2col(self, func, out, x, *args):  # (batch, channels * kernel positions, places)
         axes = [core(axis) for axis in self.get(x)]
         if any(varying(axis) != {1} for axis in axes):
@@ -551,6 +563,7 @@ class Tracer(TorchDispatchMode):
         "index": _index,
         "pixel_shuffle": _pixel_shuffle,
         "embedding": _embedding,
+        "glu": _glu,
     }
 
 
@@ -614,6 +627,8 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         Untraceable: the model does something that neurons cannot be followed through.
         RefusedInputs: its forward pass fails on the inputs.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Untraceable("it is a TorchScript program; give the module that it was made from")
     skeleton = skeleton_of(model).float().eval()
     tracer = Tracer()
     inputs = tree_map_only(torch.Tensor, _on_meta, inputs)
@@ -670,6 +685,8 @@ class _Modules:
     def __enter__(self):
         self.hooks = []
         for name, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
             self.hooks.append(module.register_forward_pre_hook(partial(self._begin, name)))
             self.hooks.append(module.register_forward_hook(partial(self._end, name)))
         return self

@@ -60,6 +60,17 @@ class Numbered(nn.Module):
         return self.head(self.operation(x))
 
 
+class Recurrent(nn.Module):
+    """An LSTM of two layers; it reads each row of features as a sequence."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(1, width, 2, batch_first=True), nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(x.unsqueeze(2))[0][:, -1])
+
+
 def tower(width, depth):
     return VisionTransformer(16, 8, width, depth, width // 8, 2.0, output_dim=6)
 
@@ -82,6 +93,7 @@ PAIRS = {  # name: (teacher, student, inputs)
     "mlp": (lambda: MLP(16, 4), lambda: MLP(8, 2), (FEATURES,)),
     "cnn": (lambda: cnn(8), lambda: cnn(4), (SMALL_IMAGES,)),
     "numbered": (lambda: Numbered(16, 3), lambda: Numbered(8, 2), (FEATURES,)),
+    "lstm": (lambda: Recurrent(8), lambda: Recurrent(4), (FEATURES,)),
     "open_clip_tower": (lambda: tower(32, 3), lambda: tower(16, 2), (IMAGES,)),
     "open_clip": (lambda: clip(32, 3), lambda: clip(16, 2), (IMAGES, TOKENS)),
 }
@@ -177,6 +189,7 @@ class Masked(MLP):
         (MLP(8, 1), MLP(4, 1), {"example_inputs": None}, "does not say what inputs it takes; give example_inputs"),
         (MLP(8, 1), MLP(4, 1), {"classifier": ("tail",)}, "the student has no such module; its named_modules"),
         (MLP(8, 1), MLP(4, 2), {}, "layers: teacher has 1 layers, student 2"),
+        (torch.jit.trace(MLP(8, 1), FEATURES.float()), MLP(4, 1), {}, "a TorchScript program; give the module that it"),
         (Numbered(8, 2, lambda x: x.cumsum(1)), Numbered(4, 2), {}, "apart: aten.cumsum.default is no operation"),
     ],
     ids=lambda value: None if isinstance(value, (nn.Module, dict)) else value[:30],
