@@ -54,15 +54,16 @@ class ActivationStats:
     def outgoing(self, key: str) -> Tensor:
         """The weights of a dense layer by its inputs, with the LayerScale behind it: float64 (inputs, rest)."""
         weights = self.teacher.model.state_dict()
-        weight = weights[key].double()
+        weight, symmetries = weights[key].double(), self.teacher.symmetries
         for scale, scaled in self.scaled.items():
             if scaled == key:
-                weight = weight * weights[scale].double().view(-1, *[1] * (weight.ndim - 1))
-        return weight.transpose(0, 1).flatten(1)
+                scaling = weights[scale].double().flatten()
+                weight = weight * (scaling.view(-1, *[1] * (weight.ndim - 1)) if symmetries.dense[key] else scaling)
+        return symmetries.by_outputs(key, weight).transpose(0, 1).flatten(1)
 
     def add_input(self, key: str, x: Tensor) -> None:
         """Add what a dense layer takes."""
-        x = vectors(x, self.teacher.symmetries.dense[key].weight.ndim)
+        x = vectors(x, len(self.teacher.structure.shapes[key]))
         if key in self._hidden:
             self.moments.setdefault(key, Variances()).add(x)
         else:
@@ -79,9 +80,9 @@ class ActivationStats:
         values = {attention.out for attention in symmetries.attentions.values()}
         return {
             key
-            for key in symmetries.dense
+            for key, dim in symmetries.dense.items()
             if key not in values
-            and all(symmetries.treatment(part.group, False) == STRONGEST for part in symmetries.slices(key, 1))
+            and all(symmetries.treatment(part.group, False) == STRONGEST for part in symmetries.slices(key, dim))
         }
 
 
@@ -102,7 +103,7 @@ class _BatchRecorder:
         self._ran.append(key)
         self._outputs[y.data_ptr()] = key, y  # we hold the output, so that no other tensor gets its memory
         symmetries = self.stats.teacher.symmetries
-        slices = symmetries.slices(key, 1) if key in symmetries.dense else ()
+        slices = symmetries.slices(key, symmetries.dense[key]) if key in symmetries.dense else ()
         for part in slices:
             if part.group in self._last_norm:
                 self.stats.norm_of[key] = self._last_norm[part.group]

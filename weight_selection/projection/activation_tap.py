@@ -6,8 +6,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-DENSE = {F.linear, F.conv2d, torch.conv2d}
+# Function: places of the input and of the weight among its arguments.
+DENSE = {F.linear: (0, 1), F.conv2d: (0, 1), torch.conv2d: (0, 1), torch.addmm: (1, 2)}
+DENSE |= dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), (0, 1))
 PRODUCTS = {"mul", "mul_", "__mul__", "__rmul__"}
 
 
@@ -27,14 +30,19 @@ class ActivationTap(TorchFunctionMode):
     def __init__(self, model: nn.Module, dense: Callable, norm: Callable | None = None, scaled: Callable | None = None):
         super().__init__()
         self.keys = {id(parameter): key for key, parameter in model.named_parameters()}
+        self.places = {parameter.data_ptr(): (key, parameter.shape) for key, parameter in model.named_parameters()}
         self.dense, self.norm, self.scaled = dense, norm, scaled
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in DENSE:
-            key = self.keys.get(id(args[1] if len(args) > 1 else kwargs["weight"]))
+            taken, weight = DENSE[func]
+            key = self.keys.get(id(args[weight] if len(args) > weight else kwargs.get("weight")))
             if key is not None:
-                return self.dense(key, args[0], func(*args, **kwargs))
+                return self.dense(key, args[taken], func(*args, **kwargs))
+        elif func is F.multi_head_attention_forward:
+            with _HiddenProducts(self):
+                return func(*args, **kwargs)
         elif func is F.layer_norm and self.norm is not None:
             key = self.keys.get(id(args[2] if len(args) > 2 else kwargs.get("weight")))
             if key is not None:
@@ -45,6 +53,25 @@ class ActivationTap(TorchFunctionMode):
                 if id(one) in self.keys:
                     self.scaled(self.keys[id(one)], other)
         return func(*args, **kwargs)
+
+
+class _HiddenProducts(TorchDispatchMode):
+    """Shows the linear layers inside a function of PyTorch, where a mode for functions does not see them.
+
+    They run as products of rows, (n, channels), with the transpose of a whole weight.
+    """
+
+    def __init__(self, tap: ActivationTap):
+        super().__init__()
+        self.tap = tap
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **(kwargs or {}))
+        if func not in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+            return y
+        x, weight = args[-2:]
+        key, size = self.tap.places.get(weight.data_ptr(), (None, None))
+        return y if key is None or size != weight.T.shape else self.tap.dense(key, x, y)
 
 
 def vectors(x: torch.Tensor, weight_ndim: int) -> torch.Tensor:

@@ -105,7 +105,7 @@ def _covariance_and_weight(group, stats):
         if key not in stats.moments:
             continue  # the layer did not run
         whole, outgoing = stats.moments[key].covariance, stats.outgoing(key)
-        for number, _, indices in stats.teacher.slices(key, 1):
+        for number, _, indices in stats.teacher.inputs(key):
             if number == group:
                 covariance = covariance + equations.share(whole[indices][:, indices])
                 weight = weight + equations.share(outgoing[indices] @ outgoing[indices].T)
@@ -120,7 +120,7 @@ def _normalised(group, stats):
 
 def _strongest(group, count, stats):
     [key] = stats.teacher.symmetries.readers(group)
-    indices = stats.teacher.indices(key, 1, group)
+    indices = stats.teacher.input_indices(key, group)
     outgoing = stats.outgoing(key)[indices].square().sum(1)
     units = torch.arange(len(indices), device=indices.device)[:, None]
     return equations.strongest(stats.moments[key].variance[indices], outgoing, units, count)
@@ -162,6 +162,12 @@ def _head_sizes(theirs, ours, teacher, student):
         for their, our in ((theirs.query_group, ours.query_group), (theirs.value_group, ours.value_group))
     ]
     for large, small in sizes:
+        if large != small and not theirs.free:
+            raise InputError(
+                f"{ours.name}: the teacher's heads have {large} dimensions, the student's {small}: rotary embeddings "
+                "or norms of queries and keys fix their size; give the student as large heads (--student_kwargs "
+                "num_heads=N), or select by another rule"
+            )
         if large < small:
             raise InputError(
                 f"{ours.name}: the teacher's heads have {large} dimensions, the student's {small}: heads cannot be "
@@ -173,12 +179,19 @@ def _head_sizes(theirs, ours, teacher, student):
 def _map_heads(maps, theirs, ours, student, stats):
     """Set the down maps of the queries, keys and values of one attention, by (5) and (6)."""
     (large, small), (wide, narrow) = _head_sizes(theirs, ours, stats.teacher, student)
-    queries, keys = _output_moments(*theirs.queries, False, stats), _output_moments(*theirs.keys, True, stats)
-    indices = stats.teacher.indices(theirs.out, 1, theirs.value_group)
+    indices = stats.teacher.input_indices(theirs.out, theirs.value_group)
     context = stats.moments[theirs.out].covariance[indices][:, indices]
     out = stats.outgoing(theirs.out)[indices].T
     heads = torch.arange(theirs.heads * wide, device=out.device).view(theirs.heads, wide)
     origins = _head_origins(theirs.heads, ours.heads, context.diagonal(), out.square().sum(0), heads)
+    kept = torch.tensor([head for head, _ in origins], device=out.device)
+    for group in ours.per_head:
+        maps.of[group] = kept
+    if not theirs.free:
+        for group, size in ((ours.query_group, large), (ours.value_group, wide)):
+            maps.of[group] = (kept[:, None] * size + torch.arange(size, device=out.device)).flatten()
+        return
+    queries, keys = _output_moments(*theirs.queries, False, stats), _output_moments(*theirs.keys, True, stats)
     q, k = (out.new_zeros(ours.heads * small, theirs.heads * large) for _ in range(2))
     v = out.new_zeros(ours.heads * narrow, theirs.heads * wide)
     for number, (head, nth) in enumerate(origins):
@@ -188,18 +201,17 @@ def _map_heads(maps, theirs, ours, student, stats):
         rows = (nth * narrow + torch.arange(narrow, device=out.device)) % wide
         v[here, there] = equations.values(context[there, there], out[:, there], narrow)[rows]
     maps.of[ours.query_group, 0], maps.of[ours.query_group, 1], maps.of[ours.value_group] = q, k, v
-    for group in ours.per_head:
-        maps.of[group] = torch.tensor([head for head, _ in origins], device=out.device)
 
 
 def _output_moments(key, number, centred, stats):
     """Second moments of a slice of a dense layer's output (``centred``: its covariance), from those of its input."""
-    rows, weights = stats.teacher.slices(key, 0)[number][2], stats.teacher.model.state_dict()
-    weight, moments = weights[key].double().flatten(1)[rows], stats.moments[key]
+    symmetries, weights = stats.teacher.symmetries, stats.teacher.model.state_dict()
+    rows = stats.teacher.outputs(key)[number][2]
+    weight, moments = symmetries.by_outputs(key, weights[key]).double().flatten(1)[rows], stats.moments[key]
     if centred:
         return weight @ moments.covariance @ weight.T
-    bias = weight.new_zeros(len(weights[key]))
-    for name, outputs in stats.teacher.symmetries.biases(key).items():
+    bias = weight.new_zeros(symmetries.by_outputs(key, weights[key]).shape[0])
+    for name, outputs in symmetries.biases(key).items():
         bias[outputs] = weights[name].double()
     weight = torch.cat([weight, bias[rows, None]], dim=1)
     return weight @ moments.mean @ weight.T

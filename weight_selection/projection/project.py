@@ -130,7 +130,8 @@ def describer(
         teacher, student: their structures.
         rotate: whether streams are going to be rotated.
     """
-    up_mapped = {key for key, entry in entries.items() if entry.teacher_key in symmetries.dense and 1 in entry.slices}
+    takes = symmetries.dense
+    up_mapped = {key for key, entry in entries.items() if takes.get(entry.teacher_key) in entry.slices}
     skipped = find_skipped(entries, teacher.layers, student.layers, up_mapped)
     treatments = {
         our: symmetries.treatment(their, rotate)
@@ -143,7 +144,7 @@ def describer(
             return role_words(entry)
         words = [] if entry.resampling is None else [entry.resampling.words]
         for dim in entry.slices:
-            if not (entry.key in up_mapped and dim == 1):
+            if not (entry.key in up_mapped and dim == takes[entry.teacher_key]):
                 groups = [part.group for part in student.neurons.slices[entry.key][dim]]
                 words += [treatments[group] for group in groups if group in treatments]
         words += ["least-squares read"] * (entry.key in up_mapped)

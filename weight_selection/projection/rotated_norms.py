@@ -27,7 +27,8 @@ def fold_layer_scales(entries: dict, student: TracedModel, stats: ActivationStat
         folded[dense] = weights[scale].flatten()
         for key in (dense, bias_of(dense)):
             if key in weights:
-                weights[key] = weights[key] * folded[dense].view(-1, *[1] * (weights[key].ndim - 1))
+                last = weights[key].ndim - 1 if key == bias_of(dense) or stats.teacher.symmetries.dense[dense] else 0
+                weights[key] = weights[key] * folded[dense].view(-1, *[1] * last)
     return weights, folded
 
 

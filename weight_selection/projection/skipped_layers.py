@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
@@ -167,9 +166,9 @@ def _find_end(teacher: TracedModel, skipped: Skipped, taken: tuple, last_output)
         taken: (arguments, keyword arguments) of the layer.
         last_output: what the last skipped layer gives.
     """
-    layer, dense = teacher.symmetries.modules[skipped.before], teacher.symmetries.dense[skipped.source]
-    pointwise = isinstance(dense, nn.Linear) or dense.kernel_size == dense.stride == (1, 1)
-    if not pointwise:
+    layer, linear = teacher.symmetries.modules[skipped.before], len(teacher.structure.shapes[skipped.source]) == 2
+    dense = teacher.symmetries.modules[skipped.source.rpartition(".")[0]]
+    if not linear and not dense.kernel_size == dense.stride == (1, 1):
         return None
     args, kwargs = copy.deepcopy(taken)  # a layer may change its input in place
     plain = layer(*args, **kwargs)
@@ -185,7 +184,7 @@ def _find_end(teacher: TracedModel, skipped: Skipped, taken: tuple, last_output)
         change = layer(*args, **kwargs) - plain
     if push.normalised_after or len(push.added) != 1 or change.numel() != push.added[0].numel():
         return None
-    return _compare(change, push.added[0], isinstance(dense, nn.Linear))
+    return _compare(change, push.added[0], linear)
 
 
 def _compare(change: Tensor, pushed: Tensor, channels_last: bool) -> SumEnd | None:

@@ -42,7 +42,7 @@ def check_symmetries(stats: ActivationStats, student: TracedModel, batch: Tensor
     """
     teacher = stats.teacher
     kinds = {}
-    for attention in teacher.symmetries.attentions.values():
+    for attention in filter(lambda attention: attention.free, teacher.symmetries.attentions.values()):
         kinds.setdefault(type(teacher.symmetries.modules[attention.name]), []).append(attention)
     for kind, attentions in kinds.items():
         if not _is_unchanged(stats, batch, [], attentions):

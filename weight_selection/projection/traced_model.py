@@ -40,9 +40,17 @@ class TracedModel:
             found.append((part.group, nth, torch.from_numpy(part.indices.reshape(-1)).to(self.device)))
         return found
 
-    def indices(self, key: str, dim: int, group: int) -> torch.Tensor:
-        """Where the first slice of a neuron group is in a dimension of a tensor, integers (n,)."""
-        return next(indices for number, _, indices in self.slices(key, dim) if number == group)
+    def inputs(self, key: str) -> list:
+        """The slices of a dense layer's inputs, as of ``slices``."""
+        return self.slices(key, self.symmetries.dense[key])
+
+    def outputs(self, key: str) -> list:
+        """The slices of a dense layer's outputs, as of ``slices``."""
+        return self.slices(key, self.symmetries.output_dim(key))
+
+    def input_indices(self, key: str, group: int) -> torch.Tensor:
+        """Where the first slice of a neuron group is in the inputs of a dense layer, integers (n,)."""
+        return next(indices for number, _, indices in self.inputs(key) if number == group)
 
     def group_of(self, key: str) -> int | None:
         """The neuron group of a tensor's last dimension (of a norm or a LayerScale, say); None if it has several."""

@@ -59,11 +59,17 @@ class ModelGroups:
         groups: list of ``NeuronGroup``.
         slices: {key: for each dimension a tuple of ``GroupSlice``, or None if the dimension holds positions}.
         unused: keys of tensors that the forward pass does not use; nothing is known about their dimensions.
+        attentions: [(number of the group of queries and keys, number of the group of values, heads)].
+        multiplied: numbers of the groups that a product of two activations joins, or pairs with others.
+        sums: {key of a matrix of weights: the dimension over which a product sums}.
     """
 
     groups: list
     slices: dict
     unused: frozenset
+    attentions: list
+    multiplied: frozenset
+    sums: dict
 
 
 def find_groups(trace: Trace) -> ModelGroups:
@@ -86,7 +92,26 @@ def find_groups(trace: Trace) -> ModelGroups:
             if dim.tobytes() not in known:
                 known[dim.tobytes()] = None if position[dim].all() else _slices(dim, group, rank, groups)
         slices[key] = tuple(known[dim.tobytes()] if key in trace.met else None for dim in dims)
-    return ModelGroups(groups, slices, frozenset(roots) - trace.met)
+    attentions = _attentions(trace, group, rank, groups)
+    multiplied = {int(number) for some in trace.multiplied for number in np.unique(group[find(some).numpy()])} - {-1}
+    return ModelGroups(groups, slices, frozenset(roots) - trace.met, attentions, frozenset(multiplied), trace.sums)
+
+
+def _attentions(trace, group, rank, groups):
+    """[(group of queries and keys, group of values, heads)] of the attentions whose heads are blocks of both groups."""
+    found = []
+    for matrices in trace.attentions:
+        sides = []
+        for matrix in matrices:
+            rows = np.unique(trace.labels.find(matrix).numpy(), axis=0)
+            number = int(group[rows[0, 0]])
+            whole = number >= 0 and (group[rows] == number).all()
+            if whole and _block_length(rank[rows], groups[number].size) == (rows.shape[1], True):
+                sides.append((number, len(rows)))
+        if len(sides) == 2 and sides[0][1] == sides[1][1]:
+            (queries, heads), (values, _) = sides
+            found.append((queries, values, heads))
+    return list(dict.fromkeys(found))
 
 
 def _sort(dims, position):
