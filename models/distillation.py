@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 
 from weight_selection.errors import InputError
-from weight_selection.sources.teachers import create_pretrained, load_into_teacher, normalization, trained_config
+from weight_selection.sources.teachers import load_into_teacher, normalization, trained_config
 from weight_selection.sources.timm_models import check_input_size, create_model
+from weight_selection.sources.timm_names import create_pretrained
 
 
 class Teacher(nn.Module):

@@ -36,8 +36,9 @@ from weight_selection.arguments import Kwargs, Parser, check_kwargs
 from weight_selection.errors import InputError, run_program
 from weight_selection.files import provenance_path
 from weight_selection.sources.initial_weights import find_weights, load_initial
-from weight_selection.sources.teachers import create_pretrained, read_teacher
+from weight_selection.sources.teachers import read_teacher
 from weight_selection.sources.timm_models import create_model
+from weight_selection.sources.timm_names import create_pretrained
 
 PRODUCTS = {"W_q W_k^T": r"$W_q\,W_k^\top$", "W_v W_proj": r"$W_v\,W_{\mathrm{proj}}$"}  # as printed, as drawn
 

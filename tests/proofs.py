@@ -14,6 +14,7 @@ from helpers import assert_same
 from weight_selection.apply import apply_plan
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection, structure_of
+from weight_selection.tied import tied_keys
 from weight_selection.tracing.tracer import trace
 
 
@@ -59,10 +60,10 @@ def hidden(plan, teacher, student, chain=False, reads=reads):
             if dim == reads(teacher, entry.teacher_key):
                 value = value * torch.from_numpy(alive).view([-1 if d == dim else 1 for d in range(value.ndim)])
         state[entry.teacher_key] = value
-    return state
+    return state | {key: state[first] for key, first in tied_keys(teacher).items()}
 
 
-def check_hidden(teacher, student, both, inputs, chain=False, reads=reads, output=lambda given: given):
+def check_hidden(teacher, student, both, inputs, chain=False, reads=reads, output=lambda given: given, factor=1):
     """A teacher that hides the student computes the same in float64, and selection gives the student back.
 
     Args:
@@ -71,6 +72,7 @@ def check_hidden(teacher, student, both, inputs, chain=False, reads=reads, outpu
         inputs: of the student, its arguments (a tuple) or its keyword arguments (a dict), in float64.
         chain, reads: as of ``hidden``.
         output: takes out of what a model gives the tensor that is compared.
+        factor: times the student's output is the teacher's, where selection alone would have to rescale.
     """
     teacher, student = copy.deepcopy(teacher), lively(copy.deepcopy(student))
     plan = plan_all(both, "consecutive")
@@ -79,7 +81,7 @@ def check_hidden(teacher, student, both, inputs, chain=False, reads=reads, outpu
     with torch.no_grad():
         expected = output(student(*args, **kwargs))
         assert expected.std() > 1e-3, "this student computes nothing"
-        torch.testing.assert_close(output(teacher(*args, **kwargs)), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(output(teacher(*args, **kwargs)), factor * expected, rtol=1e-9, atol=1e-9)
     state = student.state_dict()
     assert_same(apply_plan(plan, teacher.state_dict()), {key: state[key] for key in plan.selected})
 

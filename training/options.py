@@ -17,6 +17,7 @@ from models import SCHEMES
 from weight_selection.arguments import Kwargs, Parser, boolean, check_kwargs
 from weight_selection.errors import InputError
 from weight_selection.files import check_file
+from weight_selection.sources.names import TIMM, check_name
 from weight_selection.sources.recipe import read_recipe
 
 
@@ -153,7 +154,8 @@ TABLE = {
         Option("epochs", int, 300, "passes over the training images", ranges=FROM_1),
     ),
     "model": (
-        Option("model", str, "vit_tiny", "a model of the paper, or any timm name", metavar="NAME"),
+        Option("model", str, "vit_tiny",
+               "a model of the paper, any timm name, hf-hub:ORG/NAME, timm/NAME or local-dir:DIR", metavar="NAME"),
         Option("model_kwargs", dict, {}, "arguments of the model, such as embed_dim=96",
                set_by={"num_classes": "--data_set", "drop_path_rate": "--drop_path", "img_size": "--input_size"}),
         Option("drop_path", float, 0.0, "stochastic depth", metavar="RATE", ranges=FROM_0_TO_1),
@@ -178,7 +180,7 @@ TABLE = {
                choices=("none", "logit", "feature")),
         Option("distillation_alpha", float, 1.0, "weight of the distillation loss", metavar="A",
                ranges=FROM_0, needs=(DISTILLATION,)),
-        Option("teacher", str, None, "a model of the paper, or any timm name", metavar="NAME", needs=(DISTILLATION,)),
+        Option("teacher", str, None, "as --model: a name that has weights", metavar="NAME", needs=(DISTILLATION,)),
         Option("teacher_path", str, None, "the teacher's weights on disk; from the hub when not given", metavar="FILE",
                needs=(DISTILLATION,)),
         Option("teacher_kwargs", dict, {}, "arguments of the teacher, such as embed_dim=384", needs=(DISTILLATION,),
@@ -428,11 +430,14 @@ def check_together(args: Options) -> None:
 
 
 def check_weights(args: Options) -> None:
-    """Refuse files of weights, of the model or of a teacher, that are not there.
+    """Refuse files of weights, of the model or of a teacher, that are not there, and names that cannot be used.
 
     Raises:
-        InputError: names the file.
+        InputError: names the file, or the directory of a model.
     """
+    check_name(args.model, "--model", TIMM)
+    if args.teacher:
+        check_name(args.teacher, "--teacher", TIMM)
     if args.initialize and not Path(args.initialize).exists():
         raise InputError(f"--initialize {args.initialize}: no such file or directory")
     for name in ("finetune", "teacher_path"):

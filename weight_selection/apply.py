@@ -24,18 +24,21 @@ def apply_plan(plan: Plan, weights: Mapping, option: str = "teacher") -> dict:
         option: where the weights came from, for errors.
 
     Returns:
-        The student's state_dict, in the student's order and the teacher's dtype, without what is not selected.
+        The student's state_dict, in the student's order and the teacher's dtype, without what is not selected. The keys
+        of a tied tensor have one tensor.
 
     Raises:
         InputError: as ``checked_weight``.
     """
-    state_dict = {}
+    made = {}
     for key, entry in plan.selected.items():
+        if key in plan.tied:
+            continue
         weight = checked_weight(entry.teacher_key, entry.teacher_shape, weights.get(entry.teacher_key), option)
         weight = _reshaped(entry, weight)
         keep = _keep_group_neurons if plan.element_selection in CONSISTENT else _choose_per_tensor
-        state_dict[key] = keep(plan, entry, weight)
-    return state_dict
+        made[key] = keep(plan, entry, weight)
+    return {key: made[plan.tied.get(key, key)] for key in plan.selected}
 
 
 def checked_weight(key: str, shape: tuple, weight: torch.Tensor | None, option: str) -> torch.Tensor:

@@ -11,10 +11,12 @@ from dataclasses import fields
 
 from weight_selection.arguments import Kwargs, Parser, check_kwargs
 from weight_selection.errors import InputError, run_program
-from weight_selection.files import begin_sha256, check_file
+from weight_selection.files import SUFFIXES, begin_sha256
 from weight_selection.options import (
     CALIBRATION_IMAGES,
+    DTYPES,
     ELEMENT_SELECTION,
+    KEEP,
     LAYER_SELECTION,
     NOISE,
     PROJECTION,
@@ -22,7 +24,10 @@ from weight_selection.options import (
     SelectionOptions,
 )
 from weight_selection.sources import COMPONENTS, MODEL_TYPES
+from weight_selection.sources.directories import files_of
+from weight_selection.sources.names import SCHEMES, TIMM, check_name
 from weight_selection.sources.recipe import read_student
+from weight_selection.sources.widths import fraction, shown, smaller_arguments
 
 # The options that stand in the provenance of a written file, in this order.
 RECORDED = ("layer_selection", "exclude", "include_head", "include_head_norm", "allow_unused", "element_selection",
@@ -36,16 +41,26 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--output_dir", metavar="PATH",
         help="a directory, in which MODEL_TYPE.pth is written, or a .pth, .pt or .safetensors file")
+    add("--format", choices=["hub"],
+        help="PATH becomes a directory that timm's local-dir:PATH or from_pretrained(PATH) opens, a whole checkpoint")
+    add("--dtype", choices=DTYPES, default=KEEP, help="of the written values; keep: the teacher's")
     add("--model_type", choices=list(MODEL_TYPES),
         help="sets the default student and teacher; not needed when both are named")
-    add("--pretrained_model", metavar="NAME", help="teacher: a timm name, old or new")
-    add("--pretrained_path", metavar="FILE",
-        help="teacher's weights from disk, not from the hub (.pth .safetensors .npz ...); moving average first")
-    add("--student", metavar="NAME", help="vit_tiny, convnext_femto, another model of the paper, or any timm name")
+    add("--pretrained_model", metavar="NAME",
+        help="teacher: a timm name, old or new; hf-hub:ORG/NAME, timm/NAME or local-dir:DIR of timm's; "
+        "transformers:ID or DIR; torchvision:NAME[.WEIGHTS]")
+    add("--pretrained_path", metavar="PATH",
+        help="teacher's weights from disk, not from the hub: a file (.pth .safetensors .npz ...), moving average "
+        "first; a directory that a library saved; or one of a run of main.py, which names the teacher itself")
+    add("--student", metavar="NAME",
+        help="vit_tiny, convnext_femto, another model of the paper, or any name that --pretrained_model takes")
     add("--student_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V",
-        help="such as embed_dim=96 num_heads=3")
+        help="such as embed_dim=96 num_heads=3; without --student, what differs from the teacher's architecture")
     add("--student_config", metavar="FILE",
         help="instead: a recipe of main.py, FILE or FILE:SECTION, whose model, arguments and size are the student's")
+    add("--width", type=fraction, metavar="W",
+        help="student: the teacher's architecture, W times as wide, with heads of the same size; such as 0.5 or 1/3")
+    add("--depth", type=fraction, metavar="D", help="likewise D times as deep, rounded up")
     add("--teacher_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V", help="likewise for the teacher")
     add("--layer_selection", choices=LAYER_SELECTION, default="first_n")
     add("--element_selection", choices=ELEMENT_SELECTION + PROJECTION, default="uniform",
@@ -76,24 +91,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_options(args) -> SelectionOptions:
     """Fill in what follows from other options, and refuse what has no effect or cannot work."""
-    args.student_input_size = None
-    if args.student_config is not None:
-        for option, value in (("--student", args.student), ("--student_kwargs", args.student_kwargs)):
-            if value:
-                raise InputError(
-                    f"--student_config {args.student_config}: already names the student; leave {option} out"
-                )
-        args.student, args.student_kwargs, args.student_input_size = read_student(
-            args.student_config, "--student_config"
-        )
-    if args.model_type is None and (args.student is None or args.pretrained_model is None):
-        missing = "--student" if args.student is None else "--pretrained_model"
-        types = ",".join(MODEL_TYPES)
-        raise InputError(f"{missing} is missing: name it, or give --model_type {{{types}}} for the defaults")
-    if args.model_type is not None:
-        student, teacher = MODEL_TYPES[args.model_type]
-        args.student, args.pretrained_model = args.student or student, args.pretrained_model or teacher
-    if args.seed is not None and args.element_selection not in SEEDED + PROJECTION and not args.complete:
+    _check_student(args)
+    whole = args.complete or args.format == "hub"
+    if args.complete and args.format == "hub":
+        raise InputError("--complete: --format hub writes a whole checkpoint already; leave --complete out")
+    if args.seed is not None and args.element_selection not in SEEDED + PROJECTION and not whole:
         raise InputError(
             f"--seed {args.seed}: has no effect with --element_selection {args.element_selection}; leave it out"
         )
@@ -105,26 +107,68 @@ def check_options(args) -> SelectionOptions:
         raise InputError("--verbose: has no effect without --dry_run; leave it out")
     if args.output_dir is None and not args.dry_run:
         raise InputError("--output_dir is missing: name a directory or a file, or add --dry_run to only see the plan")
+    if args.format == "hub" and args.output_dir is not None and args.output_dir.endswith(SUFFIXES):
+        raise InputError(f"--output_dir {args.output_dir}: --format hub writes a directory; leave the suffix out")
     if args.pretrained_path is not None:
-        check_file(args.pretrained_path, "--pretrained_path")
+        files_of(args.pretrained_path, "--pretrained_path")
+    for option, name in (("--pretrained_model", args.pretrained_model), ("--student", args.student)):
+        if name is not None:
+            check_name(name, option, TIMM if args.student_config and option == "--student" else tuple(SCHEMES))
     check_kwargs(args.student_kwargs, "--student_kwargs", {})
     check_kwargs(args.teacher_kwargs, "--teacher_kwargs", {})
     return options
+
+
+def _check_student(args):
+    """Find out who the student is: named, from a recipe, a model type's, or of the teacher's architecture."""
+    named = {"--student": args.student, "--student_config": args.student_config, "--model_type": args.model_type}
+    for option, value in (("--width", args.width), ("--depth", args.depth)):
+        for other, given in (named | {"--student_kwargs": args.student_kwargs}).items() if value is not None else ():
+            if given:
+                raise InputError(f"{option} {shown(value)}: {other} says already what the student is; leave one out")
+        if value is not None and not 0 < value < 1:
+            raise InputError(f"{option} {shown(value)}: give a number between 0 and 1")
+    args.student_input_size = None
+    if args.student_config is not None:
+        for option, value in (("--student", args.student), ("--student_kwargs", args.student_kwargs)):
+            if value:
+                raise InputError(
+                    f"--student_config {args.student_config}: already names the student; leave {option} out"
+                )
+        args.student, args.student_kwargs, args.student_input_size = read_student(
+            args.student_config, "--student_config"
+        )
+    types = ",".join(MODEL_TYPES)
+    if args.model_type is not None:
+        student, teacher = MODEL_TYPES[args.model_type]
+        args.student, args.pretrained_model = args.student or student, args.pretrained_model or teacher
+    if args.pretrained_model is None and args.pretrained_path is None:  # a run of main.py names its model
+        raise InputError(f"--pretrained_model is missing: name it, or give --model_type {{{types}}} for the defaults")
+    if args.student is None and not (args.width or args.depth or args.student_kwargs):
+        raise InputError(
+            "--student is missing: name it; or say by --width, --depth or --student_kwargs how it differs from the "
+            f"teacher's architecture; or give --model_type {{{types}}} for the defaults"
+        )
 
 
 def main(argv=None) -> None:
     args = get_args_parser().parse_args(argv)
     options = check_options(args)
     # To hash a large file takes longer than to select from it, and torch takes seconds to import.
-    digest = begin_sha256(args.pretrained_path) if args.pretrained_path and not args.dry_run else None
-    from huggingface_hub.utils import logging
-
+    files = files_of(args.pretrained_path, "--pretrained_path") if args.pretrained_path else []
+    digest = begin_sha256(*files) if files and not args.dry_run else None
+    for library in ("HF_HUB", "TRANSFORMERS"):  # a page of warnings would hide the one line of an error
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     from weight_selection.selection import Selection, Student, Teacher
 
-    logging.set_verbosity_error()  # a page of retries would hide the one line of an error
-    student = Student(args.student, args.student_kwargs, args.student_input_size, "--student")
-    named = "--pretrained_model", "--pretrained_path", "give --pretrained_path FILE"
+    named = "--pretrained_model", "--pretrained_path", "give --pretrained_path PATH"
     teacher = Teacher(args.pretrained_model, args.teacher_kwargs, args.pretrained_path, *named)
+    args.pretrained_model = teacher.model
+    option = "--student"
+    if args.student is None:
+        option = "--pretrained_model"
+        _take_after(teacher, args)
+    student = Student(args.student, args.student_kwargs, args.student_input_size, option)
     selection = Selection(teacher, student, options)
     name = selection.student_structure.architecture.name
     if args.model_type not in (None, name):
@@ -135,8 +179,19 @@ def main(argv=None) -> None:
         select(args, selection, name, digest)
 
 
+def _take_after(teacher, args) -> None:
+    """Make the student one of the teacher's architecture, with the arguments that were given or that are smaller."""
+    if args.width or args.depth:
+        from weight_selection.sources.names import arguments_of
+
+        arguments = arguments_of(teacher.model, teacher.kwargs, teacher.option)
+        args.student_kwargs = smaller_arguments(arguments, args.width, args.depth)
+    args.student, args.student_input_size = teacher.model, teacher.input_size
+    args.student_kwargs = teacher.kwargs | args.student_kwargs
+
+
 def print_plan(args, selection) -> None:
-    """Print the plan: neuron groups, layers, with --verbose every tensor, and totals."""
+    """Print the plan: neuron groups, layers, with --verbose every tensor, what the student costs, and totals."""
     from weight_selection import report
 
     plan, projection = selection.plan, selection.projection
@@ -144,49 +199,55 @@ def print_plan(args, selection) -> None:
     lines += report.layer_lines(plan, selection.teacher_structure.layers, selection.student_structure.layers)
     if args.verbose:
         lines += report.tensor_lines(plan, projection and projection.describer())
+    lines.append(report.student_line(args.student_kwargs, selection.models[1], selection.student_structure.facts))
     print("\n".join(lines))
     print(f"{args.student} from {args.pretrained_model}: {report.summary(plan)}; nothing written")
 
 
 def select(args, selection, name: str, digest: Future | None) -> None:
-    """Select, write the file with its provenance, and say what was written.
+    """Select, write the file or the directory with its provenance, and say what was written.
 
     Args:
         name: of the file in a directory, without its suffix.
         digest: SHA-256 of the teacher's file, if one was named.
     """
-    import torch
-
     from weight_selection import output, report
 
-    path = output.output_file(args.output_dir, name, args.overwrite)
-    _, origin, file = selection.opened
-    if digest is None and file is not None:
-        digest = begin_sha256(file)
-    state_dict = selection.weights()
-    torch.manual_seed(args.seed)
-    student = selection.student.create()
+    if args.format == "hub":
+        written = output.HubDirectory(args.output_dir, selection, args.overwrite)
+    else:
+        written = output.WeightFile(args.output_dir, name, args.overwrite)
+    written.check_not_the_teachers(selection)
+    _, origin, files = selection.opened
+    if digest is None and files:
+        digest = begin_sha256(*files)
+    state_dict = output.cast(selection.weights(), args.dtype, selection.plan.tied)
     absent = selection.plan.left_out
     provenance = {
         "teacher": origin | {"sha256": digest},
         "student": {"name": args.student, "kwargs": args.student_kwargs}
         | ({"input_size": args.student_input_size} if args.student_input_size else {}),
+        **({"not_taken": selection.plan.not_taken} if selection.plan.not_taken else {}),
         "options": {name: getattr(args, name) for name in RECORDED}
         | ({"classifier": args.classifier} if args.classifier else {})
+        | ({"dtype": args.dtype} if args.dtype != KEEP else {})
         | (selection.projection.provenance() if selection.projection is not None else {}),
         "left_out": absent,
     }
-    if args.complete:
-        own = student.state_dict()
-        state_dict = {key: state_dict.get(key, value) for key, value in own.items()}
+    student = output.initialised_student(selection, state_dict, args.seed)
+    if args.complete or args.format == "hub":
+        dtype = output.value_type(state_dict) if args.format == "hub" else args.dtype  # a hub's directory has one type
+        state_dict = output.completed(state_dict, student, selection, args.seed, dtype)
         provenance |= {"left_out": [], "random": absent}
-    output.write(path, state_dict, student, provenance)
+    written.write(state_dict, student, provenance)
+    if output.is_large(state_dict):
+        print(f"not run: only a student of less than {output.LARGE / 1e9:g} GB is tried in a forward pass")
     if "unused" in origin:
         spare = ", ".join(f"{name} ({count})" for name, count in origin["unused"].items())
         print(f"{origin['source']}: left out, tensors that the teacher has no place for: {spare}")
-    parameters = sum(value.numel() for value in state_dict.values())
     counts = report.summary(selection.plan)
-    print(f"{path}: {args.student} from {args.pretrained_model}, {counts} tensors, {parameters:,} values")
+    values = report.value_words(state_dict)
+    print(f"{written.path}: {args.student} from {args.pretrained_model}, {counts} tensors, {values}")
 
 
 def run() -> None:

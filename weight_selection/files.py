@@ -29,15 +29,19 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def begin_sha256(path):
-    """A future of ``sha256(path)``, computed in a thread that nothing waits for when the program ends."""
+def begin_sha256(*paths):
+    """A future of ``sha256(path)``, of several paths of {name: digest}.
+
+    A thread computes it that nothing waits for when the program ends.
+    """
     future = Future()
 
     def compute():
         try:
-            future.set_result(sha256(path))
+            digests = {Path(path).name: sha256(path) for path in paths}
+            future.set_result(digests if len(paths) > 1 else digests.popitem()[1])
         except OSError as error:
-            future.set_exception(InputError(f"cannot read {path}: {error.strerror or error}"))
+            future.set_exception(InputError(f"cannot read {error.filename}: {error.strerror or error}"))
 
     threading.Thread(target=compute, daemon=True).start()
     return future
@@ -78,9 +82,7 @@ def new_file(path):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL, suffix=f"-{path.name}")
         os.close(handle)
         yield Path(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide results from the rest of a group
+        _give_usual_mode(temporary)
         _to_disk(temporary)
         os.replace(temporary, path)
         try:
@@ -96,22 +98,40 @@ def new_file(path):
 
 
 @contextlib.contextmanager
-def new_directory(path, option):
+def new_directory(path, option, replace=False):
     """Give a temporary directory beside ``path`` to fill; it becomes ``path`` only if the block succeeds.
+
+    Args:
+        replace: if ``path`` is a directory already, let the new files take the places of those of the same names.
 
     Raises:
         InputError: ``path`` cannot be written (permissions, full disk); the message names ``option``.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     check_writable(path.parent, option)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
             whole = Path(temporary) / path.name
             whole.mkdir()
             yield whole
-            whole.rename(path)
+            if replace:
+                for file in whole.iterdir():
+                    _give_usual_mode(file)
+                    _to_disk(file)
+            if replace and path.is_dir():
+                for file in whole.iterdir():
+                    os.replace(file, path / file.name)
+            else:
+                whole.rename(path)
     except OSError as error:
         raise InputError(f"{option} {path}: cannot be written ({error.strerror or error})") from error
+
+
+def _give_usual_mode(path):
+    """Let others read a file as the umask says; mkstemp and safetensors hide what they write even from the group."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 def _to_disk(path):

@@ -14,6 +14,8 @@ ELEMENT_SELECTION = CONSISTENT + PER_TENSOR
 PROJECTION = ("project", "greedy")  # beyond the paper: weights that are fitted to the teacher's on a few images
 SEEDED = ("random", "random_inconsistent")  # of ELEMENT_SELECTION, what the seed changes
 CALIBRATION_IMAGES = 256
+KEEP = "keep"
+DTYPES = ("float32", "float16", "bfloat16", KEEP)  # of written values; KEEP is the teacher's
 NOISE = "noise"  # in place of a directory of images
 
 

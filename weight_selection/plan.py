@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 import torch.nn as nn
 
 from weight_selection.errors import InputError
@@ -13,6 +14,7 @@ from weight_selection.options import CONSISTENT, SelectionOptions
 from weight_selection.rules import kept_indices
 from weight_selection.sources.architectures import NO_KEYS, Architecture, keys_inside
 from weight_selection.sources.facts import ModelFacts, facts_of
+from weight_selection.tied import check_classifier_is_not_tied, embedding_keys, not_taken, tied_keys
 from weight_selection.tracing.groups import ModelGroups, NeuronGroup, aligned, find_groups
 from weight_selection.tracing.tracer import Untraceable, trace
 
@@ -27,6 +29,8 @@ class ModelStructure:
         layers, neurons, geometry: which parts repeat, which neurons are the same, where positions are.
         parameters: keys that are parameters; the others are buffers.
         output_layers: {name of a linear layer that gives an output of the model: number of its outputs}.
+        tables: keys of tensors whose rows are tokens, positions or outputs.
+        tied: of ``tied_keys``.
     """
 
     facts: ModelFacts
@@ -36,6 +40,8 @@ class ModelStructure:
     geometry: Geometry
     parameters: frozenset
     output_layers: dict
+    tables: frozenset
+    tied: dict
 
     @property
     def architecture(self) -> Architecture:
@@ -81,6 +87,7 @@ def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=No
     except Untraceable as reason:
         raise InputError(f"{name}: weight selection cannot take a {type(model).__name__} apart: {reason}") from reason
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    heads = _output_rows(traced, traced.output_layers if facts.token_heads is None else facts.token_heads)
     return ModelStructure(
         facts,
         shapes,
@@ -89,7 +96,26 @@ def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=No
         find_geometry(model, facts.first_convolutions, facts.grid, facts.position_embeddings),
         frozenset(key for key, _ in model.named_parameters(remove_duplicate=False)),
         traced.output_layers,
+        embedding_keys(model) | heads,
+        tied_keys(model),
     )
+
+
+def _output_rows(traced, names):
+    """Note that the outputs of these linear layers are tokens or classes, not neurons; returns their weights' keys.
+
+    A layer whose outputs another layer reads gives features.
+    """
+    heads = []
+    for key in (f"{name}.weight" for name in names):
+        rows = torch.zeros(traced.labels.count, dtype=torch.bool)
+        rows[traced.labels.find(traced.dims[key][0])] = True
+        matrices = ((other, dims) for other, dims in traced.dims.items() if len(dims) > 1)
+        others = (dim for other, dims in matrices for dim in (dims[1:] if other == key else dims))
+        if not any(rows[traced.labels.find(dim)].any() for dim in others):
+            heads.append(key)
+    traced.labels.positions += [traced.dims[key][0] for key in heads]
+    return frozenset(heads)
 
 
 @dataclass(frozen=True)
@@ -153,12 +179,17 @@ class Plan:
         entries: one ``PlanEntry`` per student key, in the student's order.
         groups: {number of the student's neuron group: ``PlannedGroup``}, of the groups that selected tensors hold.
         element_selection, seed: the rule of element selection.
+        tied: {student's key: the key that its tensor goes by}, of all keys of tied tensors but these. A file in which
+            no two keys may share memory, such as of safetensors, is written without them.
+        not_taken: {student's key: teacher's key}, of teacher's tensors that go as the student's are tied.
     """
 
     entries: list
     groups: dict
     element_selection: str
     seed: int
+    tied: dict = field(default_factory=dict)
+    not_taken: dict = field(default_factory=dict)
 
     @property
     def selected(self) -> dict:
@@ -188,29 +219,28 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
         InputError: the student is not a smaller version of the teacher; the message names the key and the dimension.
     """
     teacher, student = _with_classifiers(teacher, student, options.selects_all)
-    architecture = student.architecture
     _check_options(teacher, student, options)
     _check_common(teacher, student)
+    if not options.selects_all:
+        check_classifier_is_not_tied(student.tied, student.in_classifier)
     sources = teacher_keys(teacher.layers, student.layers, options.layer_selection, (teacher.prefix, student.prefix))
     _check_unused(teacher, sources, options.allow_unused)
 
     matching = _Matching(teacher.neurons, student.neurons, options)
-    entries = []
-    for key, shape in student.shapes.items():
-        kept_norm = options.include_head_norm and _in_head_norm(architecture, key)
-        if re.search(architecture.classifier, key) and not options.selects_all and not kept_norm:
-            entries.append(PlanEntry(key, shape, "classifier"))
-        elif any(re.search(architecture.components[component], key) for component in options.exclude):
-            entries.append(PlanEntry(key, shape, "excluded"))
-        elif key in student.neurons.unused and key in student.parameters:
-            entries.append(PlanEntry(key, shape, "unused"))
-        elif sources[key] not in teacher.shapes:
-            raise InputError(
-                f"{key}: the teacher has no {sources[key]} to select it from; give the student the teacher's options"
-            )
-        else:
-            entries.append(_entry(teacher, student, matching, key, sources[key], options.allow_unused))
-    return Plan(entries, matching.groups, options.element_selection, options.seed)
+    entries = {
+        key: _entry(teacher, student, matching, key, teacher.tied.get(sources[key], sources[key]), options)
+        for key in student.shapes
+        if key not in student.tied
+    }
+    entries |= {key: replace(entries[first], key=key) for key, first in student.tied.items()}
+    return Plan(
+        [entries[key] for key in student.shapes],
+        matching.groups,
+        options.element_selection,
+        options.seed,
+        student.tied,
+        not_taken(student.tied, teacher.tied, {k: v for k, v in sources.items() if v in teacher.shapes}),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -251,7 +281,8 @@ def _with_classifiers(teacher, student, selects_all):
     """
     if student.architecture.classifier is None:
         theirs, ours = teacher.output_layers, student.output_layers
-        names = [name for name, size in ours.items() if selects_all or theirs.get(name) != size]
+        own = [name for name in ours if f"{name}.weight" not in student.tied]  # the others are embeddings as well
+        names = [name for name in own if selects_all or theirs.get(name) != ours[name]]
         if len(names) > 1 and not selects_all:
             sizes = ", ".join(
                 f"{name} ({theirs.get(name)} in the teacher, {ours[name]} in the student)" for name in names
@@ -283,7 +314,11 @@ def _check_common(teacher, student):
 def _check_unused(teacher, sources, allow_unused):
     """Refuse teacher tensors without a counterpart in the student: a LayerScale, a token, a normalisation."""
     used = {teacher.component(key) for key in sources.values() if key in teacher.shapes}
-    spare = [key for key in teacher.shapes if teacher.component(key) not in used and not teacher.in_classifier(key)]
+    spare = [
+        key
+        for key in teacher.shapes
+        if teacher.component(key) not in used and not teacher.in_classifier(key) and key not in teacher.tied
+    ]
     if spare and not allow_unused:
         raise InputError(
             f"{spare[0]}: the student has no such tensor, so the teacher's is lost; give the student one "
@@ -295,7 +330,24 @@ def _check_unused(teacher, sources, allow_unused):
 # Dimensions
 
 
-def _entry(teacher, student, matching, key, teacher_key, allow_unused):
+def _entry(teacher, student, matching, key, teacher_key, options):
+    """Decide what becomes of one tensor of the student."""
+    architecture, shape = student.architecture, student.shapes[key]
+    kept_norm = options.include_head_norm and _in_head_norm(architecture, key)
+    if student.in_classifier(key) and not options.selects_all and not kept_norm:
+        return PlanEntry(key, shape, "classifier")
+    if any(re.search(architecture.components[component], key) for component in options.exclude):
+        return PlanEntry(key, shape, "excluded")
+    if key in student.neurons.unused and key in student.parameters:
+        return PlanEntry(key, shape, "unused")
+    if teacher_key not in teacher.shapes:
+        raise InputError(
+            f"{key}: the teacher has no {teacher_key} to select it from; give the student the teacher's options"
+        )
+    return _selected(teacher, student, matching, key, teacher_key, options.allow_unused)
+
+
+def _selected(teacher, student, matching, key, teacher_key, allow_unused):
     """Compare one tensor of each model, dimension by dimension."""
     shape, teacher_shape = student.shapes[key], teacher.shapes[teacher_key]
     _check_shapes(student.architecture, key, teacher_shape, shape)
@@ -310,6 +362,12 @@ def _entry(teacher, student, matching, key, teacher_key, allow_unused):
         for dim in common
         if dim not in positions
     }
+    if 0 in different and key in student.tables - student.geometry.embeddings:
+        raise InputError(
+            f"{key}, dimension 0: teacher's size {teacher_shape[0]}, student's {shape[0]}: its rows are tokens, "
+            "positions or outputs, which are never subsampled; give the student the teacher's number of them (such as "
+            "vocab_size or max_position_embeddings)"
+        )
     shapes = teacher_shape, shape
     change = resampling(teacher.geometry, student.geometry, teacher_key, key, shapes, different, allow_unused)
     return PlanEntry(key, shape, "selected", teacher_key, teacher_shape, slices, change)

@@ -4,17 +4,38 @@ import re
 from collections import Counter
 
 import numpy as np
+import torch.nn as nn
 
+from weight_selection.cost import multiply_adds, parameter_count
 from weight_selection.layers import Layers
 from weight_selection.plan import Plan, PlanEntry, shape_words
+from weight_selection.sources.facts import ModelFacts
 
 ROLES = ("selected", "excluded", "classifier", "unused", "constant")
 
 
 def summary(plan: Plan) -> str:
-    """How many tensors have which role: "150 selected, 2 classifier"."""
-    counts = Counter(entry.role for entry in plan.entries)
-    return ", ".join(f"{counts[role]} {role}" for role in ROLES if counts[role])
+    """How many tensors have which role: "150 selected, 2 classifier"; and what a tied student drops."""
+    counts = Counter("tied" if entry.key in plan.tied else entry.role for entry in plan.entries)
+    words = ", ".join(f"{counts[role]} {role}" for role in (*ROLES, "tied") if counts[role])
+    for key, teacher_key in plan.not_taken.items():
+        words += f"; the teacher's {teacher_key} is not taken: the student's is tied to {plan.tied[key]}"
+    return words
+
+
+def student_line(kwargs: dict, model: nn.Module, facts: ModelFacts) -> str:
+    """What a student is built with, and what it costs: "embed_dim=192: 5,717,416 parameters, 1.08 G multiply-adds"."""
+    words = " ".join(f"{name}={value}" for name, value in kwargs.items()) or "no arguments"
+    count = multiply_adds(model, facts.inputs)
+    cost = f"{count / 1e9:.3g} G" if count >= 1e8 else f"{count / 1e6:.3g} M"
+    return f"student with {words}: {parameter_count(model):,} parameters, {cost} multiply-adds"
+
+
+def value_words(state_dict: dict) -> str:
+    """How many values there are, and of which type: "5,524,224 values, float32"."""
+    count = sum(value.numel() for value in state_dict.values())
+    dtypes = dict.fromkeys(str(value.dtype) for value in state_dict.values() if value.is_floating_point())
+    return f"{count:,} values, {' and '.join(dtypes).replace('torch.', '')}"
 
 
 def group_lines(plan: Plan, describe=None) -> list:
@@ -73,6 +94,8 @@ def tensor_words(entry: PlanEntry, plan: Plan) -> str:
     """How a tensor is made by the plan's rule, in words."""
     if entry.role != "selected":
         return role_words(entry)
+    if entry.key in plan.tied:
+        return f"tied to {plan.tied[entry.key]}"
     words = [] if entry.resampling is None else [entry.resampling.words]
     if len(entry.teacher_shape) != len(entry.shape):
         words.append("reshape")

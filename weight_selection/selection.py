@@ -20,6 +20,7 @@ from weight_selection.apply import apply_plan
 from weight_selection.errors import InputError
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection, structure_of
+from weight_selection.sources import names
 from weight_selection.sources.facts import check_classifier, unwrapped
 from weight_selection.tracing.tracer import skeleton_of
 
@@ -29,43 +30,46 @@ class Teacher:
     """The model that weights come from.
 
     Attributes:
-        model: a module, or a timm name.
-        kwargs: of ``create_model``, for a name.
-        weights: a state_dict or a file, if they are not the model's own.
+        model: a module, or a name of ``sources.names``. None: the one that ``weights``, of a run of main.py, name.
+        kwargs, input_size: of ``names.create_model``, for a name.
+        weights: a state_dict, or a file or directory, if they are not the model's own.
         option, weights_option: what named the model and its weights, for errors.
         remedy: what the user can do if the weights cannot be had, for errors.
         inputs: example inputs, as of ``facts_of``; None: those that the model says.
     """
 
-    model: nn.Module | str
+    model: nn.Module | str | None
     kwargs: dict = field(default_factory=dict)
     weights: Mapping | str | os.PathLike | None = None
     option: str = "teacher"
     weights_option: str = "weights"
     remedy: str = "give a loaded model, or weights"
     inputs: object = None
+    input_size: int | None = None
 
     def __post_init__(self):
-        self.model = _checked_model(self.model, self.option)
         if self.weights is not None and not isinstance(self.weights, (Mapping, str, os.PathLike)):
             raise InputError(
-                f"{self.weights_option}={self.weights!r:.80}: give a state_dict (names with a tensor each), or a file"
+                f"{self.weights_option}={self.weights!r:.80}: give a state_dict (names with a tensor each), a file or "
+                "a directory"
             )
+        if self.model is None and self.path is not None:
+            from weight_selection.sources.timm_names import model_of_checkpoint
+
+            self.model, kwargs, self.input_size = model_of_checkpoint(self.path, self.weights_option)
+            self.kwargs = kwargs | self.kwargs
+        self.model = _checked_model(self.model, self.option)
         if self.weights is None and not isinstance(self.model, str) and _on_meta(self.model):
             raise InputError(f"{self.option}: is on the meta device, which has no weights; give them with weights=")
 
     @property
-    def file(self) -> Path | None:
-        """The file that was named, if one was."""
+    def path(self) -> Path | None:
+        """The file or directory of weights that was named, if one was."""
         return Path(self.weights) if isinstance(self.weights, (str, os.PathLike)) else None
 
     def create(self, device="cpu") -> nn.Module:
         """The teacher; a name is created there with random weights."""
-        if isinstance(self.model, str):
-            from weight_selection.sources.timm_models import create_model
-
-            return create_model(self.model, option=self.option, device=device, **self.kwargs)
-        return self.model
+        return _created(self, device)
 
     def open(self, skeleton: nn.Module, include_head: bool) -> tuple:
         """The teacher's weights and where they come from.
@@ -75,32 +79,24 @@ class Teacher:
             include_head: the classifier is wanted.
 
         Returns:
-            ({timm's key: tensor}, as far as possible read only when asked for; provenance as a dict; the file or None).
+            ({the teacher's key: tensor}, as far as possible read only when asked for; provenance as a dict; the files).
         """
-        if self.weights is None and not isinstance(self.model, str):
-            return self.model.state_dict(), {}, None
         if isinstance(self.weights, Mapping):
-            return self.weights, {}, None
-        from weight_selection.sources.teachers import downloaded_file, open_published, open_teacher
-
-        cfg = skeleton.pretrained_cfg
-        tag = self.weights is None and cfg.get("tag")
-        name = self.model if isinstance(self.model, str) else type(self.model).__name__
-        provenance = {"name": name, "model": ".".join(filter(None, (cfg["architecture"], tag))), "kwargs": self.kwargs}
-        if self.file is not None:
-            if self.file.suffix == ".npz":  # timm converts these only into a real model
+            return self.weights, {}, []
+        if self.weights is None and not isinstance(self.model, str):
+            return self.model.state_dict(), {}, []
+        if self.weights is None:
+            named = self.model, skeleton, self.kwargs, self.option, self.remedy
+            opened = names.open_published(*named, include_head)
+        else:
+            if self.path.suffix == ".npz":  # these can only be converted into a real model
                 skeleton = self.create() if isinstance(self.model, str) else copy.deepcopy(self.model)
-            weights, unused = open_teacher(self.weights, skeleton, self.weights_option)
-            if unused:
-                provenance["unused"] = dict(Counter(re.split("[./]", key)[0] for key in unused))
-            return weights, provenance | {"source": str(self.weights)}, self.file
-        if include_head and skeleton.num_classes != cfg["num_classes"]:  # timm drops the published one
-            raise InputError(
-                f"--include_head: the published classifier has {cfg['num_classes']} classes; leave num_classes out of "
-                "--teacher_kwargs"
-            )
-        weights = open_published(self.model, skeleton, self.kwargs, self.option, self.remedy)
-        return weights, provenance | {"source": cfg.get("hf_hub_id") or cfg.get("url")}, downloaded_file(cfg)
+            opened = names.open_weights(self.weights, skeleton, self.weights_option)
+        name = self.model if isinstance(self.model, str) else type(self.model).__name__
+        provenance = {"name": name, "model": opened.model, "kwargs": self.kwargs}
+        if opened.unused:
+            provenance["unused"] = dict(Counter(re.split("[./]", key)[0] for key in opened.unused))
+        return opened.weights, provenance | {"source": opened.source}, opened.files
 
     @property
     def weights_origin(self) -> str:
@@ -115,8 +111,8 @@ class Student:
     """The model that weights are for.
 
     Attributes:
-        model: a module, or a timm name.
-        kwargs, input_size: of ``create_model``, for a name.
+        model: a module, or a name of ``sources.names``.
+        kwargs, input_size: of ``names.create_model``, for a name.
         option: what named it, for errors.
         inputs: example inputs, as of ``facts_of``; None: those that the model says.
     """
@@ -132,13 +128,7 @@ class Student:
 
     def create(self, device="cpu") -> nn.Module:
         """The student; a name is created there with its random initialisation."""
-        if isinstance(self.model, str):
-            from weight_selection.sources.timm_models import create_model
-
-            return create_model(
-                self.model, option=self.option, input_size=self.input_size, device=device, **self.kwargs
-            )
-        return self.model
+        return _created(self, device)
 
 
 class Selection:
@@ -177,7 +167,7 @@ class Selection:
 
     @cached_property
     def opened(self) -> tuple:
-        """The teacher's weights, their provenance and their file, as of ``Teacher.open``."""
+        """The teacher's weights, their provenance and their files, as of ``Teacher.open``."""
         return self.teacher.open(self.models[0], self.options.selects_all)
 
     def weights(self) -> dict:
@@ -208,6 +198,14 @@ def _checked_model(model, option):
     if not isinstance(model, (nn.Module, str)):
         raise InputError(f"{option}={model!r:.80}: give a torch.nn.Module, or the name of a model")
     return model if isinstance(model, str) else unwrapped(model)
+
+
+def _created(who, device):
+    """A user's module, or the model of a name with random weights."""
+    if not isinstance(who.model, str):
+        return who.model
+    size = {} if who.input_size is None else {"input_size": who.input_size}  # of timm's models only
+    return names.create_model(who.model, option=who.option, device=device, **size, **who.kwargs)
 
 
 def _called(option, model):

@@ -158,7 +158,8 @@ def describer(
 def _has_same_positions(teacher, student):
     """Whether the teacher's position embeddings, windows and patches are of the student's size."""
     convolutions = [first_convolutions(model) for model in (teacher, student)]
-    theirs, ours = map(find_geometry, (teacher, student), convolutions)
+    grids = [facts_of(model).grid for model in (teacher, student)]
+    theirs, ours = map(find_geometry, (teacher, student), convolutions, grids)
     embedded = all(isinstance(getattr(model, "pos_embed", None), torch.Tensor) for model in (teacher, student))
     if embedded and theirs.grid != ours.grid:
         return False

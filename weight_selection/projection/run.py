@@ -88,7 +88,7 @@ class Projection:
         size = input_size(student)
         if not isinstance(options.calibration, (str, os.PathLike)):
             return check_batches(options.calibration, size[0], options.calibration_images, options.calibration_size)
-        config = trained_config(teacher, self.teacher.file, self.teacher.weights_option)
+        config = trained_config(teacher, self.teacher.path, self.teacher.weights_option)
         count, side = options.calibration_images, options.calibration_size
         return Calibration(options.calibration, count, side, size, config, options.seed)
 

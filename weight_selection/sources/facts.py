@@ -14,7 +14,7 @@ from weight_selection.errors import InputError
 from weight_selection.sources.architectures import Architecture, found_components, keys_inside
 
 # Package of a model's class -> the module that answers for its models.
-LIBRARIES = {"timm": "timm_models", "torchvision": "torchvision_models"}
+LIBRARIES = {"timm": "timm_models", "torchvision": "torchvision_models", "transformers": "transformers_models"}
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,12 @@ class ModelFacts:
             pattern holds the number.
         first_convolutions: {key of the weight: convolution}, of those that take the image.
         grid: (height, width) of the grid of patches that position embeddings are of, or None.
+        token_heads: names of linear layers whose outputs are tokens, as a language model's head. None: of all linear
+            layers that give an output of the model, whose outputs are taken to be tokens or classes.
         position_embeddings: keys of these: (1, tokens, channels) or (tokens, channels), prefix tokens first, or
             (1, height, width, channels).
         prefix: what stands before the keys of the base model, such as "vit." in a Hugging Face model with a head.
+        spare: pattern of keys that are of use to one task only, such as a pooler; a student for another has none.
     """
 
     architecture: Architecture
@@ -39,8 +42,10 @@ class ModelFacts:
     layer_patterns: list = field(default_factory=list)
     first_convolutions: dict = field(default_factory=dict)
     grid: tuple | None = None
+    token_heads: tuple | None = ()
     position_embeddings: tuple = ()
     prefix: str = ""
+    spare: str | None = None
 
 
 def facts_of(model: nn.Module, example_inputs=None, classifier=None) -> ModelFacts:
@@ -56,7 +61,7 @@ def facts_of(model: nn.Module, example_inputs=None, classifier=None) -> ModelFac
     """
     package = library_of(model)
     if package is None:
-        facts = ModelFacts(Architecture(type(model).__name__.lower(), None, found_components(model, ())))
+        facts = facts_of_any(model)
     else:
         facts = import_module(f"weight_selection.sources.{LIBRARIES[package]}").model_facts(model)
     if example_inputs is not None:
@@ -65,6 +70,12 @@ def facts_of(model: nn.Module, example_inputs=None, classifier=None) -> ModelFac
         architecture = replace(facts.architecture, classifier=keys_inside(classifier), head_norm=None)
         facts = replace(facts, architecture=architecture)
     return facts
+
+
+def facts_of_any(model: nn.Module) -> ModelFacts:
+    """What is known of a module that no library answers for."""
+    architecture = Architecture(type(model).__name__.lower(), None, found_components(model, ()))
+    return ModelFacts(architecture, token_heads=None)
 
 
 def library_of(model: nn.Module) -> str | None:

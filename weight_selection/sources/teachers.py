@@ -1,26 +1,21 @@
-"""A teacher's weights, in any layout that timm accepts for it: from a file, from the hub or from its local cache."""
+"""A teacher's weights from a file or directory: under the model's own names, or in any layout that timm accepts."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import NamedTuple
 
-import huggingface_hub
 import numpy as np
 import torch.nn as nn
-from timm.data import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
 
 from weight_selection.errors import InputError
-from weight_selection.files import check_file
+from weight_selection.sources.architectures import NO_KEYS
+from weight_selection.sources.directories import files_of
 from weight_selection.sources.facts import facts_of
 from weight_selection.sources.safe_load import check_archive
-from weight_selection.sources.timm_models import create_model
 from weight_selection.sources.weight_files import (
+    StoredTensor,
     Weights,
     first_mismatch,
     open_state_dict,
@@ -28,8 +23,36 @@ from weight_selection.sources.weight_files import (
     training_options,
 )
 
+QUANTISED = re.compile(r"(torch\.)?(u?int8|float[48]|[UI]8$|F[48]_)")  # kinds of numbers, as files name them
+
+
+class Opened(NamedTuple):
+    """A teacher's weights, and where they come from.
+
+    Attributes:
+        weights: {the model's key: tensor}, as far as possible read only when asked for.
+        model: the name of the architecture, with the tag of published weights.
+        source: a path, an address or a name of the hub's.
+        files: the files on this machine, if they are known.
+        unused: the files' names of tensors that the model has no place for.
+    """
+
+    weights: Mapping
+    model: str
+    source: str
+    files: list
+    unused: list
+
+
 # ---------------------------------------------------------------------------------------------------------
-# From a file
+# Under the model's own names, or timm's layouts
+
+
+def open_weights(path, model: nn.Module, option: str) -> Opened:
+    """As ``names.open_weights``, of a model of timm or of no library that we know."""
+    weights, unused = open_teacher(path, model, option)
+    name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    return Opened(weights, name, str(path), files_of(path, option), unused)
 
 
 def open_teacher(path, model: nn.Module, option: str) -> tuple:
@@ -37,9 +60,10 @@ def open_teacher(path, model: nn.Module, option: str) -> tuple:
 
     Other layouts (those of publishers, .npz, TorchScript, ``torch.save`` before PyTorch 1.6) are read whole.
     """
-    stored = _stored_under_timms_names(path, model, option)
+    stored = stored_under_own_names(path, model, option)
     if stored is None:
         return read_teacher(path, model, option)
+    refuse_quantised(stored, model, f"{option} {path}")
     expected = model.state_dict()
     known = {key: value for key, value in stored.items() if key in expected}
     return Weights(known), [key for key in stored if key not in known]
@@ -49,7 +73,7 @@ def read_teacher(path, model: nn.Module, option: str) -> tuple:
     """Read a teacher's weights in any layout that timm accepts for this model: foreign names, JAX's .npz.
 
     Args:
-        path: .pth, .pt, .bin, .safetensors or .npz file.
+        path: .pth, .pt, .bin, .safetensors or .npz file, or a directory that has one of the first four.
         model: the teacher; only a .npz file needs it off the meta device, and is loaded into it.
         option: the option that named the file, for errors.
 
@@ -60,12 +84,11 @@ def read_teacher(path, model: nn.Module, option: str) -> tuple:
     Raises:
         InputError: the file cannot be read, or its keys or shapes are not the model's; the message names the first.
     """
-    architecture = facts_of(model).architecture
+    architecture, pattern = facts_of(model).architecture, classifier_of(model)
     if Path(path).suffix == ".npz":
         state_dict, unused = _read_npz(path, model, architecture, option)
     else:
         state_dict, unused = _converted(read_weights(path, option), model, architecture, f"{option} {path}")
-    pattern = architecture.classifier
     classifier = [key for key in state_dict if re.search(pattern, key)]
     backbone = {key: value for key, value in state_dict.items() if key not in classifier}
     problem = first_mismatch(backbone, model, lambda key: re.search(pattern, key))
@@ -89,14 +112,32 @@ def load_into_teacher(model: nn.Module, path, option: str) -> None:
     model.load_state_dict(weights)
 
 
-def _stored_under_timms_names(path, model, option):
-    """{key: StoredTensor} of a file whose tensors are the model's but for its classifier; None for another layout."""
+def stored_under_own_names(path, model, option):
+    """{key: StoredTensor} of a path whose tensors are the model's but for its classifier; None for another layout."""
     stored = open_state_dict(path, option)
-    if stored is None:
-        return None
-    pattern = facts_of(model).architecture.classifier
-    backbone = {key: value for key, value in stored.items() if not re.search(pattern, key)}
-    return stored if first_mismatch(backbone, model, lambda key: re.search(pattern, key)) is None else None
+    return stored if stored is not None and mismatch(stored, model) is None else None
+
+
+def mismatch(state_dict: Mapping, model: nn.Module) -> str | None:
+    """As ``first_mismatch``, but the classifier may be of any number of classes, or absent."""
+    pattern = classifier_of(model)
+    backbone = {key: value for key, value in state_dict.items() if not re.search(pattern, key)}
+    return first_mismatch(backbone, model, lambda key: re.search(pattern, key))
+
+
+def classifier_of(model: nn.Module) -> str:
+    """The pattern of a model's classifier; if it does not say, one that matches no key."""
+    return facts_of(model).architecture.classifier or NO_KEYS
+
+
+def refuse_quantised(stored: Mapping[str, StoredTensor], model: nn.Module, where: str) -> None:
+    """Raise InputError if a file has integers of 8 bits, or smaller numbers, where a model has floating point."""
+    for key, value in model.state_dict().items():
+        if key in stored and value.is_floating_point() and QUANTISED.match(stored[key].dtype):
+            raise InputError(
+                f"{where}: {key} is quantised ({stored[key].dtype}); give the original weights, in float32, float16 or "
+                "bfloat16"
+            )
 
 
 def _converted(state_dict, model, architecture, origin):
@@ -129,7 +170,7 @@ def _tower(state_dict, architecture):
 
 
 def _read_npz(path, model, architecture, option):
-    check_file(path, option)
+    files_of(path, option)
     if not hasattr(model, "load_pretrained"):
         raise InputError(
             f"{option} {path}: timm reads no .npz for a {type(model).__name__}; convert it to .safetensors"
@@ -154,57 +195,18 @@ def _read_npz(path, model, architecture, option):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Published weights
-
-
-def create_pretrained(name: str, kwargs: dict, option: str, remedy: str) -> nn.Module:
-    """A model with its published weights, from the hub or its local cache.
-
-    ``option`` named it, and ``remedy`` is what the user can do if the weights cannot be had, both for errors.
-
-    Raises:
-        InputError: there are none, or they cannot be fetched.
-    """
-    if not create_model(name, option=option, **{**kwargs, "device": "meta"}).pretrained_cfg.get("tag"):
-        raise InputError(f"{option} {name}: timm has no weights for it; {remedy}")
-    try:
-        return create_model(name, option=option, pretrained=True, **kwargs)
-    except OSError as error:  # what requests, urllib and huggingface_hub raise without a network or such a file
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{option} {name}: cannot fetch its weights ({reason}); {remedy}") from error
-
-
-def open_published(name: str, model: nn.Module, kwargs: dict, option: str, remedy: str) -> Mapping:
-    """The published weights of a model; read tensor by tensor if the hub's cache has them under timm's names.
-
-    The hub is not asked whether it has a newer file than the cache.
-
-    Args, Raises: as ``create_pretrained``. ``model`` may be on the meta device.
-    """
-    file = downloaded_file(model.pretrained_cfg)
-    stored = file and _stored_under_timms_names(file, model, f"{option} {name}:")
-    if stored:
-        return Weights(stored)
-    return create_pretrained(name, kwargs, option, remedy).state_dict()
-
-
-def downloaded_file(pretrained_cfg: dict) -> Path | None:
-    """The file in the hub's local cache that timm took the pretrained weights from, or None if there is none."""
-    repository = pretrained_cfg.get("hf_hub_id")
-    for name in (pretrained_cfg.get("hf_hub_filename"), "model.safetensors", "pytorch_model.bin"):
-        if repository and name:
-            path = huggingface_hub.try_to_load_from_cache(repository, name)
-            if isinstance(path, str):
-                return Path(path)
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------
 # The images that a teacher was trained on
 
 
 def normalization(imagenet: bool) -> tuple:
     """(mean, std) by channel that images are normalised with: ImageNet's, or 0.5 and 0.5."""
+    from timm.data import (
+        IMAGENET_DEFAULT_MEAN,
+        IMAGENET_DEFAULT_STD,
+        IMAGENET_INCEPTION_MEAN,
+        IMAGENET_INCEPTION_STD,
+    )
+
     if imagenet:
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import warnings
+from dataclasses import is_dataclass
 from functools import partial
 
 import timm
@@ -14,6 +15,7 @@ import torch
 import torch.nn as nn
 from timm.layers import to_2tuple
 from timm.models import is_model
+from timm.models._hub import load_model_config_from_path
 from torch.overrides import TorchFunctionMode
 
 from weight_selection.errors import InputError
@@ -24,7 +26,10 @@ from weight_selection.sources.architectures import (
     found_components,
     keys_inside,
 )
+from weight_selection.sources.directories import CONFIG, Directory, read_config
 from weight_selection.sources.facts import ModelFacts
+from weight_selection.sources.names import TIMM, place_of, split_name
+from weight_selection.sources.names import check_name as check_scheme
 
 # The paper's name -> timm's architecture and what differs from it. Kept out of timm's registry, where some of
 # these names mean something else. The CLIP variants normalise before the first block, as CLIP's ViT-B does. OpenAI
@@ -42,11 +47,20 @@ PAPER_MODELS = {
     "convnext_tiny": ("convnext_tiny", {}),
 }
 
+BUILD = "build_model_with_cfg"  # timm's function that creates a model
+GENERATORS = ("_gen_", "_create_")  # functions of timm that compute the arguments of a class begin so
+# What a config.json must not say: arguments of timm's create_model that are not the model's, and of its configuration
+# what names files.
+CALLERS_OWN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+LOADED = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
 IMAGE_SIZE = 224  # pixels; of a model of timm's class that timm's factory did not build
 
 
 def check_name(name: str, option: str) -> None:
     """Raise InputError, with near matches, unless ``create_model`` knows the name that ``option`` gave."""
+    if split_name(name)[0]:
+        check_scheme(name, option, TIMM)
+        return
     if name in PAPER_MODELS or is_model(name):
         return
     known = list(PAPER_MODELS) + timm.list_models()
@@ -55,13 +69,43 @@ def check_name(name: str, option: str) -> None:
     raise InputError(f"{option} {name}: no such model; {hint}")
 
 
+def architecture_of(name: str, option: str) -> tuple:
+    """What a name stands for: (timm's architecture, the arguments that it is created with).
+
+    Raises:
+        InputError: as ``check_name``, or timm did not save what is in the directory or repository of that name.
+    """
+    check_name(name, option)
+    place = place_of(name, option, "save a copy and name it local-dir:DIR")
+    return PAPER_MODELS.get(name, (name, {})) if place is None else _saved_architecture(place)
+
+
+def _saved_architecture(place):
+    """As ``architecture_of``, of a directory or repository that timm saved a model in."""
+    config = read_config(place)
+    if not isinstance(config.get("architecture"), str):
+        hint = "write transformers: before its name" if "model_type" in config else "name one that timm saved"
+        raise InputError(f"{place.where}: its {CONFIG} has no architecture of timm's; {hint}")
+    try:
+        cfg, architecture, kwargs = load_model_config_from_path(place.file(CONFIG).parent)
+        for key in CALLERS_OWN & kwargs.keys():
+            raise ValueError(f"model_args has {key}, which is not the model's")
+        check_name(architecture, f"{place.where}: {CONFIG},")
+    except (TypeError, ValueError, AttributeError, LookupError) as error:  # timm trusts what it reads
+        raise InputError(f"{place.where}: its {CONFIG} is not timm's ({error})") from error
+    cfg = {key: value for key, value in cfg.items() if key not in LOADED}
+    if isinstance(place, Directory):
+        return architecture, {**kwargs, "pretrained_cfg": {**cfg, "file": str(place.path), "source": "local-dir"}}
+    return architecture, {**kwargs, "pretrained_cfg": {**cfg, "hf_hub_id": place.name, "source": "hf-hub"}}
+
+
 def create_model(
     name: str, *, option: str = "--model", input_size: int | None = None, device="cpu", **kwargs
 ) -> nn.Module:
     """Build a model with its random initialisation, or with ``pretrained=True`` its published weights.
 
     Args:
-        name: one of ``PAPER_MODELS`` or any name timm accepts, old or new, with or without a tag.
+        name: one of ``PAPER_MODELS`` or any name timm accepts, old or new, with or without a tag or a scheme.
         option: the command-line option the name came from, for errors.
         input_size: side of the square input in pixels; ``img_size`` of models whose weights depend on it.
         device: where to create it; ``"meta"`` gives shapes without memory.
@@ -70,8 +114,7 @@ def create_model(
     Raises:
         InputError: unknown name or tag, or arguments the architecture refuses.
     """
-    check_name(name, option)
-    architecture, defaults = PAPER_MODELS.get(name, (name, {}))
+    architecture, defaults = architecture_of(name, option)
     kwargs = {**defaults, **kwargs}
     try:
         with _on(device), warnings.catch_warnings():
@@ -83,7 +126,7 @@ def create_model(
                     kwargs["img_size"] = input_size
             model = _build(architecture, kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
-        given = " ".join(f"{key}={value}" for key, value in kwargs.items())
+        given = " ".join(f"{key}={value}" for key, value in kwargs.items() if key != "pretrained_cfg")
         raise InputError(f"{option} {name}: timm cannot build it with {given or 'no arguments'}: {error}") from error
     channels, *size = model.pretrained_cfg["input_size"]  # timm keeps the published weights' even if told otherwise
     built = kwargs.get("in_chans", channels), *to_2tuple(kwargs.get("img_size") or input_size or size)
@@ -96,24 +139,80 @@ def _build(architecture, kwargs):
     try:
         return timm.create_model(architecture, **kwargs)
     except TypeError as error:
-        if "multiple values for keyword argument" not in str(error):
+        if "multiple values for" not in str(error):
             raise
-    entrypoint = timm.models.model_entrypoint(timm.models.split_model_name_tag(architecture)[0])
     of_timm = inspect.signature(timm.create_model).parameters
     own = {key: value for key, value in kwargs.items() if key not in of_timm}
-    with _overriding(sys.modules[entrypoint.__module__], own):
+    with _overriding(architecture, own):
         return timm.create_model(architecture, **{key: value for key, value in kwargs.items() if key in of_timm})
 
 
 @contextlib.contextmanager
-def _overriding(module, kwargs):
-    """Let the models that a module of timm builds take these arguments in place of those that their names fix."""
-    build = module.build_model_with_cfg
-    module.build_model_with_cfg = lambda *args, **given: build(*args, **given | kwargs)
+def _overriding(architecture, kwargs):
+    """Let the models that timm builds take these arguments in place of those that their names fix.
+
+    Some of timm's names compute the arguments of the class from others, such as EfficientNet's channel_multiplier, in
+    a function whose name begins with one of ``GENERATORS``. Such an argument is given to that function.
+
+    Yields:
+        [(function, its arguments)] of these functions and of ``build_model_with_cfg``, as they are called.
+    """
+    entrypoint = timm.models.model_entrypoint(timm.models.split_model_name_tag(architecture)[0])
+    module = sys.modules[entrypoint.__module__]
+    left, calls = dict(kwargs), []
+
+    def overridden(name, function):
+        parameters = inspect.signature(function).parameters
+
+        def call(*args, **given):
+            given = dict(zip(parameters, args, strict=False)) | given
+            taken = [key for key in left if key in parameters or name == BUILD]
+            given |= {key: left.pop(key) for key in taken}
+            calls.append((function, given))
+            return function(**given)
+
+        return call
+
+    own = {name: value for name, value in vars(module).items() if name == BUILD or _computes_arguments(name, value)}
+    vars(module).update({name: overridden(name, function) for name, function in own.items()})
     try:
-        yield
+        yield calls
     finally:
-        module.build_model_with_cfg = build
+        vars(module).update(own)
+
+
+def _computes_arguments(name, value):
+    return name.startswith(GENERATORS) and "pretrained" in inspect.signature(value).parameters
+
+
+def arguments_of(name: str, kwargs: dict, option: str) -> dict:
+    """{argument: value} that timm builds a model of this name with: given, fixed by the name, or the class's default.
+
+    Args:
+        name, kwargs, option: as of ``create_model``.
+    """
+    architecture, defaults = architecture_of(name, option)
+    kwargs = {**defaults, **kwargs}
+    of_timm = {key: kwargs.pop(key) for key in inspect.signature(timm.create_model).parameters if key in kwargs}
+    with _on("meta"), _overriding(architecture, kwargs) as calls:
+        timm.create_model(architecture, **of_timm)
+    arguments = {}
+    for function, given in reversed(calls):  # the last one builds; what it is called by, the user can give
+        parameters = inspect.signature(function).parameters
+        if function.__name__ != BUILD:
+            fixed = {key: value.default for key, value in parameters.items() if value.kind is not value.VAR_KEYWORD}
+            given = {key: value for key, value in (fixed | given).items() if key in fixed}
+            arguments |= {key: value for key, value in given.items() if key not in ("variant", "pretrained")}
+            continue
+        defaults = {
+            key: value.default
+            for key, value in inspect.signature(given["model_cls"]).parameters.items()
+            if value.default is not value.empty
+        }
+        config = given.get("model_cfg")
+        defaults |= vars(config) if is_dataclass(config) else {}
+        arguments |= defaults | {key: value for key, value in given.items() if key not in parameters}
+    return arguments
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""State_dicts in files: reading those that may come from strangers, lazily where the format allows it, and writing."""
+"""State_dicts in files and directories: read safely, as they may be a stranger's, lazily where possible; written."""
 
 import argparse
 import contextlib
@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from weight_selection.errors import InputError
-from weight_selection.files import check_file
+from weight_selection.sources.directories import files_of
 from weight_selection.sources.safe_load import is_archive, is_plain, load_torch, map_torch, read_mapped
 from weight_selection.sources.torchscript import is_torchscript, read_torchscript
 
@@ -25,12 +25,12 @@ ALSO = (argparse.Namespace,)  # most training scripts keep their options in one,
 
 
 def read_weights(path, option: str, nested=NESTED) -> dict:
-    """Read a state_dict from a .safetensors file, a TorchScript archive or any file of ``torch.save``.
+    """Read a state_dict from a .safetensors file, a TorchScript archive, any file of ``torch.save``, or a directory.
 
-    No code from the file is run.
+    No code from a file is run.
 
     Args:
-        path, option: the file, and the option that named it, for errors.
+        path, option: the file or directory, and the option that named it, for errors.
         nested: keys under which the state_dict may be nested; the first that is there and not None is taken.
 
     Returns:
@@ -39,18 +39,30 @@ def read_weights(path, option: str, nested=NESTED) -> dict:
     Raises:
         InputError: the file is missing, empty or truncated, has code in it, or holds no state_dict.
     """
-    return _state_dict(_read(Path(path), option), nested, option, path)
+    return read_files(files_of(path, option), option, nested)
+
+
+def read_files(files: list, option: str, nested=NESTED) -> dict:
+    """As ``read_weights``, of the shards of one state_dict."""
+    state_dict = {}
+    for file in files:
+        state_dict |= _state_dict(_read(file, option), nested, option, file)
+    return state_dict
 
 
 def training_options(path, option: str) -> dict:
-    """The options of the run that a checkpoint of main.py belongs to; of any other file an empty dict."""
-    content = {} if Path(path).suffix in (".npz", ".safetensors") else _read(Path(path), option)
+    """The options of the run that a checkpoint of main.py belongs to; of any other file or directory an empty dict."""
+    files = files_of(path, option)
+    other = len(files) > 1 or files[0].suffix in (".npz", ".safetensors")
+    content = {} if other else _read(files[0], option)
     options = content.get("args") if isinstance(content, dict) else None
     return options if isinstance(options, dict) else {}
 
 
-def write_weights(state_dict: dict, path) -> None:
+def write_weights(state_dict: dict, path, provenance: str | None = None) -> None:
     """Write a plain state_dict: as safetensors if the suffix says so, else with ``torch.save``.
+
+    A safetensors file says in its metadata that it is PyTorch's, and where its weights come from.
 
     Use it within ``files.new_file``, which turns the OSError of a full disk into an InputError and leaves no half a
     file.
@@ -59,7 +71,8 @@ def write_weights(state_dict: dict, path) -> None:
         save_torch(state_dict, path)
         return
     try:
-        safetensors.torch.save_file(state_dict, path)
+        metadata = {"format": "pt"} | ({"provenance": provenance} if provenance else {})
+        safetensors.torch.save_file(state_dict, path, metadata)
     except safetensors.SafetensorError as error:
         raise OSError(str(error)) from error
 
@@ -87,7 +100,6 @@ def first_mismatch(state_dict: Mapping, model: nn.Module, may_be_missing=lambda 
 
 
 def _read(path, option):
-    check_file(path, option)
     if path.suffix == ".safetensors":
         with _safetensors(path, option) as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
@@ -121,10 +133,17 @@ def _without_wrappers(content):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file; ``read`` gives it on the CPU, or raises an InputError if its part of the file is damaged."""
+    """A tensor in a file.
+
+    Attributes:
+        shape: of the tensor.
+        read: gives it on the CPU, or raises an InputError if its part of the file is damaged.
+        dtype: the file's name for the kind of its numbers, such as F32 or float32.
+    """
 
     shape: tuple
     read: Callable[[], torch.Tensor]
+    dtype: str
 
 
 class Weights(Mapping):
@@ -144,22 +163,42 @@ class Weights(Mapping):
 
 
 def open_state_dict(path, option: str) -> dict | None:
-    """{key: ``StoredTensor``} of a file whose tensors can be read one by one; None if it has to be read whole.
+    """{key: ``StoredTensor``} of a file or directory; None if a file has to be read whole to find its tensors.
 
     Raises:
         InputError: as ``read_weights``.
     """
-    check_file(path, option)
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path, option)
+    return open_files(files_of(path, option), option)
+
+
+def open_files(files: list, option: str) -> dict | None:
+    """As ``open_state_dict`` of the shards of one state_dict."""
+    stored = {}
+    for file in files:
+        shard = _open_safetensors(file, option) if file.suffix == ".safetensors" else _open_torch(file, option)
+        if shard is None:
+            return None
+        stored |= shard
+    return stored
+
+
+def stored_whole(state_dict: dict) -> dict:
+    """{key: ``StoredTensor``} of tensors in memory."""
+    return {key: StoredTensor(tuple(v.shape), partial(_same, v), str(v.dtype)) for key, v in state_dict.items()}
+
+
+def _same(value):
+    return value
+
+
+def _open_torch(path, option):
     if path.suffix == ".npz" or not is_archive(path) or is_torchscript(path):
         return None
     if (mapped := map_torch(path, option, ALSO)) is None:
         return None
     content, sums = mapped
     return {
-        key: StoredTensor(tuple(value.shape), partial(read_mapped, value, sums, path, option))
+        key: StoredTensor(tuple(value.shape), partial(read_mapped, value, sums, path, option), str(value.dtype))
         for key, value in _state_dict(content, NESTED, option, path).items()
     }
 
@@ -169,9 +208,12 @@ def _open_safetensors(path, option):
         with _safetensors(path, option) as file:
             return file.get_tensor(key).clone()
 
+    stored = {}
     with _safetensors(path, option) as file:
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, it is no dict
-    return _without_wrappers({key: StoredTensor(shape, partial(read, key)) for key, shape in shapes.items()})
+        for key in file.keys():  # noqa: SIM118, it is no dict
+            values = file.get_slice(key)
+            stored[key] = StoredTensor(tuple(values.get_shape()), partial(read, key), values.get_dtype())
+    return _without_wrappers(stored)
 
 
 @contextlib.contextmanager

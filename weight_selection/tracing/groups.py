@@ -119,9 +119,11 @@ def _sort(dims, position):
     repeated = Counter(dim.tobytes() for dim in dims)
     vectors = {content: np.frombuffer(content, np.int64) for content in repeated}
     random = np.random.Generator(np.random.PCG64(0))
-    signature = np.zeros(len(position), np.uint64)  # of a label: the sum of a random number for each dimension it is in
+    signature = np.zeros(len(position), np.uint64)  # of a label: a random number for each time it is in a dimension
     for content, times in repeated.items():
-        signature[np.unique(vectors[content])] += random.integers(2**62, size=times, dtype=np.uint64).sum()
+        labels, counts = np.unique(vectors[content], return_counts=True)
+        number = random.integers(2**62, size=times, dtype=np.uint64).sum()
+        signature[labels] += number * counts.astype(np.uint64)
     signature[position] ^= np.uint64(1 << 63)  # positions and neurons are never of one group
     group, rank, members = np.full(len(position), -1), np.full(len(position), -1), []
     for vector in vectors.values():

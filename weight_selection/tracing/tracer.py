@@ -82,6 +82,7 @@ class Tracer(TorchDispatchMode):
         self._weights = {}  # id of a parameter's view: (the view, the parameter, is it transposed)
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
         self._uniform = {}  # storage of a tensor that has one value everywhere: the tensor
+        self._differing = {}  # storage of a tensor without labels: (it, the dimensions along which its values differ)
 
     def get(self, tensor):
         """The ``AxisLabels`` of a tensor, one for each independent axis of neurons."""
@@ -123,12 +124,23 @@ class Tracer(TorchDispatchMode):
             rule(self, func, out, *args, **kwargs)
         elif name in ALONE | KEEP and self._is_uniform(args[0]):
             self._uniform[_storage(out)] = out
+        elif name in ALONE | TOGETHER and isinstance(out, torch.Tensor):
+            dims = (dim + out.ndim - x.ndim for x in arguments for dim in self._differs(x))
+            self._differing[_storage(out)] = out, frozenset(dims) & varying(out)
         if name.endswith("_") and len(arguments) > 1:  # written into
             self._uniform.pop(_storage(out), None)
+            self._differing.pop(_storage(out), None)
         return out
 
     def _is_uniform(self, tensor):
         return _storage(tensor) in self._uniform
+
+    def _differs(self, tensor):
+        """The dimensions along which the values of a tensor may differ."""
+        if self._is_uniform(tensor):
+            return frozenset()
+        found = self._differing.get(_storage(tensor))
+        return found[1] if found and found[0] is tensor else varying(tensor)  # an expanded dimension holds one value
 
     # -- rules: each gives the outputs of an operation their labels
 
@@ -278,7 +290,7 @@ class Tracer(TorchDispatchMode):
             if self._is_uniform(tensor):
                 continue
             lead = len(shape) - tensor.ndim
-            full = frozenset(dim + lead for dim in varying(tensor))  # an expanded dimension holds one value
+            full = frozenset(dim + lead for dim in self._differs(tensor))
             axes = [core(axis)[(None,) * lead].expand(shape) for axis in self.get(tensor)]
             if tensor is tensors[0] or not filled and not result:
                 result, filled = axes, full
@@ -357,9 +369,10 @@ class Tracer(TorchDispatchMode):
                 raise Untraceable("a product sums over neurons that differ from place to place")
         elif ours is not None or theirs is not None:
             lone, dim = (ours, our_dim) if ours is not None else (theirs, their_dim)
-            if varying(lone) != {dim}:
-                raise Untraceable("a product sums over neurons with what are none")
-            self._positions(core(lone))
+            if varying(lone) == {dim}:
+                self._positions(core(lone))
+            else:  # each head has the same positions
+                self._constrain(lone, None, {dim})
         heads = None if ours is None else self._heads(ours, {our_dim})
         if heads is not None:
             return [heads], []
@@ -699,9 +712,17 @@ class _Modules:
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, which shares no weight and takes no memory."""
+    """A copy on the meta device, which shares no weight and takes no memory.
+
+    Where its config lets a model choose, the copy computes attention from matrix products: fused kernels do not run on
+    the meta device, and masks for them are made by looking at values.
+    """
     memo = {}
     for tensor in chain(model.parameters(), model.buffers()):
         bare = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
-    return copy.deepcopy(model, memo)
+    skeleton = copy.deepcopy(model, memo)
+    for module in skeleton.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
+            module.config._attn_implementation = "eager"
+    return skeleton

@@ -1,0 +1,254 @@
+"""Hugging Face's models of language, of speech, and of text with images: proofs, tied tensors, rows of tokens."""
+
+import pytest
+import torch
+import torch.nn as nn
+import transformers
+
+from proofs import check_consistent, check_hidden, structures, traced
+from weight_selection import InputError, select_weights
+from weight_selection.plan import SelectionOptions, plan_selection
+from weight_selection.report import group_lines, layer_lines, summary
+from weight_selection.sources.transformers_inputs import TOKENS, example_inputs
+
+WORDS = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
+TEXT = WORDS | {"max_position_embeddings": 16}
+
+
+def bert(heads, layers):
+    sizes = {"hidden_size": 8 * heads, "num_attention_heads": heads, "intermediate_size": 16 * heads}
+    return sizes | {"num_hidden_layers": layers}
+
+
+def distilbert(heads, layers):
+    return {"dim": 8 * heads, "n_heads": heads, "n_layers": layers, "hidden_dim": 16 * heads}
+
+
+def gpt2(heads, layers):
+    return {"n_embd": 8 * heads, "n_head": heads, "n_layer": layers}
+
+
+def llama(heads, layers):  # two queries for each key
+    return bert(heads, layers) | {"num_attention_heads": 2 * heads, "num_key_value_heads": heads, "head_dim": 8}
+
+
+def t5(heads, layers):
+    depths = {"num_layers": layers, "num_decoder_layers": layers}
+    return depths | {"d_model": 8 * heads, "d_kv": 8, "d_ff": 16 * heads, "num_heads": heads}
+
+
+def whisper(heads, layers):
+    sizes = {"layers": layers, "attention_heads": heads, "ffn_dim": 16 * heads}
+    return {"d_model": 8 * heads} | {f"{part}_{key}": sizes[key] for part in ("encoder", "decoder") for key in sizes}
+
+
+def clip(heads, layers):
+    images = bert(heads, layers) | {"image_size": 16, "patch_size": 8}
+    return {"text_config": bert(heads, layers) | TEXT, "vision_config": images, "projection_dim": 4 * heads}
+
+
+# name: (class, its config's, values of both, sizes of (heads, layers), heads and layers of the teacher and the student,
+# factor of the teacher's logits). A head that is tied reads all neurons of the stream, of which the teacher has twice
+# as many. BERT and its like normalise after a branch, so that no values make a layer the identity.
+MODELS = {
+    "bert": ("BertForMaskedLM", "BertConfig", TEXT, bert, (4, 1), (2, 1), 2),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", TEXT, bert, (4, 1), (2, 1), 2),
+    "distilbert": ("DistilBertForMaskedLM", "DistilBertConfig", TEXT, distilbert, (4, 1), (2, 1), 2),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", WORDS | {"n_positions": 16}, gpt2, (4, 2), (2, 1), 2),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", TEXT, llama, (4, 2), (2, 1), 1),
+    "llama_tied": ("LlamaForCausalLM", "LlamaConfig", TEXT | {"tie_word_embeddings": True}, llama, (4, 2), (2, 1), 2),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", TEXT, llama, (4, 2), (2, 1), 1),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", TEXT, llama, (4, 2), (2, 1), 2),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        TEXT | {"query_pre_attn_scalar": 8, "final_logit_softcapping": None},
+        llama,
+        (4, 2),
+        (2, 1),
+        2,
+    ),
+    "t5": ("T5ForConditionalGeneration", "T5Config", WORDS, t5, (4, 2), (2, 1), 2**0.5),  # its logits are / sqrt(width)
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        WORDS | {"num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 16},
+        whisper,
+        (4, 2),
+        (2, 1),
+        2,
+    ),
+    "clip": ("CLIPModel", "CLIPConfig", {}, clip, (4, 2), (2, 1), 1),
+}
+
+
+def build(name, both, sizes=None, **changes):
+    """A model of a row of MODELS with random weights: ``both`` are its heads and layers."""
+    model, config, values, of, *_ = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, config)(**values | (sizes or of)(*both) | changes)
+    return getattr(transformers, model)(config).eval()
+
+
+def pair(name, **changes):
+    """The teacher and the student of a row of MODELS."""
+    return tuple(build(name, both, **changes) for both in MODELS[name][4:6])
+
+
+def inputs_of(model):
+    """Random inputs of a model, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {}
+    for name, value in example_inputs(model).items():
+        if name.endswith("input_ids"):
+            inputs[name] = torch.randint(4, WORDS["vocab_size"], (2, TOKENS), generator=generator)
+            inputs[name][:, -1] = WORDS["eos_token_id"]
+        elif isinstance(value, torch.Tensor) and value.is_floating_point():
+            inputs[name] = torch.randn(2, *value.shape[1:], dtype=torch.float64, generator=generator)
+    return inputs
+
+
+def logits(given):
+    """A model's logits, as far as a bias of its head does not add to them: the steps from token to token."""
+    return given.logits_per_image if "logits_per_image" in given else given.logits.diff(dim=1)
+
+
+@pytest.fixture
+def in_double(monkeypatch):
+    """Let norms compute in float64. They go to float32 whatever a model's dtype."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_hidden_student_is_what_the_teacher_computes_and_all_that_meets_keeps_its_neurons(name, request):
+    teacher, student = pair(name)
+    if name.startswith("gemma"):  # it multiplies its embedding by the square root of its width
+        teacher.model.embed_tokens.embed_scale = student.model.embed_tokens.embed_scale
+    both = structures(teacher, student)
+    check_consistent(teacher, both, (traced(teacher, both[0]), traced(student, both[1])))
+    request.getfixturevalue("in_double")
+    check_hidden(teacher, student, both, inputs_of(student), output=logits, factor=MODELS[name][6])
+
+
+def test_a_trace_leaves_the_models_own_attention():
+    model = build("llama", (2, 1))
+    before = model.config._attn_implementation
+    assert before != "eager"
+    structures(model, model)
+    assert model.config._attn_implementation == before
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tied tensors
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def plan_of(teacher, student, **options):
+    return plan_selection(*structures(teacher, student), SelectionOptions(**options))
+
+
+@pytest.mark.parametrize(("of_teacher", "of_student"), [(True, True), (False, True), (True, False), (False, False)])
+def test_heads_are_tied_as_the_students_are(of_teacher, of_student):
+    teacher = build("llama", (4, 1), tie_word_embeddings=of_teacher)
+    student = build("llama", (2, 1), tie_word_embeddings=of_student)
+    weights = select_weights(teacher, student)
+    missing = student.load_state_dict(weights, strict=False)
+    assert not missing.missing_keys and not missing.unexpected_keys
+    embedding, head = student.model.embed_tokens.weight, student.lm_head.weight
+    assert (embedding is head) == of_student
+    assert torch.equal(embedding, teacher.model.embed_tokens.weight[:, ::2])
+    assert torch.equal(head, embedding if of_student else teacher.lm_head.weight[:, ::2])
+    assert (weights[EMBEDDING] is weights[HEAD]) == of_student
+    plan = plan_of(teacher, student)
+    assert plan.tied == ({HEAD: EMBEDDING} if of_student else {})
+    assert plan.not_taken == ({HEAD: HEAD} if of_student and not of_teacher else {})
+    said = "; the teacher's lm_head.weight is not taken: the student's is tied to model.embed_tokens.weight"
+    assert summary(plan) == ("11 selected, 1 tied" if of_student else "12 selected") + said * len(plan.not_taken)
+
+
+def test_weights_of_a_tied_teacher_need_not_have_its_head():  # files of safetensors do not
+    teacher, student = pair("llama_tied")
+    weights = {key: value for key, value in teacher.state_dict().items() if key != HEAD}
+    assert torch.equal(select_weights(teacher, student, weights=weights)[HEAD], weights[EMBEDDING][:, ::2])
+
+
+def test_all_keys_of_a_tensor_that_t5_has_four_times_go_by_its_shared_embedding():
+    teacher, student = pair("t5")
+    names = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
+    assert plan_of(teacher, student).tied == dict.fromkeys(names, "shared.weight")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rows of tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "named"),
+    [
+        ("llama", {"vocab_size": 30}, "model.embed_tokens.weight, dimension 0: teacher's size 40, student's 30: "),
+        ("gpt2", {"vocab_size": 30}, "transformer.wte.weight, dimension 0: teacher's size 40, student's 30: "),
+        ("gpt2", {"n_positions": 8}, "transformer.wpe.weight, dimension 0: teacher's size 16, student's 8: "),
+        ("t5", {"relative_attention_num_buckets": 16}, "attention_bias.weight, dimension 0: teacher's size 32"),
+        ("llama", {"head_dim": 4}, "self_attn.q_proj.weight, dimension 0: .* must be the same"),
+    ],
+)
+def test_other_vocabularies_positions_and_heads_are_refused(name, changes, named):
+    teacher, student = build(name, MODELS[name][4]), build(name, MODELS[name][5], **changes)
+    with pytest.raises(InputError, match=named):
+        plan_of(teacher, student)
+
+
+class Words(nn.Module):
+    """A model of words with a head of its own, and a second one."""
+
+    def __init__(self, width, words=40, outputs=40):
+        super().__init__()
+        self.embedding, self.body = nn.Embedding(words, width), nn.Linear(width, width)
+        self.head, self.task = nn.Linear(width, outputs, bias=False), nn.Linear(width, 2)
+
+    def forward(self, tokens):
+        features = self.body(self.embedding(tokens))
+        return self.head(features), self.task(features)
+
+
+@pytest.mark.parametrize("classifier", [None, (), ("task",)])
+def test_rows_of_an_untied_head_are_tokens(classifier):
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    teacher, student = Words(8), Words(4)
+    weights = select_weights(teacher, student, example_inputs=tokens, classifier=classifier)
+    assert torch.equal(weights["head.weight"], teacher.head.weight[:, ::2])
+    assert ("task.weight" in weights) == (classifier != ("task",))
+    if classifier is not None:  # otherwise the head is taken to be the task's
+        with pytest.raises(InputError, match="head"):
+            select_weights(teacher, Words(4, outputs=20), example_inputs=tokens, classifier=classifier)
+
+
+def test_a_tied_head_is_no_classifier_by_itself():
+    teacher, student = pair("llama_tied")
+    with pytest.raises(InputError, match="lm_head.weight is of the classifier, but it is the tensor of model.embed"):
+        select_weights(teacher, student, classifier=("lm_head",))
+    weights = select_weights(*pair("llama"), classifier=("lm_head",))
+    assert HEAD not in weights and EMBEDDING in weights
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A plan of two configs
+
+
+def test_a_deep_llama_is_planned_from_configs_alone():
+    def skeleton(heads, layers):
+        with torch.device("meta"):
+            return build("llama", (heads, layers))
+
+    teacher, student = skeleton(13, 5), skeleton(8, 3)
+    both = structures(teacher, student)
+    plan = plan_selection(*both, SelectionOptions(layer_selection="uniform"))
+    assert group_lines(plan) == [
+        "stream: 104 -> 64, uniform, in 30 tensors",
+        "model.layers.{0..2}.self_attn: 13x4 -> 8x4, uniform, in 2 tensors each",
+        "model.layers.{0..2}.self_attn: 104 -> 64, uniform, in 2 tensors each",
+        "model.layers.{0..2}.mlp: 208 -> 128, uniform, in 3 tensors each",
+    ]
+    assert layer_lines(plan, both[0].layers, both[1].layers) == ["model.layers.{0..2} from 0, 2, 4"]

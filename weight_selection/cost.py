@@ -1,0 +1,29 @@
+"""What a model costs: its parameters, and the multiply-adds of one example's forward pass."""
+
+import torch
+import torch.nn as nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from weight_selection.tracing.tracer import skeleton_of
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many parameters a model has; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def multiply_adds(model: nn.Module, inputs: tuple | dict) -> int:
+    """Multiply-adds of the matrix products and convolutions of a forward pass, for as many examples as the inputs have.
+
+    They are counted without computing: the model may be on any device, also on the meta device.
+
+    Args:
+        inputs: arguments of the forward pass, or a dict of keyword arguments.
+    """
+    skeleton = skeleton_of(model).eval()
+    inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("meta"), inputs)
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        skeleton(*args, **kwargs)
+    return counter.get_total_flops() // 2

@@ -1,0 +1,73 @@
+"""Example inputs of Hugging Face's models, from what a model's config records and what its forward takes."""
+
+import inspect
+
+import torch
+
+IMAGE_SIZE = 224  # pixels, of models whose config records none
+TOKENS = 8  # in a sequence; any number would do, as a trace does not look at them
+
+
+def example_inputs(model) -> dict:
+    """Keyword arguments of a Hugging Face model's forward pass: a batch of one.
+
+    Images have the size that the config records, sounds the number of frames, sequences a few tokens. Images and sounds
+    are on the meta device: a trace needs their shapes only. Tokens and masks are small and have values, with which a
+    model can also be run.
+
+    Args:
+        model: a ``PreTrainedModel``, on any device.
+
+    Returns:
+        {name: tensor}, of as many of ``pixel_values``, ``input_features``, ``input_ids`` and ``decoder_input_ids`` as
+        the forward takes, with a mask where one is needed, and ``use_cache=False`` where it is taken.
+    """
+    config, takes = model.config, inspect.signature(model.forward).parameters
+    inputs = {}
+    if "pixel_values" in takes:
+        inputs["pixel_values"] = torch.empty(1, *image_shape(config), device="meta")
+    if "input_features" in takes and hasattr(config, "num_mel_bins"):
+        inputs["input_features"] = torch.empty(1, config.num_mel_bins, _frames(model), device="meta")
+    if "input_ids" in takes:
+        inputs |= _tokens(takes, "", _is_causal(model) and not config.is_encoder_decoder)
+    if "decoder_input_ids" in takes and config.is_encoder_decoder:
+        inputs |= _tokens(takes, "decoder_", _is_causal(model))
+    if inputs and "use_cache" in takes:  # of keys and values of earlier tokens
+        inputs["use_cache"] = False
+    return inputs
+
+
+def token_heads(model) -> tuple:
+    """Names of the linear layers whose outputs are tokens: a language model's head."""
+    head = model.get_output_embeddings()
+    return tuple(name for name, module in model.named_modules() if module is head)
+
+
+def image_shape(config) -> tuple:
+    """(channels, height, width) of the images that a model with this config is built for; sizes in pixels."""
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", None) or IMAGE_SIZE
+    height, width = (size, size) if isinstance(size, int) else size
+    return getattr(config, "num_channels", 3), height, width
+
+
+def _frames(model):
+    """The fixed number of frames that Whisper's encoder takes: its convolutions halve them to its positions."""
+    return 2 * model.config.max_source_positions
+
+
+def _tokens(takes, prefix, masked):
+    """A sequence, and a mask that lets every token be seen.
+
+    Whether it needs a causal mask alone, a model finds out from the values of positions, which the meta device does not
+    have, unless it is given another mask. Of models that are not causal the opposite is true.
+    """
+    inputs = {f"{prefix}input_ids": torch.zeros(1, TOKENS, dtype=torch.int64)}
+    if masked and f"{prefix}attention_mask" in takes:
+        inputs[f"{prefix}attention_mask"] = torch.ones(1, TOKENS, dtype=torch.int64)
+    return inputs
+
+
+def _is_causal(model):
+    """Whether tokens see only those before them."""
+    return any(getattr(module, "is_causal", False) for module in model.modules())

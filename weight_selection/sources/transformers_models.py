@@ -1,0 +1,109 @@
+"""What Hugging Face's models answer about themselves: their task's modules, their base model, their positions.
+
+Its models say much in their classes and configs: the kind (``model_type``), the prefix of the base model, the size of
+images. Names of classes say the rest: a base model is a ``...Model``, one for a task a ``...For<Task>``.
+"""
+
+import re
+
+import torch.nn as nn
+from transformers import PreTrainedModel
+
+from weight_selection.sources.architectures import NO_KEYS, Architecture, keys_inside
+from weight_selection.sources.facts import ModelFacts, facts_of_any
+from weight_selection.sources.transformers_inputs import example_inputs, image_shape, token_heads
+
+# Tasks whose modules are a classifier. Language models and decoders of masked images are selected.
+CLASSIFICATION = r"For(\w*Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)"
+NORM, ATTENTION = r"Norm", r"Attention"  # in the names of classes
+MLP = r"(MLP|Mlp|FFN|FeedForward|Intermediate|Output|LayerFF)$"
+MLP_LAYERS = r"(fc|pwconv|pointwise_conv)\d$"  # in the names of modules; their blocks have no class for the MLP
+POSITIONS = r"(^|\.)(position_embeddings?|embed_positions|wpe)(\.weight)?$"
+POOLER = r"(^|\.)pooler\."  # from which no head reads but those of classes of sequences
+
+
+def model_facts(model: nn.Module) -> ModelFacts:
+    """What one of Hugging Face's models answers; it may be on the meta device."""
+    if not isinstance(model, PreTrainedModel):  # a part of one
+        return facts_of_any(model)
+    inputs = example_inputs(model)
+    name, convolution = _first_convolution(model) if "pixel_values" in inputs else (None, None)
+    first = {f"{name}.weight": convolution} if name else {}
+    prefix = _base_prefix(model)
+    classifier = keys_inside(_classifier(model, prefix)) or NO_KEYS
+    components = {**_components(model), "patch_embed": keys_inside([name] if name else [])}
+    components["pos_embed"] = POSITIONS if any(re.search(POSITIONS, key) for key in model.state_dict()) else None
+    return ModelFacts(
+        architecture=Architecture(
+            name=model.config.model_type,
+            classifier=classifier,
+            components={component: pattern for component, pattern in components.items() if pattern},
+        ),
+        inputs=inputs or None,
+        first_convolutions=first,
+        grid=_grid(model.config, convolution) if name else None,
+        token_heads=token_heads(model),
+        position_embeddings=_positions_of_patches(model, name) if name else (),
+        prefix=prefix,
+        spare=rf"{POOLER}|^(?!{re.escape(prefix)})" if prefix else POOLER,
+    )
+
+
+def _base_prefix(model):
+    """What stands before the keys of the base model that a model with a head wraps."""
+    inner = model.base_model
+    if inner is not model:
+        wraps = type(inner).__name__.endswith("Model")  # else a part of a base model, such as an encoder
+        return f"{model.base_model_prefix}." if wraps else ""
+    towers = [name for name, child in model.named_children() if _is_base(child)]
+    return f"{towers[0]}." if len(towers) == 1 and "For" in type(model).__name__ else ""
+
+
+def _is_base(module):
+    return isinstance(module, PreTrainedModel) and type(module).__name__.endswith("Model")
+
+
+def _classifier(model, prefix):
+    """Names of the modules that belong to a task of classification: all beside the base model."""
+    if not re.search(CLASSIFICATION, type(model).__name__):
+        return ()
+    children = model.named_children()
+    return [name for name, m in children if f"{name}." != prefix and not isinstance(m, PreTrainedModel)]
+
+
+def _components(model):
+    """{name that ``exclude`` takes: pattern}, of the modules that have tensors of their own (Table 10)."""
+    found = {"attention": [], "norm": [], "mlp": []}
+    classes = {name: type(module).__name__ for name, module in model.named_modules()}
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is None:
+            continue
+        parts = name.split(".")
+        around = [classes[".".join(parts[:end])] for end in range(1, len(parts) + 1)]
+        if re.search(NORM, classes[name]):
+            found["norm"].append(name)
+        elif any(re.search(ATTENTION, cls) for cls in around):
+            found["attention"].append(name)
+        elif any(re.search(MLP, cls) for cls in around) or re.search(MLP_LAYERS, name):
+            found["mlp"].append(name)
+    return {component: keys_inside(names) for component, names in found.items()}
+
+
+def _first_convolution(model):
+    """(name, convolution) that takes the image, or (None, None)."""
+    convolutions = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    return next(convolutions, (None, None))
+
+
+def _grid(config, convolution):
+    """(height, width) of the grid of patches."""
+    sides = zip(image_shape(config)[1:], convolution.kernel_size, convolution.stride, strict=True)
+    return tuple((size - kernel) // stride + 1 for size, kernel, stride in sides)
+
+
+def _positions_of_patches(model, convolution):
+    """Keys of the position embeddings that stand in a module around the first convolution."""
+    parts = convolution.split(".")
+    around = {".".join(parts[:end]) for end in range(len(parts))}
+    found = ((key, re.search(POSITIONS, key)) for key in model.state_dict())
+    return tuple(key for key, match in found if match and key[: match.start()] in around)
