@@ -9,7 +9,7 @@ from torch import Tensor
 from weight_selection.errors import InputError
 from weight_selection.projection.activation_tap import ActivationTap, vectors
 from weight_selection.projection.equations import Moments, Variances
-from weight_selection.projection.symmetries import STRONGEST
+from weight_selection.projection.symmetries import LAYER_NORM, RMS_NORM, STRONGEST
 from weight_selection.projection.traced_model import TracedModel
 
 
@@ -42,7 +42,7 @@ class ActivationStats:
         for batch in images:
             recorder = _BatchRecorder(self)
             with ActivationTap(teacher.model, recorder.dense, recorder.norm, recorder.scale):
-                teacher.model(batch)
+                teacher.run(batch)
             followed = recorder.followed
         for key, moments in self.moments.items():
             if not moments.total.isfinite().all():
@@ -116,10 +116,13 @@ class _BatchRecorder:
         if group is not None:
             self.followed.add(self._last_norm.get(group, key))
             self._last_norm[group] = key
-            n = F.layer_norm(x, y.shape[-1:]).reshape(-1, y.shape[-1])
+            normalise = F.layer_norm if self.stats.teacher.symmetries.kind(key) == LAYER_NORM else F.rms_norm
+            n = normalise(x, y.shape[-1:]).reshape(-1, y.shape[-1])
             self.stats.add_normalised(key, n, self._ran)
         return y
 
     def scale(self, key, x):
-        if isinstance(x, torch.Tensor) and x.data_ptr() in self._outputs:
+        if self.stats.teacher.symmetries.kind(key) == RMS_NORM:  # it is written out, and x is normalised already
+            self.norm(key, x, x)
+        elif isinstance(x, torch.Tensor) and x.data_ptr() in self._outputs:
             self.stats.scaled[key] = self._outputs[x.data_ptr()][0]

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # Function: places of the input and of the weight among its arguments.
 DENSE = {F.linear: (0, 1), F.conv2d: (0, 1), torch.conv2d: (0, 1), torch.addmm: (1, 2)}
 DENSE |= dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), (0, 1))
+NORMS = {F.layer_norm, F.rms_norm}
 PRODUCTS = {"mul", "mul_", "__mul__", "__rmul__"}
 
 
@@ -23,7 +24,7 @@ class ActivationTap(TorchFunctionMode):
         model: the model that is going to run.
         dense: ``(key of the weight, input, output) -> output``, called after every linear layer and convolution. The
             model goes on with the output that it returns.
-        norm: the same, called after every ``layer_norm`` with the key of its gain.
+        norm: the same, called after every ``layer_norm`` and ``rms_norm`` with the key of its gain.
         scaled: ``(key of a parameter, other factor)``, called before every product with a parameter.
     """
 
@@ -43,7 +44,7 @@ class ActivationTap(TorchFunctionMode):
         elif func is F.multi_head_attention_forward:
             with _HiddenProducts(self):
                 return func(*args, **kwargs)
-        elif func is F.layer_norm and self.norm is not None:
+        elif func in NORMS and self.norm is not None:
             key = self.keys.get(id(args[2] if len(args) > 2 else kwargs.get("weight")))
             if key is not None:
                 return self.norm(key, args[0], func(*args, **kwargs))

@@ -85,7 +85,7 @@ def share(moments: Tensor) -> Tensor:
     return moments / moments.trace().clamp(min=torch.finfo(moments.dtype).tiny)
 
 
-def rotation(normalised: Tensor, frame: Tensor) -> Tensor:
+def rotation(normalised: Tensor, frame: Tensor, centred: bool = True) -> Tensor:
     """The down map Q = E U' of a residual stream that only layer normalisations read.
 
     LayerNorm takes the mean away. So U, (D, k), holds the k = d - 1 leading eigenvectors of C that are orthogonal to
@@ -96,13 +96,20 @@ def rotation(normalised: Tensor, frame: Tensor) -> Tensor:
     makes |E U' - S| smallest. Students trained from it are a little better than from a random E (docs/results.md). It
     depends only on the space that U spans, not on the basis that eigh happens to return.
 
+    RMS normalisations take no mean away. Then U holds the d leading eigenvectors, and E is any orthogonal matrix.
+
     Args:
         normalised: C = E[n n'], (D, D), of the normalised stream n.
         frame: the d coordinates of the stream that S selects, integers.
+        centred: the normalisations take the mean away.
 
     Returns:
         Q, (d, D).
     """
+    if not centred:
+        basis = torch.linalg.eigh(normalised)[1][:, -len(frame) :]
+        left, _, right = torch.linalg.svd(basis[frame])
+        return left @ right @ basis.T
     _, directions = torch.linalg.eigh(normalised - normalised.trace() / len(normalised))  # makes ones the last
     basis = directions[:, 1 - len(frame) :]
     centring = torch.eye(len(frame), dtype=basis.dtype, device=basis.device) - 1 / len(frame)
@@ -111,11 +118,13 @@ def rotation(normalised: Tensor, frame: Tensor) -> Tensor:
     return centred @ left @ right @ basis.T
 
 
-def random_rotation(size: int, generator: torch.Generator) -> Tensor:
-    """A random rotation, (size, size), of the vectors that are orthogonal to ones; it maps ones to zero."""
+def random_rotation(size: int, generator: torch.Generator, centred: bool = True) -> Tensor:
+    """A random rotation, (size, size). If centred, of the vectors orthogonal to ones; it maps ones to zero."""
     first, second = (torch.randn(size, size, dtype=torch.float64, generator=generator) for _ in range(2))
-    first[:, 0] = second[:, 0] = 1
-    return torch.linalg.qr(first).Q[:, 1:] @ torch.linalg.qr(second).Q[:, 1:].T
+    if centred:
+        first[:, 0] = second[:, 0] = 1
+    first, second = (torch.linalg.qr(matrix).Q[:, int(centred) :] for matrix in (first, second))
+    return first @ second.T
 
 
 def greedy(covariance: Tensor, weight: Tensor, count: int) -> Tensor:

@@ -98,7 +98,8 @@ class RotatedNorms:
         """
         down, mean = self.maps.of[group], self._mean_gain(group, gain)
         before = down * self.weights[gain].double() / mean[:, None]
-        before = before - before.mean(1, keepdim=True)
+        if self.student.symmetries.centred(group):
+            before = before - before.mean(1, keepdim=True)
         moments = self.stats.normalised[gain].mean[:-1, :-1]
         length = ((before @ moments) * before).sum() / len(before)
         return before, mean * length.sqrt(), down @ self.shift(gain)

@@ -67,7 +67,10 @@ def find_skipped(entries: dict, teacher: Layers, student: Layers, up_mapped: Ite
     """
     kept, ends = {}, {}
     for key, entry in entries.items():
-        for (start, end), (_, ours) in zip(teacher.spans[entry.teacher_key], student.spans[key], strict=True):
+        spans = teacher.spans[entry.teacher_key], student.spans[key]
+        if len(spans[0]) != len(spans[1]):  # only in one of the two models its numbered modules have the same shapes
+            continue
+        for (start, end), (_, ours) in zip(*spans, strict=True):
             container, number = entry.teacher_key[:start], int(entry.teacher_key[start:end])
             kept.setdefault(container, set()).add(number)
             if key in up_mapped:
@@ -107,7 +110,7 @@ class SkippedLayers:
                 hooks.enter_context(before.register_forward_pre_hook(keep_input, with_kwargs=True))
                 hooks.enter_context(last.register_forward_hook(keep_output))
             if found:
-                teacher.model(batch)
+                teacher.run(batch)
         self.bridged = {}
         for key, some in skipped.items():
             end = _find_end(teacher, some, inputs[some], outputs[some]) if some in outputs else None

@@ -8,6 +8,7 @@ from weight_selection.projection import equations
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.maps import DownMaps
 from weight_selection.projection.rotated_norms import RotatedNorms, fold_layer_scales
+from weight_selection.projection.symmetries import LAYER_NORM, bias_of
 from weight_selection.projection.traced_model import TracedModel
 
 
@@ -36,10 +37,14 @@ class StudentWeights:
         self.rows, self.priors = {}, {}
         for key, entry in entries.items():
             self._convert(key, entry)
+        self._placed = {}  # key of a dense weight: (outputs without a bias, key of the shift of the norm before it)
         self._shifts = {}  # key of a dense weight: {key of its bias: (outputs that it is for, Q b)}
         for key, prior in self.priors.items():
             biases = student.symmetries.biases(key)
             self._shifts[key] = {name: (outputs, self.state[name].double().clone()) for name, outputs in biases.items()}
+            outputs, shift = student.symmetries.without_bias(key), self._shift_before(key)
+            if len(outputs) and shift is not None:
+                self._placed[key] = outputs.to(self.teacher.device), shift
             self.set_up_map(key, prior)
 
     def set_up_map(self, key: str, up_map: Tensor) -> None:
@@ -51,10 +56,23 @@ class StudentWeights:
             constant = rows.reshape(*rows.shape[:2], -1).sum(2) @ up_map[:, -1]
             for name, (outputs, shift) in self._shifts[key].items():
                 self.state[name].copy_(shift + constant[outputs])
+            if key in self._placed:
+                outputs, _ = self._placed[key]
+                weight[outputs] += (constant[outputs, None] / columns).to(weight.dtype)
 
     def solve_up_map(self, key: str, across: Tensor, own: Tensor) -> None:
         """Give a dense layer the up map of (7), from E[x z~'] and E[z~ z~']."""
-        self.set_up_map(key, equations.solve_up_map(across, own, self.priors[key], constant=bool(self._shifts[key])))
+        symmetries = self.student.symmetries
+        constant = bool(self._shifts[key]) or key in self._placed or not len(symmetries.without_bias(key))
+        self.set_up_map(key, equations.solve_up_map(across, own, self.priors[key], constant=constant))
+
+    def place_constants(self) -> None:
+        """Give norms whose readers lack biases a shift of ones: by (11) these readers get their constants from it.
+
+        Do this last: the up maps are fitted to what norms without a shift give.
+        """
+        for _, shift in self._placed.values():
+            self.state[shift].fill_(1)
 
     def add_skipped(self, key: str, across: Tensor, own: Tensor) -> None:
         """Add to a dense layer (V, v) of (10), for the layers that are left out, from E[Q m z~'] and E[z~ z~']."""
@@ -93,7 +111,20 @@ class StudentWeights:
     def _has_up_map(self, key):
         """Whether a tensor is the weight of a dense layer whose inputs the teacher showed."""
         entry = self.entries[key]
-        return self.student.symmetries.dense.get(key) in entry.slices and entry.teacher_key in self.stats.moments
+        return (
+            self.student.symmetries.dense.get(key) in entry.slices
+            and key not in self.student.symmetries.tied
+            and entry.teacher_key in self.stats.moments
+        )
+
+    def _shift_before(self, key):
+        """The key of the student's shift of the rotated layer norm before a linear layer; None if there is none."""
+        gain = self.stats.norm_of.get(self.entries[key].teacher_key)
+        groups = {group for group, *_ in self.student.inputs(key)}
+        if gain in (None, *self.stats.early) or not groups <= self.maps.rotated or len(self.entries[key].shape) != 2:
+            return None
+        found = (name for name, entry in self.entries.items() if entry.teacher_key == bias_of(gain))
+        return next((name for name in found if self.student.symmetries.kind(name) == LAYER_NORM), None)
 
     def _by_outputs(self, key):
         """The student's weight of a dense layer as (outputs, inputs, ...), a view."""

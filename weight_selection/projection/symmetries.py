@@ -6,6 +6,7 @@ of queries and keys fix them; then heads are kept or dropped whole. All other ne
 Neurons that come in blocks, and neurons that no dense layer takes, are kept as in plain selection.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -13,6 +14,9 @@ import torch
 import torch.nn as nn
 
 from weight_selection.tracing.groups import ModelGroups
+from weight_selection.tracing.tracer import skeleton_of
+
+LAYER_NORM, RMS_NORM, SCALE = "layer norm", "RMS norm", "scale"  # kinds of modules with a number for each neuron
 
 # What is done with a group of neurons.
 ROTATED = "rotated"  # rotated, then cut: a residual stream
@@ -68,6 +72,7 @@ class Symmetries:
         modules: {name: module}.
         dense: {key of the weight: dimension of the inputs}, of the linear layers, convolutions and other products with
             a weight that sum over all their inputs. The outputs are along the other one of dimensions 0 and 1.
+        tied: keys of tensors that have several keys.
         uses: {number of a neuron group: [(key, dimension, number of the slice)]}.
         attentions: {name of the module: ``Attention``}, of the attentions whose heads may be mixed or chosen.
     """
@@ -85,7 +90,12 @@ class Symmetries:
             for dim, slices in enumerate(dims):
                 for number, part in enumerate(slices or ()):
                     self.uses.setdefault(part.group, []).append((key, dim, number))
-        self._inside = set(neurons.multiplied)  # groups that only one attention uses
+        keys = {}  # id of a tensor: its keys
+        for key, value in model.state_dict(keep_vars=True).items():
+            keys.setdefault(id(value), []).append(key)
+        self.tied = {key for some in keys.values() if len(some) > 1 for key in some}
+        self._kinds = {}
+        self._inside = set()  # groups that only one attention uses
         self.attentions = {}
         self._find_attentions()
 
@@ -106,12 +116,23 @@ class Symmetries:
         return list(dict.fromkeys(key for key, dim, _ in self.uses[group] if self.dense.get(key) == dim))
 
     def norms(self, group: int) -> list:
-        """Keys of the gains of the layer normalisations over these neurons."""
+        """Keys of the gains of the normalisations over these neurons."""
         return [key for key, _, _ in self.uses[group] if key.endswith("weight") and self.is_norm(key)]
 
     def is_norm(self, key: str) -> bool:
-        """Whether a tensor is the gain or the shift of a layer normalisation."""
-        return isinstance(self._module_of(key), nn.LayerNorm)
+        """Whether a tensor is the gain or the shift of a normalisation."""
+        return self.kind(key) in (LAYER_NORM, RMS_NORM)
+
+    def kind(self, key: str) -> str | None:
+        """What a tensor's module does, if it has a number for each neuron: LAYER_NORM, RMS_NORM or SCALE."""
+        name = key.rpartition(".")[0]
+        if name not in self._kinds:
+            self._kinds[name] = _kind(self.modules[name])
+        return self._kinds[name]
+
+    def centred(self, group: int) -> bool:
+        """Whether the normalisations over these neurons take their mean away."""
+        return all(self.kind(key) == LAYER_NORM for key in self.norms(group))
 
     def is_of_dense(self, key: str) -> bool:
         """Whether a tensor is the weight or the bias of a linear layer or a convolution."""
@@ -129,12 +150,27 @@ class Symmetries:
         apart = {f"{module}q_bias": slice(third), f"{module}v_bias": slice(2 * third, None)}
         return apart if key.endswith("qkv.weight") and apart.keys() <= self.neurons.slices.keys() else {}
 
+    def without_bias(self, key: str) -> torch.Tensor:
+        """Outputs of a dense layer that a constant would matter to, but that no bias adds to; integers (n,).
+
+        These are all outputs without a bias but keys, to which softmax is blind unless they are normalised or rotated.
+        """
+        missing = torch.ones(self._sizes[key][self.output_dim(key)], dtype=torch.bool)
+        for outputs in self.biases(key).values():
+            missing[outputs] = False
+        for attention in self.attentions.values():
+            if attention.free and attention.keys[0] == key:
+                indices = self.slices(key, self.output_dim(key))[attention.keys[1]].indices
+                missing[torch.from_numpy(indices.reshape(-1))] = False
+        return missing.nonzero().flatten()
+
     def treatment(self, group: int, rotate: bool) -> str:
         """What to do with a neuron group: one of the constants above. ``rotate``: streams that can be are rotated."""
         if any(group in (attention.query_group, attention.value_group) for attention in self.attentions.values()):
             return HEADS
         readers = self.readers(group)
-        if group in self._inside or len(self.neurons.groups[group].block_shape) > 1 or not readers:
+        alone = group not in self._inside and (len(readers) > 1 or group not in self.neurons.multiplied)
+        if not alone or len(self.neurons.groups[group].block_shape) > 1 or not readers:
             return UNIFORM
         if len(readers) == 1 and not self.norms(group):
             return STRONGEST
@@ -148,17 +184,21 @@ class Symmetries:
         """The reason why a stream's coordinates cannot be rotated; None if they can."""
         if not self.norms(group):
             return "no layer normalisation reads it"
+        if len({self.kind(key) for key in self.norms(group)}) > 1:
+            return "layer normalisations and RMS normalisations read it"
         for key, dim, _ in self.uses[group]:
             module = self._module_of(key)
-            if isinstance(module, nn.LayerNorm):
+            if self.is_norm(key):
                 if len(self.neurons.slices[key][dim]) > 1:
                     return f"{key} normalises it together with others"
-            elif self.dense.get(key) == dim and not self.biases(key):
-                return f"{key} has no bias to take over what the layer normalisation before it shifts"
+            elif self.dense.get(key) == dim and key in self.tied:
+                return f"{key} is tied to another tensor, and cannot take over the gain of the normalisation before it"
             elif self.is_of_dense(key):
                 if key.endswith("weight") and key not in self.dense:
                     return f"{key} works on single coordinates"
-            elif next(module.children(), None) is None and not key.endswith("gamma"):
+            elif isinstance(module, nn.Embedding) or self.kind(key) == SCALE or key.endswith("gamma"):
+                continue
+            elif next(module.children(), None) is None:
                 return f"{key} works on single coordinates"
         return None
 
@@ -176,16 +216,21 @@ class Symmetries:
         return self.modules[key.rpartition(".")[0]]
 
     def _find_attentions(self):
+        shared = Counter(query_group for query_group, *_ in self.neurons.attentions)
         for found in self.neurons.attentions:
-            keys = {key for group in found[:2] for key, _, _ in self.uses[group]}
-            levels = zip(*(key.split(".")[:-1] for key in keys), strict=False)
-            name = ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
-            within = [g for g, uses in self.uses.items() if all(key.startswith(f"{name}.") for key, *_ in uses)]
-            inside = {*found[:2], *within}
-            self._inside |= inside
-            attention = self._find_attention(name, found, inside)
-            if attention is not None:
-                self.attentions[name] = attention
+            if shared[found[0]] == 1:
+                name = self._holder(found[:2])
+                within = {g for g, uses in self.uses.items() if all(key.startswith(f"{name}.") for key, *_ in uses)}
+                attention = self._find_attention(name, found, within)
+                if attention is not None:
+                    self.attentions[name] = attention
+                    self._inside |= within
+
+    def _holder(self, groups):
+        """The name of the innermost module that holds all tensors that use some groups."""
+        keys = {key for group in groups for key, *_ in self.uses[group]}
+        levels = zip(*(key.split(".")[:-1] for key in keys), strict=False)
+        return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
     def _find_attention(self, name, found, inside):
         """The ``Attention`` of a module, from the groups that only it uses; None if nothing is known of its heads."""
@@ -207,7 +252,8 @@ class Symmetries:
             and len(given) == len(taken) == 1
             and all(key in self.dense or self._is_bias(key) for key, *_ in used)
         )
-        normed = any(self.neurons.groups[group].size * heads == shapes[0].size for group in others)
+        sizes = {self.neurons.groups[group].size for group in others if heads > 1 and self._is_of_norms(group)}
+        normed = shapes[0].size // heads in sizes
         if not (free or bound or normed):
             return None
         if free and len(shapes[0].block_shape) > 1 and not per_head:
@@ -215,5 +261,30 @@ class Symmetries:
         places = [(key, number) for key, _, number in (queries[0], queries[-1], given[0])]
         return Attention(name, heads, *places, query_group, value_group, taken[0][0], tuple(per_head), free)
 
+    def _is_of_norms(self, group):
+        return all(self.is_norm(key) for key, *_ in self.uses[group])
+
     def _is_bias(self, key):
         return key.endswith("bias") and not self.is_norm(key)
+
+
+def _kind(module):
+    """What a module does, if it has a number for each neuron: it is tried out on a vector."""
+    if isinstance(module, nn.LayerNorm):
+        return LAYER_NORM
+    parameters = list(module.parameters())
+    if next(module.children(), None) is not None or len(parameters) != 1 or parameters[0].ndim != 1:
+        return None
+    copied = skeleton_of(module).to_empty(device="cpu").float()
+    size = len(parameters[0])
+    weight, x = torch.linspace(0.5, 1.5, size), torch.linspace(-1, 2, size).view(1, 1, size)
+    with torch.no_grad():
+        next(copied.parameters()).copy_(weight)
+        try:
+            y = copied(x.clone())
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):  # it takes something else
+            return None
+    for kind, expected in ((SCALE, weight * x), (RMS_NORM, weight * x / x.square().mean().sqrt())):
+        if isinstance(y, torch.Tensor) and y.shape == x.shape and torch.allclose(y, expected, atol=1e-4):
+            return kind
+    return None

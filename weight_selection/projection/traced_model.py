@@ -1,11 +1,13 @@
 """A model together with what tracing found in it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
 from weight_selection.plan import ModelStructure
+from weight_selection.projection.images import arguments
 from weight_selection.projection.symmetries import Symmetries
 
 
@@ -64,6 +66,18 @@ class TracedModel:
     def block_shape(self, group: int) -> tuple:
         """Sizes of the blocks in which a group's neurons come."""
         return self.structure.neurons.groups[group].block_shape
+
+    def run(self, batch: torch.Tensor | Mapping) -> None:
+        """Pass a batch forward: images, or a dict of tensors."""
+        args, kwargs = arguments(self.structure.facts.inputs, batch)
+        self.model(*args, **kwargs)
+
+    def placed(self, batch: torch.Tensor | Mapping) -> torch.Tensor | dict:
+        """A batch where the model is; images and other floating point numbers in its precision."""
+        if isinstance(batch, Mapping):
+            return {name: self.placed(value) for name, value in batch.items()}
+        like = next(self.model.parameters())
+        return batch.to(like) if batch.is_floating_point() else batch.to(like.device)
 
     @property
     def device(self) -> torch.device:

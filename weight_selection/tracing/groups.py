@@ -106,7 +106,8 @@ def _attentions(trace, group, rank, groups):
             rows = np.unique(trace.labels.find(matrix).numpy(), axis=0)
             number = int(group[rows[0, 0]])
             whole = number >= 0 and (group[rows] == number).all()
-            if whole and _block_length(rank[rows], groups[number].size) == (rows.shape[1], True):
+            length, by_rows = _block_length(rank[rows], groups[number].size) if whole else (None, False)
+            if by_rows and length * len(rows) == groups[number].size:
                 sides.append((number, len(rows)))
         if len(sides) == 2 and sides[0][1] == sides[1][1]:
             (queries, heads), (values, _) = sides

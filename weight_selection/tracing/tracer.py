@@ -432,6 +432,7 @@ class Tracer(TorchDispatchMode):
             if axis is not None and self.attentions and self.attentions[-1][1] is None:
                 rows = core(axis).movedim(dim, -1)
                 self.attentions[-1][1] = unique_rows(rows.reshape(-1, rows.shape[-1]))[0]
+                self.multiplied.append(core(axis).flatten())
             return
         self.multiplied += [core(axis).flatten() for axis in summed + left if axis is not None]
 

@@ -13,7 +13,7 @@ from weight_selection.errors import InputError
 from weight_selection.plan import structure_of
 from weight_selection.projection import equations
 from weight_selection.projection.activation_stats import ActivationStats
-from weight_selection.projection.symmetries import ROTATED, UNIFORM, Symmetries
+from weight_selection.projection.symmetries import HEADS, ROTATED, Symmetries
 from weight_selection.projection.symmetry_check import check_streams
 from weight_selection.projection.traced_model import TracedModel
 from weight_selection.sources.timm_models import create_model
@@ -31,8 +31,9 @@ def test_treatments_follow_from_what_touches_the_neurons():
     assert symmetries.treatment(symmetries.slices("cls_token", 2)[0].group, True) == ROTATED
     assert symmetries.treatment(symmetries.slices("blocks.0.mlp.fc2.weight", 1)[0].group, True) == "strongest"
     rotary = symmetries_of("vit_small_patch16_dinov3")
-    assert not rotary.attentions
-    assert rotary.treatment(rotary.slices("blocks.0.attn.qkv.weight", 0)[0].group, True) == UNIFORM
+    assert [(attention.heads, attention.free) for attention in rotary.attentions.values()] == [(6, False)] * 12
+    assert rotary.treatment(rotary.slices("blocks.0.attn.qkv.weight", 0)[0].group, True) == HEADS
+    assert rotary.treatment(rotary.slices("cls_token", 2)[0].group, True) == ROTATED
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,6 @@ def test_treatments_follow_from_what_touches_the_neurons():
     [
         ("convnext_tiny", "conv_dw.weight works on single coordinates"),
         ("resnet18", "no layer normalisation reads it"),
-        ("vit_small_patch16_dinov3", "blocks.0.attn.qkv.weight has no bias to take over"),
     ],
 )
 def test_a_stream_that_is_tied_to_its_coordinates_is_not_rotated(name, reason):
