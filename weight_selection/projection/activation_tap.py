@@ -31,7 +31,8 @@ class ActivationTap(TorchFunctionMode):
     def __init__(self, model: nn.Module, dense: Callable, norm: Callable | None = None, scaled: Callable | None = None):
         super().__init__()
         self.keys = {id(parameter): key for key, parameter in model.named_parameters()}
-        self.places = {parameter.data_ptr(): (key, parameter.shape) for key, parameter in model.named_parameters()}
+        self.parameters = dict(model.named_parameters())
+        self.places = {parameter.data_ptr(): key for key, parameter in self.parameters.items()}
         self.dense, self.norm, self.scaled = dense, norm, scaled
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -59,7 +60,8 @@ class ActivationTap(TorchFunctionMode):
 class _HiddenProducts(TorchDispatchMode):
     """Shows the linear layers inside a function of PyTorch, where a mode for functions does not see them.
 
-    They run as products of rows, (n, channels), with the transpose of a whole weight.
+    They run as products of rows, (n, channels), with the transpose of a whole weight. The bias is part of the product,
+    or is added to it later.
     """
 
     def __init__(self, tap: ActivationTap):
@@ -71,8 +73,13 @@ class _HiddenProducts(TorchDispatchMode):
         if func not in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
             return y
         x, weight = args[-2:]
-        key, size = self.tap.places.get(weight.data_ptr(), (None, None))
-        return y if key is None or size != weight.T.shape else self.tap.dense(key, x, y)
+        key = self.tap.places.get(weight.data_ptr())
+        if key is None or self.tap.parameters[key].shape != weight.T.shape:
+            return y
+        bias = self.tap.parameters.get(f"{key.removesuffix('weight')}bias")
+        if bias is None or func is torch.ops.aten.addmm.default:
+            return self.tap.dense(key, x, y)
+        return self.tap.dense(key, x, y + bias) - bias
 
 
 def vectors(x: torch.Tensor, weight_ndim: int) -> torch.Tensor:

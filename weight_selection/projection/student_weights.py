@@ -37,21 +37,26 @@ class StudentWeights:
         self.rows, self.priors = {}, {}
         for key, entry in entries.items():
             self._convert(key, entry)
-        self._placed = {}  # key of a dense weight: (outputs without a bias, key of the shift of the norm before it)
         self._shifts = {}  # key of a dense weight: {key of its bias: (outputs that it is for, Q b)}
-        for key, prior in self.priors.items():
+        self._placed = {}  # key of a dense weight behind a norm with a shift of ones, by (11): (outputs, that shift)
+        for key in self.priors:
             biases = student.symmetries.biases(key)
             self._shifts[key] = {name: (outputs, self.state[name].double().clone()) for name, outputs in biases.items()}
-            outputs, shift = student.symmetries.without_bias(key), self._shift_before(key)
-            if len(outputs) and shift is not None:
-                self._placed[key] = outputs.to(self.teacher.device), shift
+        before = {key: self._shift_before(key) for key in self.priors}
+        without = {key: student.symmetries.without_bias(key).to(self.teacher.device) for key in self.priors}
+        needed = {before[key] for key, outputs in without.items() if len(outputs)} - {None}
+        self._placed = {key: (without[key], shift) for key, shift in before.items() if shift in needed}
+        for key, prior in self.priors.items():
             self.set_up_map(key, prior)
 
     def set_up_map(self, key: str, up_map: Tensor) -> None:
         """Give a dense layer its weight and bias by (1), for an up map (B, c), or B alone."""
         rows, weight = self.rows[key].double(), self._by_outputs(key)
         columns = weight.shape[1]
-        weight.copy_(torch.tensordot(rows, up_map[:, :columns], dims=([1], [0])).movedim(-1, 1))
+        read = up_map[:, :columns]
+        if key in self._placed:
+            read = read - read.mean(1, keepdim=True)  # nothing but rounding errors
+        weight.copy_(torch.tensordot(rows, read, dims=([1], [0])).movedim(-1, 1))
         if up_map.shape[1] > columns:
             constant = rows.reshape(*rows.shape[:2], -1).sum(2) @ up_map[:, -1]
             for name, (outputs, shift) in self._shifts[key].items():
@@ -102,7 +107,7 @@ class StudentWeights:
 
     def keeps_outputs(self, key: str) -> bool:
         """Whether a dense layer of the student, if nothing is lost, gives outputs of the teacher's unmixed."""
-        if key not in self.entries or len(self._shifts.get(key, ())) > 1:  # what a bias would add to keys is lost
+        if key not in self.entries or self.student.symmetries.drops_constants(key):
             return False
         outputs = self.student.symmetries.output_dim(key)
         slices = self.student.slices(key, outputs) if outputs in self.entries[key].slices else ()

@@ -146,23 +146,33 @@ class Symmetries:
         """
         if bias_of(key) in self.neurons.slices:
             return {bias_of(key): slice(None)}
+        if not key.endswith("qkv.weight"):
+            return {}
         module, third = key.removesuffix("qkv.weight"), self._sizes[key][0] // 3
         apart = {f"{module}q_bias": slice(third), f"{module}v_bias": slice(2 * third, None)}
-        return apart if key.endswith("qkv.weight") and apart.keys() <= self.neurons.slices.keys() else {}
+        return apart if apart.keys() <= self.neurons.slices.keys() else {}
 
     def without_bias(self, key: str) -> torch.Tensor:
         """Outputs of a dense layer that a constant would matter to, but that no bias adds to; integers (n,).
 
         These are all outputs without a bias but keys, to which softmax is blind unless they are normalised or rotated.
         """
-        missing = torch.ones(self._sizes[key][self.output_dim(key)], dtype=torch.bool)
-        for outputs in self.biases(key).values():
-            missing[outputs] = False
+        missing = self._unbiased(key)
         for attention in self.attentions.values():
             if attention.free and attention.keys[0] == key:
                 indices = self.slices(key, self.output_dim(key))[attention.keys[1]].indices
                 missing[torch.from_numpy(indices.reshape(-1))] = False
         return missing.nonzero().flatten()
+
+    def drops_constants(self, key: str) -> bool:
+        """Whether a layer gives keys without a bias, which lose the constants that a bias would add to them."""
+        return len(self.without_bias(key)) < int(self._unbiased(key).sum())
+
+    def _unbiased(self, key):
+        unbiased = torch.ones(self._sizes[key][self.output_dim(key)], dtype=torch.bool)
+        for outputs in self.biases(key).values():
+            unbiased[outputs] = False
+        return unbiased
 
     def treatment(self, group: int, rotate: bool) -> str:
         """What to do with a neuron group: one of the constants above. ``rotate``: streams that can be are rotated."""
@@ -191,6 +201,8 @@ class Symmetries:
             if self.is_norm(key):
                 if len(self.neurons.slices[key][dim]) > 1:
                     return f"{key} normalises it together with others"
+            elif self.dense.get(key) == dim and not self._takes_constants(key):
+                return f"{key} has no bias to take over what the layer normalisation before it shifts"
             elif self.dense.get(key) == dim and key in self.tied:
                 return f"{key} is tied to another tensor, and cannot take over the gain of the normalisation before it"
             elif self.is_of_dense(key):
@@ -218,23 +230,27 @@ class Symmetries:
     def _find_attentions(self):
         shared = Counter(query_group for query_group, *_ in self.neurons.attentions)
         for found in self.neurons.attentions:
-            if shared[found[0]] == 1:
-                name = self._holder(found[:2])
-                within = {g for g, uses in self.uses.items() if all(key.startswith(f"{name}.") for key, *_ in uses)}
-                attention = self._find_attention(name, found, within)
-                if attention is not None:
-                    self.attentions[name] = attention
-                    self._inside |= within
+            if shared[found[0]] > 1:
+                continue
+            uses = [use for group in found[:2] for use in self.uses[group]]
+            name, within = self._around({key for key, *_ in uses})
+            attention = self._find_attention(name, found, within)
+            if attention is not None:
+                self.attentions[name] = attention
+            else:
+                _, within = self._around({key for key, dim, _ in uses if self.dense.get(key, dim) != dim})
+            self._inside |= within
 
-    def _holder(self, groups):
-        """The name of the innermost module that holds all tensors that use some groups."""
-        keys = {key for group in groups for key, *_ in self.uses[group]}
-        levels = zip(*(key.split(".")[:-1] for key in keys), strict=False)
-        return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
+    def _around(self, keys):
+        """The innermost module that holds several tensors, or one linear layer; and the groups that only it uses."""
+        parts = [key.split(".")[: -2 if len(keys) == 1 else -1] for key in keys]
+        levels = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+        name = ".".join(level[0] for level in levels)
+        return name, {g for g, uses in self.uses.items() if all(key.startswith(f"{name}.") for key, *_ in uses)}
 
     def _find_attention(self, name, found, inside):
         """The ``Attention`` of a module, from the groups that only it uses; None if nothing is known of its heads."""
-        query_group, value_group, heads = found
+        query_group, value_group, heads, of_keys = found
         others = sorted(inside - {query_group, value_group})
         per_head = [g for g in others if self.neurons.groups[g].size == heads and not self.norms(g)]
         queries, values = ([use for use in self.uses[group] if use[0] in self.dense] for group in found[:2])
@@ -258,8 +274,19 @@ class Symmetries:
             return None
         if free and len(shapes[0].block_shape) > 1 and not per_head:
             return None  # the heads meet a table outside of the module, which all blocks share
+        queries.sort(key=lambda use: use[0] in of_keys)
         places = [(key, number) for key, _, number in (queries[0], queries[-1], given[0])]
         return Attention(name, heads, *places, query_group, value_group, taken[0][0], tuple(per_head), free)
+
+    def _takes_constants(self, key):
+        """Whether a dense layer has biases, or takes one whole stream, so that it finds constants in it, by (11)."""
+        takes = self.slices(key, self.dense[key])
+        return bool(self.biases(key)) or len(self._sizes[key]) == 2 and len(takes) == 1
+
+    def gives_keys(self, key: str) -> bool:
+        """Whether a tensor is the weight or the bias of a layer that gives keys, but not the queries of its group."""
+        places = ((attention.keys[0], attention.queries[0]) for attention in self.attentions.values())
+        return any(weight_of(key) == keys != queries for keys, queries in places)
 
     def _is_of_norms(self, group):
         return all(self.is_norm(key) for key, *_ in self.uses[group])

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from weight_selection.plan import ModelStructure
 from weight_selection.projection.images import arguments
-from weight_selection.projection.symmetries import Symmetries
+from weight_selection.projection.symmetries import Symmetries, weight_of
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,13 @@ class TracedModel:
 
         Returns:
             [(number of the neuron group, how many slices of that group came before in this dimension, indices (n,))].
+            Of queries and keys, in one tensor or in two, the queries come first.
         """
         seen, found = {}, []
+        outputs = self.symmetries.output_dim(key) if key == weight_of(key) else 0
+        first = 0 if dim == outputs and self.symmetries.gives_keys(key) else -1
         for part in self.structure.neurons.slices[key][dim]:
-            nth = seen[part.group] = seen.get(part.group, -1) + 1
+            nth = seen[part.group] = seen.get(part.group, first) + 1
             found.append((part.group, nth, torch.from_numpy(part.indices.reshape(-1)).to(self.device)))
         return found
 

@@ -59,7 +59,8 @@ class ModelGroups:
         groups: list of ``NeuronGroup``.
         slices: {key: for each dimension a tuple of ``GroupSlice``, or None if the dimension holds positions}.
         unused: keys of tensors that the forward pass does not use; nothing is known about their dimensions.
-        attentions: [(number of the group of queries and keys, number of the group of values, heads)].
+        attentions: [(number of the group of queries and keys, number of the group of values, heads, keys of the tensors
+            that only its keys come from)].
         multiplied: numbers of the groups that a product of two activations joins, or pairs with others.
         sums: {key of a matrix of weights: the dimension over which a product sums}.
     """
@@ -98,9 +99,9 @@ def find_groups(trace: Trace) -> ModelGroups:
 
 
 def _attentions(trace, group, rank, groups):
-    """[(group of queries and keys, group of values, heads)] of the attentions whose heads are blocks of both groups."""
+    """As of ``ModelGroups``, of the attentions whose heads are blocks of both groups."""
     found = []
-    for matrices in trace.attentions:
+    for *matrices, keys in trace.attentions:
         sides = []
         for matrix in matrices:
             rows = np.unique(trace.labels.find(matrix).numpy(), axis=0)
@@ -111,8 +112,17 @@ def _attentions(trace, group, rank, groups):
                 sides.append((number, len(rows)))
         if len(sides) == 2 and sides[0][1] == sides[1][1]:
             (queries, heads), (values, _) = sides
-            found.append((queries, values, heads))
+            given = [_tensors_with(trace, queries_or_keys) for queries_or_keys in (matrices[0], keys)]
+            found.append((queries, values, heads, given[1] - given[0]))
     return list(dict.fromkeys(found))
+
+
+def _tensors_with(trace, labels):
+    """Keys of the tensors that some labels, not their classes, come from."""
+    low, high = labels.min(), labels.max()  # of a dimension they are consecutive
+    return frozenset(
+        key for key, dims in trace.dims.items() if any(len(dim) and dim[0] <= low and high <= dim[-1] for dim in dims)
+    )
 
 
 def _sort(dims, position):

@@ -67,7 +67,7 @@ class Tracer(TorchDispatchMode):
         constraints: the ``BlockConstraint`` found, in order of execution.
         heights: {id of a convolution's weight: height of its output}.
         met: ids of the tensors that took part in an operation.
-        attentions: of each attention the labels of queries and keys, and of values, each (heads, head_dim).
+        attentions: of each attention the labels of queries, of values and of keys, each (heads, head_dim).
         multiplied: tensors of labels of neurons that a product of two activations joins, or pairs with others.
         sums: {id of a matrix of weights: the dimension over which a product sums}.
     """
@@ -425,8 +425,9 @@ class Tracer(TorchDispatchMode):
         ours, theirs = self._neurons(a, last, last - 1), self._neurons(b, last - 1, last)
         summed, left = zip(ours, theirs, strict=True)
         if None not in summed and left == (None, None):  # scores: queries times keys
-            rows = core(summed[0]).movedim(last, -1)
-            self.attentions.append([unique_rows(rows.reshape(-1, rows.shape[-1]))[0], None])
+            queries, keys = core(summed[0]).movedim(last, -1), core(summed[1]).movedim(last - 1, -1)
+            rows, others = (unique_rows(some.reshape(-1, some.shape[-1]))[0] for some in (queries, keys))
+            self.attentions.append([rows, None, others])
         elif summed == (None, None) and None in left:  # attention times values
             axis, dim = (left[0], last - 1) if left[1] is None else (left[1], last)
             if axis is not None and self.attentions and self.attentions[-1][1] is None:
