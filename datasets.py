@@ -1,7 +1,4 @@
-"""The data sets: a table, and how each is opened.
-
-This file imports no torch, because main.py checks its options before it loads torch.
-"""
+"""The data sets: a table, and how each is opened. Imports no torch: main.py checks its options before it loads it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,15 +13,10 @@ from weight_selection.image_files import read_image
 
 
 class ImageFiles:
-    """Images that lie in files; items are (transformed image, label).
+    """Images that lie in files, from the (path, label) of each; items are (transformed RGB image, label).
 
-    Args:
-        samples: the (path, label) of each image.
-        transform: applied to each image as a PIL image in RGB.
-        classes: the class names in the order of their labels, if they are known.
-
-    Raises:
-        BadImage: when an item is asked for whose file cannot be read.
+    ``classes`` are the class names in the order of their labels, if they are known. An item whose file cannot be read
+    raises ``BadImage``.
     """
 
     def __init__(self, samples, transform, classes=None):
@@ -66,36 +58,24 @@ class Digits:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set that ``--data_set`` can name.
+    """A data set that ``--data_set`` can name."""
 
-    Attributes:
-        build: ``build(root, train, transform, download)`` returns a map-style dataset of (transformed RGB image,
-            label); labels count from 0.
-        layout: the files and directories that must lie below ``--data_path``; None if the data set needs no files.
-        classes: the number of classes; None for class folders, where the directories decide it.
-        images: the numbers of training and test images in a complete copy; ``build_dataset`` warns about other
-            numbers. None where they are not checked.
-        folders: True for class folders; ``--eval_data_path`` may then name the directory of the test images.
-    """
-
+    # build(root, train, transform, download) returns a map-style dataset of (transformed RGB image, label from 0 up).
     build: Callable
-    layout: str | None
-    classes: int | None = None
-    images: tuple[int, int] | None = None
-    folders: bool = False
+    layout: str | None  # the files and directories that must lie below --data_path; None if there are none
+    classes: int | None = None  # None for class folders, where the directories decide it
+    images: tuple[int, int] | None = None  # for training and test in a complete copy; None where they are not checked
+    folders: bool = False  # class folders; --eval_data_path may then name the directory of the test images
 
 
 def _torchvision(name):
-    """The class of this name in ``torchvision.datasets``."""
     import torchvision.datasets
 
     return getattr(torchvision.datasets, name)
 
 
 def _cifar(name):
-    return lambda root, train, transform, download: _torchvision(name)(
-        root, train=train, transform=transform, download=download
-    )
+    return lambda root, train, transform, download: _torchvision(name)(root, train, transform, download=download)
 
 
 def _splits(name, *train_splits):
@@ -148,45 +128,28 @@ def _folder(root, train, transform, download):
 
 
 FOLDERS = "train/CLASS/IMAGE and val/CLASS/IMAGE"
+# fmt: off
 DATA_SETS = {
     "CIFAR10": DataSet(_cifar("CIFAR10"), "cifar-10-batches-py/", 10, (50_000, 10_000)),
     "CIFAR100": DataSet(_cifar("CIFAR100"), "cifar-100-python/", 100, (50_000, 10_000)),
-    "pets": DataSet(
-        _listed("OxfordIIITPet", "_images", "trainval"),
-        "oxford-iiit-pet/ with images/ and annotations/",
-        37,
-        (3_680, 3_669),
-    ),
-    "flowers": DataSet(
-        _listed("Flowers102", "_image_files", "train", "val"),
-        "flowers-102/ with jpg/, imagelabels.mat and setid.mat",
-        102,
-        (2_040, 6_149),
-    ),
-    "stl10": DataSet(
-        _splits("STL10", "train"),
-        "stl10_binary/ with train_X.bin, train_y.bin, test_X.bin, test_y.bin and unlabeled_X.bin",
-        10,
-        (5_000, 8_000),
-    ),
-    "food101": DataSet(
-        _listed("Food101", "_image_files", "train"),
-        "food-101/ with images/ and meta/",
-        101,
-        (75_750, 25_250),
-    ),
-    "dtd": DataSet(  # torchvision's default: the first of ten partitions
-        _listed("DTD", "_image_files", "train", "val"),
-        "dtd/dtd/ with images/ and labels/",
-        47,
-        (3_760, 1_880),
-    ),
+    "pets": DataSet(_listed("OxfordIIITPet", "_images", "trainval"),
+                    "oxford-iiit-pet/ with images/ and annotations/", 37, (3_680, 3_669)),
+    "flowers": DataSet(_listed("Flowers102", "_image_files", "train", "val"),
+                       "flowers-102/ with jpg/, imagelabels.mat and setid.mat", 102, (2_040, 6_149)),
+    "stl10": DataSet(_splits("STL10", "train"),
+                     "stl10_binary/ with train_X.bin, train_y.bin, test_X.bin, test_y.bin and unlabeled_X.bin",
+                     10, (5_000, 8_000)),
+    "food101": DataSet(_listed("Food101", "_image_files", "train"),
+                       "food-101/ with images/ and meta/", 101, (75_750, 25_250)),
+    "dtd": DataSet(_listed("DTD", "_image_files", "train", "val"),  # torchvision's default: the first of ten partitions
+                   "dtd/dtd/ with images/ and labels/", 47, (3_760, 1_880)),
     "svhn": DataSet(_splits("SVHN", "train"), "train_32x32.mat and test_32x32.mat", 10, (73_257, 26_032)),
     "eurosat": DataSet(_eurosat, "eurosat/2750/ with CLASS/CLASS_NUMBER.jpg", 10, (21_600, 5_400)),
     "IMNET": DataSet(_folder, FOLDERS, folders=True),
     "image_folder": DataSet(_folder, FOLDERS, folders=True),
     "digits": DataSet(lambda root, train, transform, download: Digits(train, transform), None, 10),
 }
+# fmt: on
 
 
 def to_pixels(image) -> "torch.Tensor":  # noqa: F821

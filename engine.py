@@ -14,8 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from distributed.program import RunError
 from distributed.stop_coordinator import StopCoordinator
-from input_pipeline.bad_images import BadImages
-from input_pipeline.loader import DeviceLoader
+from input_pipeline.loader import BadImages, DeviceLoader
 from models.distillation import Loss
 from utils import Progress, seed_everything
 
@@ -25,48 +24,27 @@ MIN_LOSS_SCALE = 1.0  # below it, even gradients that are not scaled up overflow
 
 @dataclass
 class TrainState:
-    """The model in training, and everything else that a step needs.
+    """The model in training, and everything else that a step needs."""
 
-    Attributes:
-        model: the bare model, whose weights are saved.
-        projector: the MLP that feature distillation trains beside the model, or None.
-        ddp_model: what a step calls: the model, together with the projector if there is one; DDP wraps it when there
-            are several processes.
-        optimizer: updates the parameters of model and projector.
-        scaler: scales the loss; disabled unless training in float16.
-        ema: timm's ``ModelEmaV3`` of the model, or None.
-        lr_schedule, weight_decay_schedule: one value for every step of the run.
-        steps_per_epoch: optimiser steps in an epoch.
-        update_freq: micro-batches whose gradients are summed for a step.
-        mixup: timm's ``Mixup``, or None.
-        criterion: computes the loss from (images, outputs of ``ddp_model``, targets).
-        amp_dtype: dtype of mixed precision, or None for full precision.
-        clip_grad: largest norm of the gradient, or None for any.
-        device: where the model is.
-        seed: the run's.
-        rank, world_size: the number of this process, and how many there are.
-        stop_coordinator: tells all processes when to stop.
-    """
-
-    model: nn.Module
-    projector: nn.Module | None
-    ddp_model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    ema: nn.Module | None
-    lr_schedule: np.ndarray
-    weight_decay_schedule: np.ndarray
-    steps_per_epoch: int
-    update_freq: int
-    mixup: Callable | None
-    criterion: Loss
-    amp_dtype: torch.dtype | None
-    clip_grad: float | None
-    device: torch.device
-    seed: int
-    rank: int
-    world_size: int
-    stop_coordinator: StopCoordinator
+    model: nn.Module  # the bare model, whose weights are saved
+    projector: nn.Module | None  # the MLP that feature distillation trains beside the model
+    ddp_model: nn.Module  # what a step calls: model and projector, which DDP wraps when there are several processes
+    optimizer: torch.optim.Optimizer  # updates the parameters of model and projector
+    scaler: torch.amp.GradScaler  # scales the loss; disabled unless training in float16
+    ema: nn.Module | None  # timm's ``ModelEmaV3`` of the model
+    lr_schedule: np.ndarray  # one value for every step of the run
+    weight_decay_schedule: np.ndarray  # the same
+    steps_per_epoch: int  # optimiser steps in an epoch
+    update_freq: int  # micro-batches whose gradients are summed for a step
+    mixup: Callable | None  # timm's ``Mixup``
+    criterion: Loss  # computes the loss from (images, outputs of ``ddp_model``, targets)
+    amp_dtype: torch.dtype | None  # of mixed precision; None for full precision
+    clip_grad: float | None  # largest norm of the gradient; None for any
+    device: torch.device  # where the model is
+    seed: int  # the run's
+    rank: int  # the number of this process
+    world_size: int  # how many processes there are
+    stop_coordinator: StopCoordinator  # tells all processes when to stop
 
     def set_schedule(self, step: int) -> None:
         """Set the learning rate and weight decay of every parameter group for a step of the run."""
@@ -76,15 +54,10 @@ class TrainState:
                 group["weight_decay"] = float(self.weight_decay_schedule[step])
 
     def backward(self, images: torch.Tensor, targets: torch.Tensor, exchange: bool) -> torch.Tensor:
-        """Add the gradient of a micro-batch to the parameters' gradients.
+        """Add the gradient of a micro-batch, (images, 3, size, size) and (images,), to the parameters' gradients.
 
-        Args:
-            images: (images, 3, size, size) on the device.
-            targets: (images,) on the device.
-            exchange: let the processes sum their gradients; they do so only at the last micro-batch of a step.
-
-        Returns:
-            (2,) on the device: the loss, and the distillation distance in it.
+        The processes ``exchange`` their gradients only at the last micro-batch of a step. Returns (2,) on the device:
+        the loss, and the distillation distance in it.
         """
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
@@ -115,21 +88,14 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
 
 @dataclass
 class EpochSums:
-    """Sums over the steps of an epoch, as a checkpoint holds them when it is written within the epoch.
+    """Sums over the steps of an epoch, as a checkpoint holds them when it is written within the epoch."""
 
-    Attributes:
-        step: steps that are in the sums.
-        loss, distance: sums over these steps of the mean over the processes.
-        grad_norm: sum over the steps that were taken.
-        skipped: steps that the loss scaler skipped.
-        statistics: one {name: tensor} for each process, the buffers of its moving average; only within a checkpoint.
-    """
-
-    step: int = 0
-    loss: float = 0.0
-    distance: float = 0.0
-    grad_norm: float = 0.0
-    skipped: int = 0
+    step: int = 0  # steps that are in the sums
+    loss: float = 0.0  # sum over these steps of the mean over the processes
+    distance: float = 0.0  # the same of the distillation distance
+    grad_norm: float = 0.0  # sum over the steps that were taken
+    skipped: int = 0  # steps that the loss scaler skipped
+    # In a checkpoint only: {name: tensor} for each process, the buffers of its moving average.
     statistics: list = field(default_factory=list)
 
 
@@ -137,13 +103,8 @@ class EpochMetrics:
     """Metrics of an epoch of training.
 
     A step leaves its metrics on the device. ``synchronize`` adds them up on the host, one by one in the order of steps
-    and processes. So the sums are the same wherever a run was interrupted, and the same in all processes.
-
-    Args:
-        state: the state of the training.
-        epoch: its number, counted from 0.
-        bad_images: the training images that could not be read.
-        sums: of the steps that were done before an interruption.
+    and processes. So the sums are the same wherever a run was interrupted, and the same in all processes. ``epoch``
+    counts from 0; ``sums`` are of the steps that were done before an interruption.
     """
 
     def __init__(self, state: TrainState, epoch: int, bad_images: BadImages, sums: EpochSums | None = None):
@@ -181,7 +142,7 @@ class EpochMetrics:
             return
         rows = torch.stack(self.pending).double().cpu()
         self.pending = []
-        shares = self.state.stop_coordinator.gather(rows[:, :2].contiguous())
+        shares = self.state.stop_coordinator.gather_objects(rows[:, :2])
         scaler = self.state.scaler
         for (loss, distance), norm in zip((sum(shares) / len(shares)).tolist(), rows[:, 2].tolist(), strict=True):
             self.sums.step += 1
@@ -222,12 +183,9 @@ class EpochMetrics:
 
 
 def train_one_epoch(state: TrainState, loader: DeviceLoader, metrics: EpochMetrics) -> Iterator[None]:
-    """Train through an epoch, or the rest of it, and yield after every step.
+    """Train through the steps of an epoch that ``metrics`` lacks, and yield after every step.
 
-    Args:
-        state: changes with every step.
-        loader: this process's micro-batches, ``update_freq`` a step, from the first step that is not yet done.
-        metrics: the epoch's; says how many of its steps are done.
+    ``loader`` gives this process's micro-batches from the first of these steps on, ``update_freq`` of them a step.
 
     Raises:
         RunError: the run cannot go on.
@@ -265,9 +223,8 @@ def evaluate(model: nn.Module, loader: DeviceLoader, state: TrainState, shared: 
     Args:
         model: gives logits (images, classes). On another device than the state's, which is the CPU, it computes in
             full precision.
-        loader: this process's share of the test set.
+        loader: this process's share of the test set, or the whole set if it is not ``shared`` out.
         state: names device, precision and the other processes.
-        shared: sum over the processes; False when each of them sees the whole set.
 
     Returns:
         loss; acc1 and acc5 in percent (with fewer than five classes, acc5 counts all of them); images, their number.
@@ -280,11 +237,10 @@ def evaluate(model: nn.Module, loader: DeviceLoader, state: TrainState, shared: 
     device = next(model.parameters()).device
     dtype = state.amp_dtype if device == state.device else None
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    batches, longest = iter(loader.on(device)), loader.sampler.most_batches(loader.batch_size)
+    batches, longest = iter(replace(loader, device=device)), loader.sampler.most_batches(loader.batch_size)
     with Progress("test", longest, lines=0) as progress:
         for _ in range(longest):  # the same number in every process, though some may lack the last batch
-            batch = next(batches, None)
-            if batch is not None:
+            if (batch := next(batches, None)) is not None:
                 images, targets = batch
                 with autocast(device, dtype):
                     logits = model(images)
@@ -297,5 +253,5 @@ def evaluate(model: nn.Module, loader: DeviceLoader, state: TrainState, shared: 
             state.stop_coordinator.poll()
     state.stop_coordinator.settle()
     totals = totals.cpu()
-    loss, top1, top5, count = sum(state.stop_coordinator.gather(totals) if shared else [totals]).tolist()
+    loss, top1, top5, count = sum(state.stop_coordinator.gather_objects(totals) if shared else [totals]).tolist()
     return {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "images": int(count)}

@@ -7,8 +7,7 @@ torchrun --nproc_per_node=8 main.py ...
 
 import os
 
-from distributed.launch import find_launch
-from distributed.program import run_program
+from distributed.program import find_launch, run_program
 from training.options import check_weights, parse_args, share_batch
 from weight_selection.errors import InputError
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_weight_decay
 
-import utils
+from utils import describe
 from weight_selection.errors import InputError
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # these can update all parameters in one GPU kernel
@@ -18,12 +18,7 @@ def create_optimizer(model: nn.Module, args, projector: nn.Module | None = None)
     class tokens). With ``layer_decay`` < 1, the learning rate of a layer is scaled by layer_decay ** (number of layers
     above it); the model's ``group_matcher`` numbers the layers, and each group holds the factor as ``lr_scale``. In
     linear probing without weight decay, LARS adapts the rate of matrices and not of vectors, as MAE's LARS does;
-    timm's LARS would adapt neither.
-
-    Args:
-        model: the parameters that require gradients are optimised.
-        args: options of main.py.
-        projector: optimised beside the model, or None.
+    timm's LARS would adapt neither. Parameters that require no gradient are left out.
 
     Raises:
         InputError: unknown optimiser, or one that does not take the options.
@@ -36,24 +31,20 @@ def create_optimizer(model: nn.Module, args, projector: nn.Module | None = None)
     if info.has_eps and args.opt_eps is not None:
         kwargs["eps"] = args.opt_eps
     if args.opt_betas is not None:
-        if not info.has_betas or len(args.opt_betas) != info.num_betas:
-            raise InputError(
-                f"--opt_betas {args.opt_betas}: {args.opt} takes {info.num_betas if info.has_betas else 0}"
-            )
+        betas = info.num_betas if info.has_betas else 0
+        if len(args.opt_betas) != betas:
+            raise InputError(f"--opt_betas {args.opt_betas}: {args.opt} takes {betas}")
         kwargs["betas"] = tuple(args.opt_betas)
     if next(model.parameters()).is_cuda and info.opt_class in FUSED:
         kwargs["fused"] = True  # it also need not wait for the device to learn whether float16 overflowed
+    parameters = lars_groups(model) if args.linear_probe and args.opt == "lars" and args.weight_decay == 0 else model
+    rates = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.layer_decay < 1:
+        rates["layer_decay"] = args.layer_decay
     try:
-        optimizer = create_optimizer_v2(
-            lars_groups(model) if args.linear_probe and args.opt == "lars" and args.weight_decay == 0 else model,
-            opt=args.opt,
-            lr=args.lr,
-            weight_decay=args.weight_decay,
-            layer_decay=args.layer_decay if args.layer_decay < 1 else None,
-            **kwargs,
-        )
+        optimizer = create_optimizer_v2(parameters, args.opt, **rates, **kwargs)
     except ValueError as error:  # such as Nesterov's momentum of 0
-        raise InputError(f"--opt {args.opt}: cannot be made with {utils.describe(kwargs)}: {error}") from error
+        raise InputError(f"--opt {args.opt}: cannot be made with {describe(kwargs)}: {error}") from error
     if projector is not None:
         for group in param_groups_weight_decay(projector, args.weight_decay):
             optimizer.add_param_group(group)

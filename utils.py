@@ -44,13 +44,8 @@ def seed_everything(*numbers: int) -> None:
 
 def versions() -> dict[str, str]:
     """The versions of the packages that a result depends on."""
-    return {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "numpy": np.__version__,
-    }
+    packages = {package.__name__: package.__version__ for package in (torch, torchvision, timm, np)}
+    return {"python": sys.version.split()[0], **packages}
 
 
 def print_main(*words) -> None:
@@ -66,13 +61,9 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Shows how many steps are done and the time left: as a bar on a terminal, and otherwise in a few lines.
+    """Shows how many of ``total`` steps are done and the time left: as a bar on a terminal, and otherwise in lines.
 
-    Args:
-        header: begins the bar or each line.
-        total: number of steps.
-        lines: about how many lines to print in all; 0 for none.
-        done: steps that were done before.
+    About ``lines`` of them are printed in all. ``header`` begins the bar or each line. ``done`` steps were done before.
     """
 
     def __init__(self, header: str, total: int, lines: int = 5, done: int = 0):
@@ -93,9 +84,8 @@ class Progress:
             self.bar.update()
         elif shown and is_main():
             left = (time.monotonic() - self.start) / (self.done - self.first) * (self.total - self.done)
-            print_main(
-                f"{self.header} [{self.done:>{len(str(self.total))}}/{self.total}] {describe()} eta {duration(left)}"
-            )
+            done = f"{self.done:>{len(str(self.total))}}/{self.total}"
+            print_main(f"{self.header} [{done}] {describe()} eta {duration(left)}")
 
     def __enter__(self):
         return self

@@ -33,12 +33,9 @@ sys.path.insert(0, str(ROOT))
 
 from datasets import ImageFiles, build_dataset, to_pixels  # noqa: E402
 from distributed.stop_coordinator import StopCoordinator  # noqa: E402
-from input_pipeline.bad_images import BadImages, BadTestImages  # noqa: E402
 from input_pipeline.cache import CachedDataset  # noqa: E402
-from input_pipeline.loader import eval_loader, train_loader  # noqa: E402
-from input_pipeline.placement import Batch, build_pipeline  # noqa: E402
-from input_pipeline.samplers import EvalSampler, TrainBatchSampler  # noqa: E402
-from input_pipeline.transforms import build_transform  # noqa: E402
+from input_pipeline.loader import BadImages, BadTestImages, EvalSampler, TrainBatchSampler, eval_loader, train_loader  # noqa: E402
+from input_pipeline.placement import Batch, build_pipeline, build_transform  # noqa: E402
 from training.options import parse_args  # noqa: E402
 
 BATCH = 64

@@ -33,18 +33,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from bench_data import Small, medians  # noqa: E402
 from datasets import to_pixels  # noqa: E402
-from distributed.launch import Launch  # noqa: E402
+from distributed.program import Launch  # noqa: E402
 from distributed.stop_coordinator import StopCoordinator  # noqa: E402
 from engine import EpochMetrics, train_one_epoch  # noqa: E402
-from input_pipeline.bad_images import BadImages  # noqa: E402
 from input_pipeline.cache import CachedDataset  # noqa: E402
-from input_pipeline.loader import train_loader  # noqa: E402
-from input_pipeline.placement import TransformOnDevice, build_pipeline  # noqa: E402
-from input_pipeline.samplers import TrainBatchSampler  # noqa: E402
-from input_pipeline.transforms import build_transform  # noqa: E402
+from input_pipeline.loader import BadImages, TrainBatchSampler, train_loader  # noqa: E402
+from input_pipeline.placement import TransformOnDevice, build_pipeline, build_transform  # noqa: E402
 from training.options import parse_args, share_batch  # noqa: E402
-from training.setup import build_model, build_train_state, complete_options, set_up_device  # noqa: E402
-from training.warm_up import compile_model  # noqa: E402
+from training.setup import build_model, build_train_state, compile_model, complete_options, set_up_device  # noqa: E402
 
 MODELS = ("vit_tiny", "convnext_femto")
 CLASSES = 100

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.distributed as dist
 
-from distributed.launch import Launch
-from distributed.program import LocalError, RunError
+from distributed.program import Launch, LocalError, RunError
 from utils import is_main
 from weight_selection.errors import InputError
 
@@ -20,20 +19,15 @@ def slurm_master(environ: Mapping[str, str]) -> tuple[str, str]:
     """Address and port where all tasks of a SLURM job meet: its first node, and a port that its job number decides."""
     nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
     if "[" in nodes:  # only scontrol can expand a list such as node[01-04]
-        nodes = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        ).stdout
+        command = ["scontrol", "show", "hostnames", nodes]
+        nodes = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return nodes.replace(",", " ").split()[0], str(20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000)
 
 
 def init_distributed(launch: Launch, device: torch.device, url: str, timeout: float) -> None:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) when there is more than one process.
+    """Join the process group (NCCL on GPUs, gloo on CPUs) at ``url`` when there is more than one process.
 
-    Args:
-        launch: where this process stands.
-        device: where it computes.
-        url: where the processes meet.
-        timeout: seconds to wait for another process. NCCL waits a minute longer, so that our own message comes first.
+    ``timeout`` is in seconds. NCCL waits a minute longer for a process, so that our own message comes first.
 
     Raises:
         InputError: the launcher does not say where the processes meet.
@@ -53,13 +47,8 @@ def init_distributed(launch: Launch, device: torch.device, url: str, timeout: fl
     store, *_ = next(dist.rendezvous(url, launch.rank, launch.world_size, timeout=wait))
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         store = store_of_attempt(store, launch, timeout)
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=wait,
-        store=store,
-        rank=launch.rank,
-        world_size=launch.world_size,
-    )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=wait, store=store, rank=launch.rank, world_size=launch.world_size)
 
 
 def store_of_attempt(store: dist.Store, launch: Launch, timeout: float) -> dist.Store:
@@ -88,25 +77,19 @@ def store_of_attempt(store: dist.Store, launch: Launch, timeout: float) -> dist.
 
 
 def main_only(action: Callable, *args):
-    """Call ``action(*args)`` in the main process alone; all processes return its result, or raise its error.
-
-    Raises:
-        InputError, RunError: as ``action`` does.
-    """
+    """Call ``action(*args)`` in the main process; all return its result, or raise its InputError or RunError."""
     if not dist.is_initialized():
         return action(*args)
-    result, error = None, None
+    answer = [None, None]  # the result and the error
     if is_main():
         try:
-            result = action(*args)
-        except (InputError, RunError) as raised:
-            error = raised
-    answer = [result, error]
+            answer[0] = action(*args)
+        except (InputError, RunError) as error:
+            answer[1] = error
     dist.broadcast_object_list(answer)
-    result, error = answer
-    if error is not None:
-        raise error
-    return result
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def main_first(action: Callable):

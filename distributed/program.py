@@ -1,15 +1,48 @@
-"""How a program ends that may be one of many processes: one line for an error, and an exit status. Imports no torch."""
+"""One process of many: where it stands among them, and how it ends, with a status and a line. Imports no torch."""
 
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from distributed.launch import find_launch
-from weight_selection.errors import outcome, printable
+from weight_selection.errors import InputError, outcome, printable
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process's number (rank), how many there are, and its number on this machine, as its launcher says."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+def find_launch(environ: Mapping[str, str], mpi: bool = False) -> Launch:
+    """Read the launch from the environment that torchrun, SLURM's srun or Open MPI's mpirun sets.
+
+    Open MPI's variables count only with ``mpi`` (``--dist_on_itp``), as a shell may have inherited them.
+
+    Raises:
+        InputError: ``mpi`` is set and the variables are missing.
+    """
+    if mpi:
+        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+        if any(name not in environ for name in names):
+            raise InputError(f"--dist_on_itp true: not started by mpirun (no {names[0]}); leave the option out")
+        return Launch(*(int(environ[name]) for name in names))
+    if "RANK" in environ and "WORLD_SIZE" in environ:  # torchrun, python -m torch.distributed.launch
+        return Launch(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0)))
+    # srun sets the number of tasks of its step. The allocation's number (SLURM_NTASKS) does not count: a plain `python
+    # main.py` in an allocation of 8 tasks is one process. It counts if somebody starts the tasks without srun, which
+    # MASTER_ADDR tells.
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS") if "MASTER_ADDR" in environ else None)
+    if "SLURM_PROCID" in environ and tasks is not None and int(tasks) > 1:
+        return Launch(int(environ["SLURM_PROCID"]), int(tasks), int(environ.get("SLURM_LOCALID", 0)))
+    return Launch()
 
 
 class RunError(RuntimeError):
@@ -23,17 +56,13 @@ class LocalError(RuntimeError):
 class Stopped(BaseException):
     """A signal asks the run to stop. It is no ``Exception``, so that no handler of errors catches it.
 
-    Args:
-        number: the signal's number.
-        agreed: all processes stop at this step, and can save a checkpoint together.
-
-    Attributes:
-        advice: how the user goes on; ``train`` sets it when it has saved a checkpoint.
+    If it is ``agreed``, all processes stop at this step, and can save a checkpoint together.
     """
 
     def __init__(self, number: int, agreed: bool):
         super().__init__(number, agreed)
-        self.number, self.agreed, self.advice = number, agreed, "nothing was saved for it"
+        self.number, self.agreed = number, agreed
+        self.advice = "nothing was saved for it"  # how the user goes on; changes when a checkpoint is saved
 
     def __str__(self):
         return f"stopped by {signal.Signals(self.number).name}; {self.advice}"
@@ -52,7 +81,8 @@ def run_program(name: str, main: Callable[[], None]) -> None:
         status, line, known_to_all = _outcome(main)
     finally:
         end_children()
-    group = _process_group()
+    distributed = sys.modules.get("torch.distributed")  # importing torch takes seconds
+    group = distributed if distributed and distributed.is_initialized() else None
     if line is not None and (find_launch(os.environ).local_rank == 0 or not known_to_all):
         who = name if known_to_all else f"{name}, process {group.get_rank() if group else 0}"
         newline = "\n" if status == 130 else ""  # the terminal has printed ^C
@@ -64,12 +94,6 @@ def run_program(name: str, main: Callable[[], None]) -> None:
             os._exit(status)
         group.destroy_process_group()
     sys.exit(status)
-
-
-def _process_group():
-    """``torch.distributed`` if this process is in a group, else None; does not import torch."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed if distributed is not None and distributed.is_initialized() else None
 
 
 def _outcome(main):

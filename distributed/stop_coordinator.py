@@ -21,10 +21,7 @@ class StopCoordinator:
     a process that no longer answers is noticed here, before NCCL aborts.
 
     The object is a context, and handles signals within it. A signal raises ``Stopped`` at once until ``defer_signals``
-    is set, and then at a poll; a second Ctrl-C always raises it at once.
-
-    Args:
-        timeout: seconds to wait for another process.
+    is set, and then at a poll; a second Ctrl-C always raises it at once. It waits ``timeout`` seconds for a process.
     """
 
     def __init__(self, timeout: float):
@@ -96,20 +93,12 @@ class StopCoordinator:
         if code >= FAULT:
             raise RunError(self.first_of_all(self.reason))
 
-    def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors of all processes in the order of their ranks; they are on the CPU and of one shape."""
-        if self.group is None:
-            return [values]
-        gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, values, group=self.group)
-        return gathered
-
     def first_of_all(self, value):
         """The value of the first process whose value is not None; None if there is no such process."""
         return next((other for other in self.gather_objects(value) if other is not None), None)
 
     def gather_objects(self, value) -> list:
-        """The values of all processes, of plain types, in the order of their ranks."""
+        """The values of all processes, plain ones or tensors on the CPU, in the order of their ranks."""
         if self.group is None:
             return [value]
         gathered = [None] * dist.get_world_size()

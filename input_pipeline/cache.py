@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from distributed.stop_coordinator import StopCoordinator
 from utils import Progress
 from weight_selection.errors import InputError
 from weight_selection.image_files import BadImage
@@ -16,14 +17,10 @@ SAMPLE = 64  # this many images are read to estimate the memory for all
 
 
 class CachedDataset:
-    """A data set with the items of another one, (image, label), and all images in one buffer.
+    """A data set with the items of another one, (uint8 (height, width, 3), label), and all images in one buffer.
 
-    A process's loader workers share the buffer, because they are forked from it. The processes of a run do not share
-    it: each has its own.
-
-    Args:
-        dataset: items are (uint8 (height, width, 3), label). An item that raises ``BadImage`` goes on doing so.
-        name: what to call the images while they are read.
+    An item that raises ``BadImage`` goes on doing so. A process's loader workers share the buffer, because they are
+    forked from it. Each process of a run has its own. ``name`` is what to call the images while they are read.
 
     Attributes:
         data: flat uint8, the images one after the other.
@@ -60,41 +57,40 @@ class CachedDataset:
 
 
 def _read(dataset, index):
-    """An item of a data set, or (BadImage, 0)."""
     try:
         return dataset[index]
     except BadImage as error:
         return error, 0
 
 
-def check_memory(datasets, device: torch.device | None) -> None:
+def check_memory(datasets, device: torch.device | None, stop_coordinator: StopCoordinator) -> None:
     """Estimate from a few images whether all fit into the memory of this machine, and of a device if one is given.
 
     Raises:
-        InputError: they need more memory than is free.
+        InputError: in any process they need more memory than is free; all must call it, and all raise it.
     """
     size = sum(_estimate(dataset) for dataset in datasets)
-    if device is not None and device.type == "cuda":
-        _compare(size, torch.cuda.mem_get_info(device)[0], "GPU")
     # Every process has its own images, and has them twice while it fills its buffer.
-    _compare(2 * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), _free_memory(), "machine")
+    refusal = _refusal(2 * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), _free_memory(), "machine")
+    if device is not None and device.type == "cuda":
+        refusal = _refusal(size, torch.cuda.mem_get_info(device)[0], "GPU") or refusal
+    if refusal := stop_coordinator.first_of_all(refusal):
+        raise InputError(refusal)
+
+
+def _refusal(needed, free, where):
+    if needed <= 0.9 * free:
+        return None
+    has = f"needs about {needed / 1e9:.1f} GB, this {where} has {free / 1e9:.1f} GB free"
+    return f"--cache_images true: {has}; leave it out"
 
 
 def _estimate(dataset):
-    """The bytes of all images of a data set."""
     sizes = []
     for index in range(0, len(dataset), max(1, len(dataset) // SAMPLE)):
         with contextlib.suppress(BadImage):
-            sizes.append(dataset[index][0].numel())
+            sizes.append(dataset[index][0].numel())  # bytes
     return len(dataset) * sum(sizes) / max(1, len(sizes))
-
-
-def _compare(needed, free, where):
-    if needed > 0.9 * free:
-        raise InputError(
-            f"--cache_images true: needs about {needed / 1e9:.1f} GB, this {where} has {free / 1e9:.1f} GB free; "
-            "leave it out"
-        )
 
 
 def _free_memory():

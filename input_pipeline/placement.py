@@ -8,27 +8,21 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
+from timm.data import auto_augment, create_transform
 
 from input_pipeline.augmentation import Augmentation, Packed, Pixels, Unsupported
-from input_pipeline.transforms import build_transform
 from utils import print_main
 from weight_selection.errors import InputError
+from weight_selection.sources.teachers import normalization
 
 
 class Batch(NamedTuple):
-    """What a worker hands over: ``len(labels)`` images, on the host and not necessarily transformed yet.
+    """What a worker hands over: ``len(labels)`` images, on the host and not necessarily transformed yet."""
 
-    Attributes:
-        images: as the pipeline's ``collate`` returned them.
-        packed: the random draws of an ``Augmentation`` for these images; None if the pipeline has none.
-        labels: (images,) int64.
-        problems: one message for each image that could not be read.
-    """
-
-    images: torch.Tensor | Pixels
-    packed: Packed | None
-    labels: torch.Tensor
-    problems: list[str]
+    images: torch.Tensor | Pixels  # as the pipeline's ``collate`` returned them
+    packed: Packed | None  # the random draws of an ``Augmentation`` for these images; None if the pipeline has none
+    labels: torch.Tensor  # (images,) int64
+    problems: list[str]  # one message for each image that could not be read
 
 
 class TransformOneByOne:
@@ -72,20 +66,20 @@ class TransformInWorkers:
 
 
 class TransformOnDevice(TransformInWorkers):
-    """The device transforms a batch; a worker only reads the images and draws random numbers for them.
+    """The device transforms a batch; a worker only reads the images and draws random numbers for them."""
 
-    Attributes:
-        resident: flat uint8 on the device, all images of a ``CachedDataset``; None if each batch brings its own pixels.
-    """
-
-    def __init__(self, augmentation):
-        super().__init__(augmentation)
-        self.resident = None
+    resident = None  # flat uint8 on the device, all images of a ``CachedDataset``; None: a batch brings its own pixels
 
     def collate(self, samples):
         images, draws = zip(*samples, strict=True)
-        pixels = _side_by_side(images) if self.resident is None else _places_in_cache(images)
-        return pixels, self.augmentation.pack(draws)
+        sizes = torch.tensor([image.shape[:2] for image in images])
+        if self.resident is None:
+            data, lengths = torch.cat([image.reshape(-1) for image in images]), 3 * sizes.prod(1)
+            offsets = lengths.cumsum(0) - lengths
+        else:  # the images are views of their ``CachedDataset``'s buffer
+            data = torch.empty(0, dtype=torch.uint8)
+            offsets = torch.tensor([image.storage_offset() for image in images])
+        return Pixels(data, offsets, sizes), self.augmentation.pack(draws)
 
     def to_device(self, batch, device):
         data = batch.images.data.to(device, non_blocking=True) if self.resident is None else self.resident
@@ -93,23 +87,11 @@ class TransformOnDevice(TransformInWorkers):
         return self.augmentation.finish(images, batch.packed).to(device)  # the resident images may be on another device
 
 
-def _side_by_side(images):
-    lengths = torch.tensor([image.numel() for image in images])
-    data = torch.cat([image.reshape(-1) for image in images])
-    return Pixels(data, lengths.cumsum(0) - lengths, torch.tensor([image.shape[:2] for image in images]))
-
-
-def _places_in_cache(images):
-    """Where the images lie in the buffer of their ``CachedDataset``, without their pixels."""
-    offsets = torch.tensor([image.storage_offset() for image in images])
-    return Pixels(torch.empty(0, dtype=torch.uint8), offsets, torch.tensor([image.shape[:2] for image in images]))
-
-
-def build_pipeline(args, train: bool):
+def build_pipeline(args, train: bool) -> TransformOneByOne | TransformInWorkers:
     """The pipeline that the options ask for, for training or for the test.
 
     Raises:
-        InputError: ``--augment_device`` is given and the transform has no batched form.
+        InputError: ``--augment_device`` is given and the transform has no batched form; or see ``build_transform``.
     """
     transform = build_transform(args, train)
     try:
@@ -120,3 +102,43 @@ def build_pipeline(args, train: bool):
         print_main(f"images are transformed one by one in loader workers: no batched form of {reason}")
         return TransformOneByOne(transform)
     return TransformOnDevice(augmentation) if args.augment_device else TransformInWorkers(augmentation)
+
+
+def build_transform(args, train: bool):
+    """timm's transform from a PIL image to a normalised (3, input_size, input_size) tensor.
+
+    Training: random resized crop, flip, RandAugment, random erasing (Table 13 of the paper). Test: resize the shorter
+    side to 256/224 of the input size and crop the centre; from 384 pixels on, squash the whole image, as ConvNeXt does.
+
+    Raises:
+        InputError: timm knows no policy of the name in ``--aa``.
+    """
+    mean, std = normalization(args.imagenet_default_mean_and_std)
+    common = {"input_size": args.input_size, "mean": mean, "std": std}
+    if train:
+        crop = {"scale": tuple(args.scale), "hflip": args.hflip, "interpolation": args.train_interpolation}
+        colours = {"color_jitter": args.color_jitter, "auto_augment": None if args.aa == "none" else args.aa}
+        erasing = {"re_prob": args.reprob, "re_mode": args.remode, "re_count": args.recount}
+        try:
+            transform = create_transform(**common, is_training=True, **crop, **colours, **erasing)
+        except (AssertionError, ValueError, KeyError) as error:  # timm refuses a policy with any of these
+            raise InputError(f"--aa {args.aa}: no policy of timm's; such as rand-m9-mstd0.5-inc1, or none") from error
+        return _with_posterize_to_black(transform)
+    squash = args.crop_pct is None and args.input_size >= 384
+    crop = {"crop_pct": 1.0 if squash else args.crop_pct or 224 / 256, "crop_mode": "squash" if squash else "center"}
+    return create_transform(**common, is_training=False, interpolation="bicubic", **crop)
+
+
+def _with_posterize_to_black(transform):
+    """Let RandAugment posterize to 0 bits: the paper's policy asks for that, and newer versions of Pillow refuse it."""
+    for step in transform.transforms:
+        operations = getattr(step, "ops", None) or [op for group in getattr(step, "policy", ()) for op in group]
+        for operation in operations:
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image, bits, **_):
+    """timm's operation; 0 bits give a black image, as older versions of Pillow did."""
+    return image.point(lambda value: 0) if bits == 0 else auto_augment.posterize(image, bits)

@@ -12,21 +12,17 @@ from weight_selection.sources.timm_names import create_pretrained
 
 
 class Teacher(nn.Module):
-    """A frozen pretrained model. It takes images normalised for the student, and normalises them for itself.
+    """A frozen timm model. It takes images normalised for the student, and normalises them for itself.
 
-    Args:
-        model: a timm model; it stays in evaluation mode.
-        mean, std: the teacher's normalisation, one value per channel.
-        student_mean, student_std: the student's normalisation.
-        features: return the features that the classifier takes, instead of logits.
+    The means and standard deviations have one value per channel. With ``features`` it returns the features that the
+    classifier takes, instead of logits.
     """
 
     def __init__(self, model: nn.Module, mean, std, student_mean, student_std, features: bool):
         super().__init__()
         self.model, self.features = model.requires_grad_(False).eval(), features
-        mean, std, student_mean, student_std = (
-            torch.tensor(value).view(-1, 1, 1) for value in (mean, std, student_mean, student_std)
-        )
+        values = (mean, std, student_mean, student_std)
+        mean, std, student_mean, student_std = (torch.tensor(value).view(-1, 1, 1) for value in values)
         self.register_buffer("scale", student_std / std)
         self.register_buffer("shift", (student_mean - mean) / std)
 
@@ -60,11 +56,8 @@ class WithProjector(nn.Module):
 class Loss:
     """The loss of training: L_class, or with a teacher L_class + alpha * distance(teacher, student).
 
-    Args:
-        criterion: computes L_class from (logits, targets).
-        teacher: None, or the teacher. Logits are compared by KL(p_t || p_s), averaged over images (equation 1), and
-            features by L1, averaged over images and features (equation 2).
-        alpha: weight of the distance.
+    ``criterion`` computes L_class from (logits, targets). Logits are compared by KL(p_t || p_s), averaged over images
+    (equation 1), and features by L1, averaged over images and features (equation 2).
     """
 
     def __init__(self, criterion: nn.Module, teacher: Teacher | None, alpha: float):
@@ -73,10 +66,8 @@ class Loss:
     def __call__(self, images: torch.Tensor, outputs, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of a micro-batch, and the distance in it (0 without a teacher); both are scalars.
 
-        Args:
-            images: (images, 3, size, size), normalised for the student.
-            outputs: the student's logits (images, classes), or the pair that ``WithProjector`` returns.
-            targets: (images,) classes, or (images, classes) probabilities.
+        ``images`` (images, 3, size, size) are normalised for the student. Its ``outputs`` are logits (images, classes),
+        or what ``WithProjector`` returns. ``targets`` are classes (images,) or probabilities (images, classes).
         """
         if self.teacher is None:
             return self.criterion(outputs, targets), torch.zeros((), device=images.device)
@@ -97,12 +88,9 @@ def build_teacher(args, classes: int) -> Teacher:
     Its normalisation is that of its timm configuration, or if its weights are a checkpoint of main.py, the one it was
     trained with.
 
-    Args:
-        args: options of main.py.
-        classes: number of classes in the data set; for logit distillation the teacher must have the same.
-
     Raises:
-        InputError: there is no such model, it has no weights or they do not fit, or it has other classes.
+        InputError: there is no such model, it has no weights or they do not fit, or for logit distillation it has
+            another number of classes than the data set.
     """
     features = args.distillation == "feature"
     kwargs = {**args.teacher_kwargs, "num_classes": 0 if features else classes}

@@ -111,7 +111,8 @@ def markdown(table: paper.Table, cells: list) -> str:
         lines.append([row[0].cell.row, "best epoch", *best])
         lines.append(["", "last epoch", *(_accuracy(measured, "last") for measured in row)])
         if table.is_of_the_paper:
-            lines.append(["", "paper", *(f"{measured.cell.paper:.1f}" for measured in row)])
+            papers = (measured.cell.paper for measured in row)
+            lines.append(["", "paper", *("-" if value is None else f"{value:.1f}" for value in papers)])
             lines.append(["", "best - paper", *map(_difference, row)])
     missing = dict.fromkeys(_missing(measured) for measured in cells if not measured.complete)
     parts = (

@@ -34,7 +34,15 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("then", "now")
 ENVIRONMENT = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-NEW_OPTIONS = ("verbose", "classifier", "width", "depth", "format", "dtype")  # of weight_selection.py, since 3bea770
+NEW_OPTIONS = (
+    "verbose",
+    "classifier",
+    "width",
+    "depth",
+    "format",
+    "dtype",
+    "fused_qkv",
+)  # of weight_selection.py, since 3bea770
 NEW_KEYS = {"first_weights"}  # of results.json, since 3bea770
 IGNORED = {"seconds", "wall_time", "versions"}  # keys whose values depend on clocks and installed packages
 

@@ -1,33 +1,38 @@
 #!/usr/bin/env python3
-"""Count the pairs of timm models of which the smaller can be selected from the larger; writes docs/coverage.md.
+"""Count the pairs of models of which the smaller can be selected from the larger; writes docs/coverage.md.
 
-    python scripts/coverage.py [--output docs/coverage.md] [--families resnet vgg] [--examples]
+    python scripts/coverage.py [--libraries timm torchvision transformers] [--output docs/coverage.md] [--examples]
 
-Every model of timm is built on the meta device, so nothing is downloaded and no weight exists. Every pair of the same
-architecture that differs in its number of parameters is planned. A plan fills every key of the student but the
-classifier's. This takes a quarter of an hour on two cores.
+Every model of timm and of torchvision, and Hugging Face's of published sizes, is built on the meta device, so nothing
+is downloaded and no weight exists. Every pair of the same architecture that differs in its number of parameters is
+planned. A plan fills every key of the student but the classifier's. timm takes a quarter of an hour on two cores, the
+others minutes.
 """
 
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 
 import timm
 import torch
+import torch.nn as nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
+from published_configs import CONFIGS, build
 from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
 from weight_selection.files import check_writable, new_file
 from weight_selection.options import SelectionOptions
-from weight_selection.plan import plan_selection, structure_of
+from weight_selection.plan import Plan, plan_selection, structure_of
 from weight_selection.sources.facts import facts_of
-from weight_selection.sources.timm_models import create_model
+from weight_selection.sources.names import create_model
 
 # Kinds of refusals, by what their messages say; the first that matches.
 REASONS = {
@@ -42,6 +47,38 @@ REASONS = {
     "neurons in other parts or blocks": r"made of|blocks|elsewhere in the student",
     "a tensor that is not used": r"does not use it",
     "another kind of tensor": r"not the same kind",
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library whose models are counted.
+
+    Attributes:
+        names: gives the names of its models.
+        create: builds the model of a name on the meta device.
+    """
+
+    names: Callable[[], list]
+    create: Callable[[str], nn.Module]
+
+
+def on_meta(name: str) -> nn.Module:
+    """A model that the command of selection knows by name."""
+    return create_model(name, device="meta")
+
+
+def torchvision_names() -> list:
+    """Names of torchvision's models that classify images."""
+    from torchvision import models
+
+    return [f"torchvision:{name}" for name in models.list_models(module=models)]
+
+
+LIBRARIES = {
+    "timm": Library(timm.list_models, on_meta),
+    "torchvision": Library(torchvision_names, on_meta),
+    "transformers": Library(lambda: list(CONFIGS), build),
 }
 
 LOSSES = ("the teacher has other tensors", "another number of prefix tokens")  # which --allow_unused accepts
@@ -84,11 +121,11 @@ def reason_of(message: str) -> str:
     return next(reason for reason, pattern in REASONS.items() if re.search(pattern, message))
 
 
-def describe(names: list) -> list:
+def describe(names: list, library: str = "timm") -> list:
     """[(number of parameters, name, structure or the refusal to take it apart)] of architectures, smallest first."""
     models = []
     for name in names:
-        model = create_model(name, device="meta")
+        model = LIBRARIES[library].create(name)
         try:
             found = structure_of(model, name)
         except InputError as refusal:
@@ -104,7 +141,7 @@ def pairs(models: list):
             yield small[1:], large[1:]
 
 
-def plan_pair(teacher, student, **options) -> list:
+def plan_pair(teacher, student, **options) -> Plan:
     """``plan_selection``; raises the refusal where one of the two could not be taken apart."""
     for found in (student, teacher):
         if isinstance(found, InputError):
@@ -112,11 +149,11 @@ def plan_pair(teacher, student, **options) -> list:
     return plan_selection(teacher, student, SelectionOptions(**options))
 
 
-def count(name: str, architectures: list) -> Family:
+def count(name: str, architectures: list, library: str) -> Family:
     """Plan all pairs of a family."""
     torch.set_num_threads(1)
     family = Family(name, len(architectures))
-    for (small, student), (large, teacher) in pairs(describe(architectures)):
+    for (small, student), (large, teacher) in pairs(describe(architectures, library)):
         try:
             try:
                 plan = plan_pair(teacher, student)
@@ -131,37 +168,40 @@ def count(name: str, architectures: list) -> Family:
             family.refused[reason] += 1
             family.examples.setdefault(reason, f"{small} from {large}: {refusal}")
             continue
-        assert [entry.key for entry in plan] == list(student.shapes), f"{small} from {large}: not every key"
+        assert [entry.key for entry in plan.entries] == list(student.shapes), f"{small} from {large}: not every key"
     return family
 
 
-def architectures_by_family() -> dict:
-    """{family: names of all of timm's architectures in it}, the largest family first."""
+def architectures_by_family(library: str = "timm") -> dict:
+    """{family: names of all of a library's architectures in it}, the largest family first."""
     families = {}
-    for name in timm.list_models():
-        families.setdefault(facts_of(create_model(name, device="meta")).architecture.name, []).append(name)
+    for name in LIBRARIES[library].names():
+        families.setdefault(facts_of(LIBRARIES[library].create(name)).architecture.name, []).append(name)
     return dict(sorted(families.items(), key=lambda item: -len(item[1])))
 
 
-def report(families: list) -> str:
-    """The text of docs/coverage.md."""
-    total = Family("all", sum(family.models for family in families))
-    for family in families:
-        total.planned += family.planned
-        total.unused += family.unused
-        total.refused += family.refused
-    rows = "\n".join(family.row() for family in [*families, total])
-    return f"""# Which small models can be selected from which large ones
+INTRODUCTION = """# Which small models can be selected from which large ones
 
-`python scripts/coverage.py --output docs/coverage.md` planned every pair of timm's models that have the same
-architecture and differ in their number of parameters (timm {timm.__version__}, PyTorch {torch.__version__}). It
-needs no weights.
+`python scripts/coverage.py --output docs/coverage.md` planned every pair of models of a library that have the same
+architecture and differ in their number of parameters. It needs no weights. `--libraries NAME` counts one library again.
 
 - *planned*: every tensor of the smaller model but the classifier has its place in the larger one.
 - *with `--allow_unused`*: the same, but the larger model has tensors that the smaller one has no place for (a
   LayerScale, another token).
 - *refused*: all other pairs, counted by reason. Most pairs of an architecture are no narrower or shallower versions of
   each other.
+"""
+
+
+def section(library: str, families: list) -> str:
+    """What was counted in one library, as a section of docs/coverage.md."""
+    total = Family("all", sum(family.models for family in families))
+    for family in families:
+        total.planned += family.planned
+        total.unused += family.unused
+        total.refused += family.refused
+    rows = "\n".join(family.row() for family in [*families, total])
+    return f"""## {library} {version(library)}, PyTorch {torch.__version__}
 
 | architecture | models | pairs | planned | with `--allow_unused` | refused |
 |---|---|---|---|---|---|
@@ -169,32 +209,51 @@ needs no weights.
 """
 
 
+def with_sections(text: str, new: list) -> str:
+    """docs/coverage.md with new sections in the place of those of the same libraries."""
+    found = {part.split()[0]: f"## {part}".strip() + "\n" for part in text.split("\n## ")[1:]}
+    found |= {part.split()[1]: part for part in new}
+    return "\n".join([INTRODUCTION, *found.values()])
+
+
+def count_library(library: str, chosen: list | None, processes: int) -> list:
+    """Count the families of a library, or those that are chosen."""
+    families = architectures_by_family(library)
+    unknown = [name for name in chosen or () if name not in families]
+    if unknown:
+        raise InputError(f"--families {unknown[0]}: no such family; choose of {', '.join(sorted(families))}")
+    families = {name: names for name, names in families.items() if chosen is None or name in chosen}
+    with ProcessPoolExecutor(processes) as pool:
+        counted = pool.map(count, families, families.values(), [library] * len(families))
+        return list(tqdm(counted, total=len(families), unit="family", file=sys.stderr))
+
+
 def main(argv=None) -> None:
-    parser = Parser("coverage.py", "Count the pairs of timm models of which the smaller can be selected.")
-    parser.add_argument("--output", metavar="FILE", help="write the table there, replacing it; else it is printed")
-    parser.add_argument("--families", nargs="+", metavar="NAME", help="only these")
+    parser = Parser("coverage.py", "Count the pairs of models of which the smaller can be selected from the larger.")
+    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES), help="only these")
+    parser.add_argument("--output", metavar="FILE", help="replace these libraries' tables there; else they are printed")
+    parser.add_argument("--families", nargs="+", metavar="NAME", help="only these; not with --output")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--examples", action="store_true", help="print an example of each refusal")
     args = parser.parse_args(argv)
     if args.output is not None:
         check_writable(Path(args.output).parent, "--output")
-    families = architectures_by_family()
-    unknown = [name for name in args.families or () if name not in families]
-    if unknown:
-        raise InputError(f"--families {unknown[0]}: no such family; choose of {', '.join(sorted(families))}")
-    chosen = {name: names for name, names in families.items() if args.families is None or name in args.families}
-    with ProcessPoolExecutor(args.processes) as pool:
-        counted = pool.map(count, chosen, chosen.values())
-        counted = list(tqdm(counted, total=len(chosen), unit="family", file=sys.stderr))
-    for family in counted if args.examples else ():
-        for reason, example in family.examples.items():
-            print(f"{family.name}, {reason}: {example}")
-    text = report(counted)
+    if args.families is not None and (len(args.libraries) > 1 or args.output is not None):
+        raise InputError(f"--families {args.families[0]}: leave --output out and name one of --libraries")
+    sections = []
+    for library in args.libraries:
+        counted = count_library(library, args.families, args.processes)
+        for family in counted if args.examples else ():
+            for reason, example in family.examples.items():
+                print(f"{family.name}, {reason}: {example}")
+        sections.append(section(library, counted))
     if args.output is None:
-        print(text)
-    else:
-        with new_file(args.output) as file:
-            file.write_text(text)
+        print("\n".join(sections))
+        return
+    path = Path(args.output)
+    old = path.read_text() if path.is_file() else ""
+    with new_file(path) as file:
+        file.write_text(with_sections(old, sections))
 
 
 if __name__ == "__main__":

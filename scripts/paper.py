@@ -156,6 +156,7 @@ def _first_weights(run, planned):
     names = ("element_selection", "layer_selection", "exclude", "include_head", "include_head_norm", "pretrained_model",
              "student", "teacher_kwargs", "student_kwargs")  # fmt: skip
     names += ("seed",) * (wanted["seed"] is not None)
+    mine.setdefault("fused_qkv", "parts")
     return [*filter(None, (_difference(name, mine.get(name), wanted[name], "recipe") for name in names))]
 
 

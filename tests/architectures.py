@@ -123,6 +123,6 @@ def reads(model, key):
     module = model.get_submodule(path)
     if type(module).__name__ == "Conv1D" and name == "weight":  # transformers': (inputs, outputs)
         return 0
-    if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and name.startswith(("in_proj_weight", "weight_")):
         return 1
     return 1 if name == "weight" and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) else None

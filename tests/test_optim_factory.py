@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from distributed.launch import Launch
+from distributed.program import Launch
 from optim_factory import cosine_schedule, create_optimizer
 from training.options import parse_args
 from training.setup import build_model, build_train_state

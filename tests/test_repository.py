@@ -23,7 +23,7 @@ LEVELS = [  # imports run from a level to itself or to those above it here
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 HEAVY = {"timm", "torchvision", "transformers", "huggingface_hub"}
 WITHOUT_TORCH = (
-    "main datasets training.options distributed.launch distributed.program "
+    "main datasets training.options distributed.program "
     "weight_selection weight_selection.errors weight_selection.arguments weight_selection.files weight_selection.cli"
 )
 

@@ -14,23 +14,22 @@ from distributed.program import RunError
 from engine import EpochSums, TrainState
 from training.options import Options
 from training.progress import RunProgress
-from utils import print_main
 from weight_selection import files
 from weight_selection.errors import InputError
 from weight_selection.sources import safe_load
 from weight_selection.sources.weight_files import first_mismatch, save_torch
 
 VERSION = 2  # of the content. Version 1 has no key "version", and was never written within an epoch.
-REQUIRED = {"model": dict, "optimizer": dict, "scaler": dict, "args": dict}
+REQUIRED = ("model", "optimizer", "scaler", "args")  # the keys of its dicts
 DEVICE_SETTINGS = ("fused", "foreach")  # settings of an optimiser that belong to the device, not to the run
 NAME = re.compile(r"checkpoint-(\d+)(?:-step-(\d+))?\.pth")
 
-# ---------------------------------------------------------------------------------------------------------
-# Names. checkpoint-3.pth was written after epoch 3, counted from 0, and checkpoint-4-step-10.pth within epoch 4.
-
 
 def position(path: Path) -> tuple[int, int] | None:
-    """(epoch, step) at which training goes on from a checkpoint of this name; None for best and all other names."""
+    """(epoch, step) at which training goes on from a checkpoint of this name; None for best and all other names.
+
+    checkpoint-3.pth was written after epoch 3, counted from 0, and checkpoint-4-step-10.pth within epoch 4.
+    """
     match = NAME.fullmatch(path.name)
     if match is None:
         return None
@@ -43,21 +42,10 @@ def numbered(directory: Path) -> list[Path]:
     return sorted(filter(position, paths), key=position)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Saving
-
-
 def save(options: Options, state: TrainState, progress: RunProgress, name: str | None = None) -> Path:
     """Write a checkpoint of plain types: ``torch.load(weights_only=True)`` reads it. All processes must call it.
 
-    Args:
-        options: stand in the checkpoint as ``args``.
-        state: whose tensors are saved.
-        progress: says after which epoch, or at which step of the next one.
-        name: such as ``best``; default: the position, from which training goes on.
-
-    Returns:
-        Its path.
+    A checkpoint without a ``name``, such as best, gets one from its position. Returns the path.
 
     Raises:
         RunError: it cannot be written; the earlier checkpoints are as they were.
@@ -99,25 +87,17 @@ def _gather_statistics(state):
     return state.stop_coordinator.gather_objects(own)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Restoring
-
-
 def read(path: Path, origin: str) -> dict:
     """Read a checkpoint and check that it is one; ``restore`` checks whether its tensors and settings fit.
 
-    Args:
-        path: the file.
-        origin: option and file, for errors.
-
     Raises:
-        InputError: unreadable, no checkpoint of main.py, or of a later version.
+        InputError: unreadable, no checkpoint of main.py, or of a later version; begins with ``origin``.
     """
     content = safe_load.load_torch(path, origin.split()[0])
     if not isinstance(content, dict):
         raise InputError(f"{origin}: not a checkpoint of main.py")
-    for key, kind in REQUIRED.items():
-        if not isinstance(content.get(key), kind):
+    for key in REQUIRED:
+        if not isinstance(content.get(key), dict):
             raise InputError(f"{origin}: not a checkpoint of main.py: it has no {key}")
     version = content.get("version", 1)
     if not (type(version) is int and version <= VERSION):
@@ -129,23 +109,14 @@ def read(path: Path, origin: str) -> dict:
     return content
 
 
-def restore(options: Options, state: TrainState, content: dict, path: Path, train_images: int | None) -> RunProgress:
-    """Put a checkpoint's tensors into the state; in an evaluation the optimiser and the loss scaler stay as they are.
+def restore(options: Options, state: TrainState, content: dict, origin: str, train_images: int | None) -> RunProgress:
+    """Put the tensors that ``read`` returned into the state; returns the progress beside them.
 
-    Args:
-        options: of this run.
-        state: with a model and an optimiser like those of the checkpoint.
-        content: of the checkpoint, from ``read``.
-        path: of the checkpoint.
-        train_images: number of training images; None in an evaluation.
-
-    Returns:
-        The progress that the checkpoint holds.
+    In an evaluation the optimiser and the loss scaler stay as they are, and ``train_images`` is None.
 
     Raises:
         InputError: the checkpoint belongs to another model, optimiser, number of epochs or number of images.
     """
-    origin = name_origin(options, path)
     progress = RunProgress.from_checkpoint(content, origin)
     if not -1 <= progress.epoch < options.epochs and not options.eval:
         raise InputError(f"{origin}: written after epoch {progress.epoch}, not one of --epochs {options.epochs}")
@@ -159,23 +130,10 @@ def restore(options: Options, state: TrainState, content: dict, path: Path, trai
         _load_optimizer(state.optimizer, content["optimizer"], f"{origin}: of another optimiser")
         if state.scaler.is_enabled() and content["scaler"]:
             _load_scaler(state.scaler, content["scaler"], origin)
-    written = f"epoch {progress.epoch}"
     if progress.partial is not None:
-        written = f"step {progress.partial.step} of epoch {progress.epoch + 1}"
         progress.partial = _restore_partial(options, state, progress, train_images, origin)
-    print_main(f"resumed {path}, written after {written}")
     progress.train_images = train_images
     return progress
-
-
-def name_origin(options: Options, path: Path) -> str:
-    """The option that a checkpoint comes from, and its path, for errors."""
-    return f"{'--resume' if is_named(options, path) else '--output_dir'} {path}"
-
-
-def is_named(options: Options, path: Path) -> bool:
-    """Whether the user named this checkpoint with ``--resume``; otherwise it was found in ``--output_dir``."""
-    return options.resume is not None and path == Path(options.resume)
 
 
 def _restore_partial(options, state, progress, train_images, origin) -> EpochSums:
@@ -216,22 +174,22 @@ def _load_optimizer(optimizer, state_dict, origin):
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
     if not isinstance(groups, list) or not isinstance(state, dict) or len(groups) != len(expected):
         raise InputError(f"{origin}: other groups of parameters")
+    merged = []
     for ours, theirs in zip(expected, groups, strict=True):
         numbers = theirs.get("params") if isinstance(theirs, dict) else None
-        if not isinstance(numbers, list) or not _alike(numbers, ours["params"]) or numbers != ours["params"]:
+        if not _alike(numbers, ours["params"]) or numbers != ours["params"]:
             raise InputError(f"{origin}: other parameters")
         for key, value in ours.items():
             if key not in DEVICE_SETTINGS and not _alike(theirs.get(key), value):
                 raise InputError(f"{origin}: its {key} is {reprlib.repr(theirs.get(key))}")
         if not all(map(_is_state, (value for key, value in theirs.items() if key not in ours))):  # such as LAMB's step
             raise InputError(f"{origin}: other settings")
+        merged.append(theirs | {key: ours[key] for key in DEVICE_SETTINGS if key in ours})
     known = {number for ours in expected for number in ours["params"]}
     for number, values in state.items():
         if number not in known or not isinstance(values, dict) or not all(map(_is_state, values.values())):
             raise InputError(f"{origin}: state of no parameter")
-    computed = [{key: ours[key] for key in DEVICE_SETTINGS if key in ours} for ours in expected]
-    groups = [theirs | ways for theirs, ways in zip(groups, computed, strict=True)]
-    state_dict = {**state_dict, "param_groups": groups}
+    state_dict = {**state_dict, "param_groups": merged}
     try:
         optimizer.load_state_dict(copy.deepcopy(state_dict))
         _try_step(optimizer)

@@ -8,20 +8,13 @@ from training.options import Options
 from utils import is_main
 from weight_selection import files
 from weight_selection.errors import InputError
-from weight_selection.files import Damaged, new_file
 
 
 class MetricLog:
     """Writes the metrics of each epoch. Only the main process writes; in the others nothing happens.
 
-    ``log.txt`` holds no time and no speed, so that a run leaves the same log whether it was interrupted or not.
-
-    Args:
-        options: of the run.
-        first_epoch: an existing ``log.txt`` keeps the rows of earlier epochs; later epochs are trained again.
-
-    Attributes:
-        checkpoint: uploaded to Weights & Biases at the end if ``--wandb_ckpt`` asks for it; None for nothing.
+    ``log.txt`` holds no time and no speed, so that a run leaves the same log whether it was interrupted or not. An
+    existing one keeps the rows before ``first_epoch``; later epochs are trained again.
 
     Raises:
         InputError: ``log.txt`` is damaged.
@@ -41,14 +34,11 @@ class MetricLog:
             import wandb
 
             self.wandb = wandb.init(project=options.project, config=options.plain())
-        self.upload, self.checkpoint = options.wandb_ckpt, None
+        self.upload = options.wandb_ckpt
+        self.checkpoint = None  # to upload to Weights & Biases at the end if ``--wandb_ckpt`` asks for it
 
     def add(self, row: dict, speed: dict) -> None:
-        """Log the metrics of an epoch.
-
-        Args:
-            row: for all logs; its ``epoch`` is the epoch's number.
-            speed: metrics that depend on the clock; they do not go to ``log.txt``.
+        """Log an epoch: ``row`` everywhere, and ``speed``, which depends on the clock, everywhere but in ``log.txt``.
 
         Raises:
             RunError: a log cannot be written.
@@ -56,7 +46,7 @@ class MetricLog:
         self.rows.append(row)
         try:
             if self.path:
-                with new_file(self.path) as temporary:
+                with files.new_file(self.path) as temporary:
                     temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
             for name, value in (row | speed).items() if self.tensorboard else ():
                 self.tensorboard.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
@@ -78,18 +68,14 @@ class MetricLog:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The rows of a ``log.txt``, one for each epoch.
-
-    Raises:
-        InputError: a line is damaged; the message names it.
-    """
+    """The rows of a ``log.txt``, one for each epoch; an InputError names a line that is damaged."""
     rows = []
     try:
         for line in files.read_text(path).splitlines():
             row = files.parse_json(line)
             if not isinstance(row, dict) or type(row.get("epoch")) is not int:
-                raise Damaged("no figures of an epoch")
+                raise files.Damaged("no figures of an epoch")
             rows.append(row)
-    except Damaged as error:
+    except files.Damaged as error:
         raise InputError(f"{path}: damaged in line {len(rows) + 1} ({error}); repair it, or move it away") from error
     return rows

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from datasets import DATA_SETS
-from distributed.launch import find_launch
+from distributed.program import find_launch
 from models import SCHEMES
 from weight_selection.arguments import Kwargs, Parser, boolean, check_kwargs
 from weight_selection.errors import InputError
@@ -24,11 +24,10 @@ from weight_selection.sources.recipe import read_recipe
 class Options(SimpleNamespace):
     """The values of all options of main.py, as attributes. They cannot be changed; ``replace`` makes a changed copy."""
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name, *value):
         raise AttributeError(f"options cannot be changed: use options.replace({name}=...)")
 
-    def __delattr__(self, name):
-        raise AttributeError(f"options cannot be changed: {name} stays")
+    __delattr__ = __setattr__
 
     def replace(self, **changes) -> "Options":
         """A copy of these options with some values changed; TypeError for a name that is no option's."""
@@ -46,31 +45,21 @@ def mixes(args: Options) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What a row consists of
-
-
 @dataclass(frozen=True)
 class Range:
-    """The values that an option may have: those that ``holds(value)`` is true of, which ``words`` describe."""
+    """The values that an option may have."""
 
-    holds: Callable[[float], bool]
-    words: str
+    holds: Callable[[float], bool]  # whether a value is among them
+    words: str  # what to give, for the error
 
 
 @dataclass(frozen=True)
 class Need:
-    """What an option needs to have an effect.
+    """What an option needs to have an effect."""
 
-    Attributes:
-        met: tells whether given options meet it.
-        otherwise: those of them that do not, for the error; {name} stands for the value of an option.
-        always: refuse the option in a --config file too, not only on the command line.
-    """
-
-    met: Callable[[Options], bool]
-    otherwise: str
-    always: bool = False
+    met: Callable[[Options], bool]  # tells whether given options meet it
+    otherwise: str  # those of them that do not, for the error; {name} stands for the value of an option
+    always: bool = False  # refuse the option in a --config file too, not only on the command line
 
 
 @dataclass(frozen=True)
@@ -78,35 +67,29 @@ class Option:
     """All that is to be known about one option.
 
     Attributes:
-        name: its name, without dashes.
-        type: of its value. On the command line, bool is written true or false, and dict is written NAME=VALUE ....
-        default: its value where neither the command line nor --config gives one. None says that the program decides.
-        help: a line for --help.
-        aliases: other ways to write it, with dashes.
-        choices, nargs, metavar: as ``argparse`` takes them.
-        ranges: each refuses values in its own words. None is in every range.
-        needs: what it needs to have an effect. Given on the command line without it, it is refused.
-        set_by: {argument of a model: option that sets it}, for a dict that must not set it.
         may_change_on_resume: a run may go on with another value than it was started with. The result may be another
             one then: these are options of the machine and of what is kept, not of the experiment.
         cannot_change_result: two runs that differ in nothing else have the same weights, log and accuracies to the
             last bit. (Of a path: if the same data lie there.)
     """
 
-    name: str
-    type: type
-    default: object
-    help: str
-    aliases: tuple[str, ...] = ()
-    choices: tuple | None = None
+    name: str  # without dashes
+    type: type  # of its value; on the command line, bool is written true or false, and dict is written NAME=VALUE ...
+    default: object  # where neither the command line nor --config gives a value; None: the program decides
+    help: str  # a line for --help
+    aliases: tuple[str, ...] = ()  # other ways to write it, with dashes
+    choices: tuple | None = None  # like nargs and metavar, as ``argparse`` takes it
     nargs: int | str | None = None
     metavar: str | None = None
-    ranges: tuple[Range, ...] = ()
-    needs: tuple[Need, ...] = ()
-    set_by: dict[str, str] = field(default_factory=dict)
+    ranges: tuple[Range, ...] = ()  # each refuses values in its own words; None is in every range
+    needs: tuple[Need, ...] = ()  # given on the command line without what it needs to have an effect, it is refused
+    set_by: dict[str, str] = field(default_factory=dict)  # {argument of a model: option that sets it}, of a dict
     may_change_on_resume: bool = False
     cannot_change_result: bool = False
 
+
+FREE = {"may_change_on_resume": True}
+NEUTRAL = FREE | {"cannot_change_result": True}
 
 FROM_1 = (Range(lambda value: value >= 1, "a number from 1 up"),)
 FROM_0 = (Range(lambda value: value >= 0, "a number from 0 up"),)
@@ -119,7 +102,7 @@ DATA_FILES = Need(lambda args: DATA_SETS[args.data_set].layout is not None, "--d
 CLASS_FOLDERS = Need(lambda args: DATA_SETS[args.data_set].folders, "--data_set {data_set}", always=True)
 TRAINING = Need(lambda args: not args.eval, "--eval true")
 FIRST_WEIGHTS = Need(lambda args: args.eval or not (args.finetune or args.resume), "--finetune or --resume")
-FINETUNE = Need(lambda args: args.finetune, "no --finetune")
+WEIGHT_FILE = Need(lambda args: args.finetune or args.initialize, "no --finetune or --initialize")
 TRAINED_FEATURES = Need(lambda args: not args.linear_probe, "--linear_probe true")
 MODEL_EMA = Need(lambda args: args.model_ema, "--model_ema false")
 DISTILLATION = Need(lambda args: args.distillation != "none", "--distillation none")
@@ -136,19 +119,15 @@ OUTPUT = Need(lambda args: args.output_dir is not None, "no --output_dir")
 CHECKPOINTS = Need(lambda args: args.save_ckpt, "--save_ckpt false")
 WANDB = Need(lambda args: args.enable_wandb, "--enable_wandb false")
 
-# ---------------------------------------------------------------------------------------------------------
-# The rows, by their group in --help
-
 # fmt: off
-TABLE = {
+TABLE = {  # the rows, by their group in --help
     None: (
-        Option("config", str, None, "YAML file of options; those on the command line win", metavar="FILE",
-               may_change_on_resume=True, cannot_change_result=True),
+        Option("config", str, None, "YAML file of options; those on the command line win", metavar="FILE", **NEUTRAL),
         # Another machine may share the total out in another way; mixup then draws for other micro-batches.
         Option("batch_size", int, 64, "images in a process's micro-batch (with --total_batch_size: at most)",
-               ranges=FROM_1, may_change_on_resume=True),
-        Option("update_freq", int, 1, "micro-batches per step: gradient accumulation",
-               ranges=FROM_1, needs=(NO_TOTAL,), may_change_on_resume=True),
+               ranges=FROM_1, **FREE),
+        Option("update_freq", int, 1, "micro-batches per step: gradient accumulation", ranges=FROM_1, needs=(NO_TOTAL,),
+               **FREE),
         Option("total_batch_size", int, None,
                "images per step over all processes; sets accumulation (and micro-batch: mixup pairs within it)"),
         Option("epochs", int, 300, "passes over the training images", ranges=FROM_1),
@@ -165,21 +144,20 @@ TABLE = {
         Option("init", str, "timm", "random initialisation", choices=SCHEMES, needs=(FIRST_WEIGHTS,)),
         Option("initialize", str, None, "weight_selection.py's file, or the directory it is in", metavar="PATH"),
         Option("finetune", str, None, "weights of a trained model of this architecture", metavar="FILE"),
-        Option("model_key", str, "model|module", "keys of the weights in the --finetune file, in order, by |",
-               needs=(FINETUNE,)),
+        Option("model_key", str, "model|module", "keys of the weights in the --finetune or --initialize file, by |",
+               needs=(WEIGHT_FILE,)),
         Option("linear_probe", bool, False, "train only a new classifier, on frozen features"),
         Option("model_ema", bool, False, "keep an exponential moving average of the weights"),
-        Option("model_ema_decay", float, 0.9999, "how much of the average stays at every step",
-               ranges=FROM_0_TO_1, needs=(MODEL_EMA,)),
-        Option("model_ema_force_cpu", bool, False, "keep the average in CPU memory",
-               needs=(MODEL_EMA,), may_change_on_resume=True),
+        Option("model_ema_decay", float, 0.9999, "how much of the average stays at every step", ranges=FROM_0_TO_1,
+               needs=(MODEL_EMA,)),
+        Option("model_ema_force_cpu", bool, False, "keep the average in CPU memory", needs=(MODEL_EMA,), **FREE),
         Option("model_ema_eval", bool, False, "evaluate the average after every epoch too", needs=(MODEL_EMA,)),
     ),
     "distillation": (
         Option("distillation", str, "none", "match the logits or the features of a teacher",
                choices=("none", "logit", "feature")),
-        Option("distillation_alpha", float, 1.0, "weight of the distillation loss", metavar="A",
-               ranges=FROM_0, needs=(DISTILLATION,)),
+        Option("distillation_alpha", float, 1.0, "weight of the distillation loss", metavar="A", ranges=FROM_0,
+               needs=(DISTILLATION,)),
         Option("teacher", str, None, "as --model: a name that has weights", metavar="NAME", needs=(DISTILLATION,)),
         Option("teacher_path", str, None, "the teacher's weights on disk; from the hub when not given", metavar="FILE",
                needs=(DISTILLATION,)),
@@ -197,11 +175,11 @@ TABLE = {
         Option("weight_decay_end", float, None, "weight decay at the end of a cosine schedule; constant when not given",
                needs=(WEIGHT_DECAY,)),
         Option("lr", float, 4e-3, "peak learning rate, used as it is for any batch size", ranges=FROM_0),
-        Option("layer_decay", float, 1.0, "factor on the learning rate per layer below the top",
-               ranges=ABOVE_0_UP_TO_1, needs=(TRAINED_FEATURES,)),
+        Option("layer_decay", float, 1.0, "factor on the learning rate per layer below the top", ranges=ABOVE_0_UP_TO_1,
+               needs=(TRAINED_FEATURES,)),
         Option("min_lr", float, 1e-6, "learning rate the cosine ends at", ranges=FROM_0),
-        Option("warmup_epochs", int, 50, "epochs in which the learning rate rises from 0 to its peak",
-               ranges=FROM_0, needs=(EPOCHS_OF_WARMUP,)),
+        Option("warmup_epochs", int, 50, "epochs in which the learning rate rises from 0 to its peak", ranges=FROM_0,
+               needs=(EPOCHS_OF_WARMUP,)),
         Option("warmup_steps", int, -1, "warm-up in steps instead, when not negative"),
     ),
     "augmentation": (
@@ -218,93 +196,77 @@ TABLE = {
         Option("remode", str, "pixel", "random erasing: fill", choices=("const", "rand", "pixel"), needs=(ERASING,)),
         Option("recount", int, 1, "random erasing: rectangles", needs=(ERASING,)),
         Option("mixup", float, 0.8, "mixup's alpha; 0: no mixup", metavar="ALPHA", ranges=FROM_0),
-        Option("cutmix", float, 1.0, "cutmix's alpha; 0: no cutmix", metavar="ALPHA",
-               ranges=FROM_0, needs=(NO_MINMAX,)),
+        Option("cutmix", float, 1.0, "cutmix's alpha; 0: no cutmix", metavar="ALPHA", ranges=FROM_0,
+               needs=(NO_MINMAX,)),
         Option("cutmix_minmax", float, None, "bounds of the cut, instead of --cutmix", nargs=2),
         Option("mixup_prob", float, 1.0, "probability of mixup or cutmix", ranges=FROM_0_TO_1, needs=(MIXING,)),
-        Option("mixup_switch_prob", float, 0.5, "probability of cutmix when both are on",
-               ranges=FROM_0_TO_1, needs=(MIXING,)),
+        Option("mixup_switch_prob", float, 0.5, "probability of cutmix when both are on", ranges=FROM_0_TO_1,
+               needs=(MIXING,)),
         Option("mixup_mode", str, "batch", "what shares a draw: a micro-batch, a pair of images, or no two images",
                choices=("batch", "pair", "elem"), needs=(MIXING,)),
     ),
     "data": (
         Option("data_set", str, "IMNET", "what to train and test on", choices=tuple(DATA_SETS)),
-        Option("data_path", str, None, "directory of the data set", metavar="DIR",
-               needs=(DATA_FILES,), may_change_on_resume=True, cannot_change_result=True),
+        Option("data_path", str, None, "directory of the data set", metavar="DIR", needs=(DATA_FILES,), **NEUTRAL),
         Option("eval_data_path", str, None, "class folders to test on; --data_path then holds those to train on",
-               metavar="DIR", needs=(CLASS_FOLDERS,), may_change_on_resume=True, cannot_change_result=True),
+               metavar="DIR", needs=(CLASS_FOLDERS,), **NEUTRAL),
         Option("nb_classes", int, None, "checked against the data set, which knows it", cannot_change_result=True),
         Option("imagenet_default_mean_and_std", bool, True,
                "normalise by ImageNet's mean and deviation; false: by 0.5 and 0.5"),
         Option("num_workers", int, None, "loader processes; 10, or this process's share of the cores, when not given",
-               ranges=FROM_0, may_change_on_resume=True, cannot_change_result=True),
-        Option("augment_device", bool, False, "augment on the device that trains, not in workers",
-               may_change_on_resume=True),
-        Option("cache_images", bool, False, "decode all images at the start and keep them in memory",
-               may_change_on_resume=True, cannot_change_result=True),
-        Option("pin_mem", bool, True, "load batches into memory that a GPU copies from faster",
-               may_change_on_resume=True, cannot_change_result=True),
-        Option("skip_bad_images", int, 0, "replace up to N damaged training images", metavar="N",
-               ranges=FROM_0, may_change_on_resume=True),
+               ranges=FROM_0, **NEUTRAL),
+        Option("augment_device", bool, False, "augment on the device that trains, not in workers", **FREE),
+        Option("cache_images", bool, False, "decode all images at the start and keep them in memory", **NEUTRAL),
+        Option("pin_mem", bool, True, "load batches into memory that a GPU copies from faster", **NEUTRAL),
+        Option("skip_bad_images", int, 0, "replace up to N damaged training images", metavar="N", ranges=FROM_0,
+               **FREE),
     ),
     "run": (
         Option("output_dir", str, None, "checkpoints, log.txt and results.json; nothing is written without it",
-               metavar="DIR", may_change_on_resume=True, cannot_change_result=True),
-        Option("log_dir", str, None, "directory of a TensorBoard log", metavar="DIR",
-               may_change_on_resume=True, cannot_change_result=True),
-        Option("device", str, None, "cuda where there is one when not given", choices=("cuda", "cpu"),
-               may_change_on_resume=True),
+               metavar="DIR", **NEUTRAL),
+        Option("log_dir", str, None, "directory of a TensorBoard log", metavar="DIR", **NEUTRAL),
+        Option("device", str, None, "cuda where there is one when not given", choices=("cuda", "cpu"), **FREE),
         Option("seed", int, 0, "seed of all random numbers", ranges=FROM_0),
-        Option("deterministic", bool, False, "only algorithms that give the same bits each time",
-               may_change_on_resume=True),
-        Option("compile", bool, False, "torch.compile; goes on without, and says so, where it fails",
-               needs=(TRAINING,), may_change_on_resume=True),
-        Option("channels_last", bool, False, "memory layout that convolutions on GPUs like",
-               may_change_on_resume=True),
+        Option("deterministic", bool, False, "only algorithms that give the same bits each time", **FREE),
+        Option("compile", bool, False, "torch.compile; goes on without, and says so, where it fails", needs=(TRAINING,),
+               **FREE),
+        Option("channels_last", bool, False, "memory layout that convolutions on GPUs like", **FREE),
         Option("use_amp", bool, False, "mixed precision"),
         Option("amp_dtype", str, None, "float16 on cuda and bfloat16 on cpu when not given",
-               choices=("float16", "bfloat16"), needs=(USE_AMP,), may_change_on_resume=True),
-        Option("eval", bool, False, "only evaluate --resume, --initialize or --finetune", may_change_on_resume=True),
+               choices=("float16", "bfloat16"), needs=(USE_AMP,), **FREE),
+        Option("eval", bool, False, "only evaluate --resume, --initialize or --finetune", **FREE),
         # An evaluation draws no random numbers, but which epochs have one decides which epoch is the best.
-        Option("disable_eval", bool, False, "evaluate after the last epoch only", may_change_on_resume=True),
-        Option("eval_interval", int, 1, "epochs from one evaluation to the next", metavar="EPOCHS",
-               ranges=FROM_1, needs=(EVALUATION,), may_change_on_resume=True),
+        Option("disable_eval", bool, False, "evaluate after the last epoch only", **FREE),
+        Option("eval_interval", int, 1, "epochs from one evaluation to the next", metavar="EPOCHS", ranges=FROM_1,
+               needs=(EVALUATION,), **FREE),
         Option("eval_batch_size", int, None, "one and a half times --batch_size when not given", metavar="IMAGES",
-               ranges=ABOVE_0, may_change_on_resume=True),
-        Option("dist_eval", bool, True, "share the test images out among the processes", may_change_on_resume=True),
-        Option("resume", str, None, "checkpoint to continue from", metavar="FILE", may_change_on_resume=True),
-        Option("auto_resume", bool, True, "continue the run that --output_dir holds",
-               may_change_on_resume=True, cannot_change_result=True),
-        Option("overwrite", bool, False, "delete the run that --output_dir holds, and start anew",
-               needs=(OUTPUT,), may_change_on_resume=True, cannot_change_result=True),
-        Option("save_ckpt", bool, True, "write checkpoints",
-               needs=(OUTPUT,), may_change_on_resume=True, cannot_change_result=True),
-        Option("save_ckpt_freq", int, 1, "epochs from one checkpoint to the next", metavar="EPOCHS",
-               ranges=FROM_1, needs=(OUTPUT, CHECKPOINTS), may_change_on_resume=True, cannot_change_result=True),
+               ranges=ABOVE_0, **FREE),
+        Option("dist_eval", bool, True, "share the test images out among the processes", **FREE),
+        Option("resume", str, None, "checkpoint to continue from", metavar="FILE", **FREE),
+        Option("auto_resume", bool, True, "continue the run that --output_dir holds", **NEUTRAL),
+        Option("overwrite", bool, False, "delete the run that --output_dir holds, and start anew", needs=(OUTPUT,),
+               **NEUTRAL),
+        Option("save_ckpt", bool, True, "write checkpoints", needs=(OUTPUT,), **NEUTRAL),
+        Option("save_ckpt_freq", int, 1, "epochs from one checkpoint to the next", metavar="EPOCHS", ranges=FROM_1,
+               needs=(OUTPUT, CHECKPOINTS), **NEUTRAL),
         Option("save_ckpt_steps", int, None, "checkpoints within an epoch too, every so many steps", metavar="STEPS",
-               ranges=ABOVE_0, needs=(OUTPUT, CHECKPOINTS), may_change_on_resume=True, cannot_change_result=True),
-        Option("save_ckpt_num", int, 3, "numbered checkpoints to keep, of each kind",
-               ranges=FROM_1, needs=(OUTPUT, CHECKPOINTS), may_change_on_resume=True, cannot_change_result=True),
-        Option("start_epoch", int, 0, "first epoch, counted from 0; a checkpoint sets its own",
-               ranges=FROM_0, may_change_on_resume=True),
-        Option("enable_wandb", bool, False, "log to Weights & Biases",
-               may_change_on_resume=True, cannot_change_result=True),
-        Option("project", str, "weight-selection", "project of Weights & Biases",
-               needs=(WANDB,), may_change_on_resume=True, cannot_change_result=True),
+               ranges=ABOVE_0, needs=(OUTPUT, CHECKPOINTS), **NEUTRAL),
+        Option("save_ckpt_num", int, 3, "numbered checkpoints to keep, of each kind", ranges=FROM_1,
+               needs=(OUTPUT, CHECKPOINTS), **NEUTRAL),
+        Option("start_epoch", int, 0, "first epoch, counted from 0; a checkpoint sets its own", ranges=FROM_0, **FREE),
+        Option("enable_wandb", bool, False, "log to Weights & Biases", **NEUTRAL),
+        Option("project", str, "weight-selection", "project of Weights & Biases", needs=(WANDB,), **NEUTRAL),
         Option("wandb_ckpt", bool, False, "upload the last checkpoint to Weights & Biases",
-               needs=(OUTPUT, CHECKPOINTS, WANDB), may_change_on_resume=True, cannot_change_result=True),
+               needs=(OUTPUT, CHECKPOINTS, WANDB), **NEUTRAL),
     ),
     "processes": (
         # The number of processes decides in which order floats are added up.
-        Option("world_size", int, None, "number of processes expected; the launcher sets it",
-               may_change_on_resume=True),
-        Option("local_rank", int, None, "set by torch.distributed.launch", aliases=("--local-rank",),
-               may_change_on_resume=True, cannot_change_result=True),
-        Option("dist_on_itp", bool, False, "processes were started by Open MPI's mpirun", may_change_on_resume=True),
-        Option("dist_url", str, "env://", "where the processes meet",
-               may_change_on_resume=True, cannot_change_result=True),
+        Option("world_size", int, None, "number of processes expected; the launcher sets it", **FREE),
+        Option("local_rank", int, None, "set by torch.distributed.launch", aliases=("--local-rank",), **NEUTRAL),
+        Option("dist_on_itp", bool, False, "processes were started by Open MPI's mpirun", **FREE),
+        Option("dist_url", str, "env://", "where the processes meet", **NEUTRAL),
         Option("timeout", float, 1800, "longest wait for a process or loader worker", metavar="SECONDS",
-               ranges=ABOVE_0 + FOUR_MONTHS, may_change_on_resume=True, cannot_change_result=True),
+               ranges=ABOVE_0 + FOUR_MONTHS, **NEUTRAL),
     ),
 }
 # fmt: on
@@ -312,10 +274,6 @@ TABLE = {
 OPTIONS = {option.name: option for rows in TABLE.values() for option in rows}
 MAY_CHANGE_ON_RESUME = frozenset(name for name, option in OPTIONS.items() if option.may_change_on_resume)
 CANNOT_CHANGE_RESULT = frozenset(name for name, option in OPTIONS.items() if option.cannot_change_result)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# From words to options
 
 
 def get_args_parser() -> Parser:
@@ -330,21 +288,33 @@ def get_args_parser() -> Parser:
                 form = {"action": Kwargs, "nargs": "*", "metavar": "K=V"}
             flags = (f"--{option.name}", *option.aliases)
             group.add_argument(*flags, default=copy.copy(option.default), help=option.help, **form)
+    for name, why in NOT_TAKEN.items():
+        parser.add_argument(f"--{name}", nargs="*", action=_Refuse, const=why, help=argparse.SUPPRESS)
     return parser
 
 
-def read_config(path: str, parser: Parser, option: str = "--config") -> list[str]:
-    """A recipe's options as words of main.py's command line.
+# Options of the release that main.py does not have.
+NOT_TAKEN = {
+    "resplit": "training images are not split for augmentation here, and no experiment of the paper does it",
+    "model_prefix": "keys of a file are matched without one; the prefixes of DDP and torch.compile are removed",
+}
 
-    Raises:
-        InputError: as ``read_recipe``, or the recipe has a key that is no option.
-    """
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    recipe = read_recipe(path, option, _print_by_first_process, known)
+
+class _Refuse(argparse.Action):
+    def __init__(self, **form):
+        super().__init__(**form | {"default": argparse.SUPPRESS})
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise InputError(f"{' '.join([option_string, *values])}: {self.const}; leave it out")
+
+
+def read_config(path: str) -> list[str]:
+    """The options in a recipe as words of main.py's command line; InputError as in ``read_recipe``."""
+    recipe = read_recipe(path, "--config", _print_if_first, OPTIONS.keys() - {"config"})
     return [word for key, words in recipe.items() for word in (f"--{key}", *words)]
 
 
-def _print_by_first_process(line: str) -> None:
+def _print_if_first(line):
     if find_launch(os.environ).rank == 0:
         print(line, file=sys.stderr)
 
@@ -362,7 +332,7 @@ def parse_args(argv=None) -> Options:
     """
     parser = get_args_parser()
     given = _parse_given(parser, argv)
-    configured = _parse_given(parser, read_config(given["config"], parser)) if "config" in given else {}
+    configured = _parse_given(parser, read_config(given["config"])) if "config" in given else {}
     options = default_options().replace(**configured | given)
     check_options(options, set(given))
     return options
@@ -374,17 +344,11 @@ def _parse_given(parser, argv):
     return {name: value for name, value in vars(values).items() if value is not None}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Checks
-
-
 def check_options(args: Options, given: set) -> None:
     """Refuse options that are out of range, contradict each other, or would have no effect.
 
-    Args:
-        args: all options.
-        given: names of those on the command line. Only these are refused for having no effect: a recipe may set
-            what a command switches off.
+    Only those that are ``given`` on the command line with another value than their default are refused for having no
+    effect: a recipe may set what a command switches off.
 
     Raises:
         InputError: names an option, its value and what to do instead.
@@ -400,7 +364,7 @@ def check_options(args: Options, given: set) -> None:
     for name, option in OPTIONS.items():
         for need in option.needs:
             value = getattr(args, name)
-            used = name in given or (need.always and value is not None)
+            used = value != option.default and (name in given or need.always)
             if used and not need.met(args):
                 why = need.otherwise.format(**vars(args))
                 raise InputError(f"--{name} {value}: has no effect with {why}; leave it out")
@@ -430,11 +394,7 @@ def check_together(args: Options) -> None:
 
 
 def check_weights(args: Options) -> None:
-    """Refuse files of weights, of the model or of a teacher, that are not there, and names that cannot be used.
-
-    Raises:
-        InputError: names the file, or the directory of a model.
-    """
+    """Refuse, with an InputError, files of weights that are not there and names of models that cannot be used."""
     check_name(args.model, "--model", TIMM)
     if args.teacher:
         check_name(args.teacher, "--teacher", TIMM)

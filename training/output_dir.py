@@ -16,7 +16,6 @@ from training.options import MAY_CHANGE_ON_RESUME, Options, default_options
 from utils import print_main
 from weight_selection import files
 from weight_selection.errors import InputError, printable
-from weight_selection.files import Damaged
 from weight_selection.sources import safe_load
 
 WAYS_OUT = "choose another directory, or add --overwrite true to delete it"
@@ -26,11 +25,8 @@ WAYS_OUT = "choose another directory, or add --overwrite true to delete it"
 def reserve(options: Options) -> Iterator[Path | None]:
     """Keep ``--output_dir`` for this run until the block ends or the process dies. An evaluation needs none.
 
-    The lock belongs to the process, not to its open file, so that loader workers, which may live some seconds longer,
-    do not hold it.
-
-    Yields:
-        The checkpoint to go on from (or to evaluate), or None to start.
+    Yields the checkpoint to go on from (or to evaluate), or None to start. The lock belongs to the process, not to its
+    open file, so that loader workers, which may live some seconds longer, do not hold it.
 
     Raises:
         InputError: the directory cannot be written to, another run is writing there, or it holds a run that cannot go
@@ -92,14 +88,14 @@ def _find_checkpoint(options, directory):
     elif held and not options.auto_resume:
         raise InputError(f"--output_dir {directory}: holds a run ({held[0].name}); {WAYS_OUT}")
     elif (directory / "args.json") in held:
-        check_same_run(options, read_options(directory / "args.json"), "args.json")
+        check_same_run(options, _read_options(directory / "args.json"), "args.json")
     logged = len(read_log(directory / "log.txt")) if directory / "log.txt" in held else 0  # or: it is damaged
-    found = newest_whole(directory) if held else None
+    found = _newest_whole(directory) if held else None
     if not found and options.resume:
         return Path(options.resume)
     if not found and any(directory.glob("checkpoint-*.pth.damaged")):
         raise InputError(f"--output_dir {directory}: all its checkpoints are damaged; {WAYS_OUT}")
-    if not found and any(path.name != "args.json" for path in held) and not stopped_early(options, directory, logged):
+    if not found and any(path.name != "args.json" for path in held) and not _stopped_early(options, directory, logged):
         raise InputError(f"--output_dir {directory}: holds a run without a checkpoint to go on from; {WAYS_OUT}")
     files.write_json(directory / "args.json", options.plain())
     return found
@@ -108,7 +104,7 @@ def _find_checkpoint(options, directory):
 def _is_restart(options, directory):
     """Whether the run in the directory was itself started with this --resume."""
     path = directory / "args.json"
-    return path.exists() and read_options(path).get("resume") == options.resume
+    return path.exists() and _read_options(path).get("resume") == options.resume
 
 
 def _restarted_by_its_launcher():
@@ -129,49 +125,39 @@ def _check_resume(options, directory, held):
         )
 
 
-def newest_whole(directory: Path) -> Path | None:
+def _newest_whole(directory):
     """The newest checkpoint of a run that is not damaged; damaged ones get another name."""
     for path in reversed(numbered(directory)):
         try:
             safe_load.check_archive(path)
             return path
-        except Damaged as error:
+        except files.Damaged as error:
             aside = path.with_name(f"{path.name}.damaged")
             path.rename(aside)
             print_main(f"warning: {path} is damaged ({error}); set aside as {aside.name}; the one before is next")
     return None
 
 
-def stopped_early(options: Options, directory: Path, logged: int) -> bool:
-    """Whether a run with ``logged`` epochs in its log was stopped before it had to write a numbered checkpoint.
-
-    Then it may start again, and nothing is lost.
-    """
+def _stopped_early(options, directory, logged):
+    """Whether a run was stopped before it had to write a numbered checkpoint; nothing is lost if it starts again."""
     return options.save_ckpt and logged <= options.save_ckpt_freq and not (directory / "results.json").exists()
 
 
-def read_options(path: Path) -> dict:
-    """The options of a run, from its ``args.json``.
-
-    Raises:
-        InputError: the file is damaged.
-    """
+def _read_options(path):
+    """The options of a run, from its ``args.json``."""
     try:
         options = files.parse_json(files.read_text(path))
         if not isinstance(options, dict):
-            raise Damaged("no options")
+            raise files.Damaged("no options")
         return options
-    except Damaged as error:
+    except files.Damaged as error:
         raise InputError(f"--output_dir {path.parent}: {path.name} is damaged ({error}); {WAYS_OUT}") from error
 
 
 def check_same_run(options: Options, other: dict, name: str) -> None:
-    """Refuse to go on with a run that was started with other options.
+    """Refuse to go on with a run that was started with ``other`` options, which are from the file ``name``.
 
-    Args:
-        options: of this run.
-        other: of the run in the directory. An option that its version did not have counts with today's default.
-        name: of the file that ``other`` comes from.
+    An option that the version of that run did not have counts with today's default.
 
     Raises:
         InputError: an option differs that may not change.
@@ -190,10 +176,8 @@ def check_same_run(options: Options, other: dict, name: str) -> None:
 def prune(directory: Path, keep: int) -> None:
     """Delete all but the ``keep`` newest checkpoints written after an epoch, and likewise of those written within one.
 
-    A checkpoint from within an epoch goes as soon as a checkpoint from after that epoch exists.
-
-    Raises:
-        RunError: a checkpoint cannot be deleted.
+    A checkpoint from within an epoch goes as soon as one from after that epoch exists. What cannot be deleted raises a
+    RunError.
     """
     paths = numbered(directory)
     ends = [path for path in paths if position(path)[1] == 0]

@@ -22,38 +22,24 @@ class EvalMetrics:
 
 @dataclass
 class RunProgress:
-    """How far a run has come. The field names and types are the schema of the checkpoint's keys.
+    """How far a run has come. The field names and types are the schema of the checkpoint's keys."""
 
-    Attributes:
-        epoch: the last epoch that is over, counted from 0; -1 before the first.
-        seconds: time spent in training.
-        train_images: number of training images; None when they are not known.
-        last, best: metrics of the last evaluation, and of the first with the highest accuracy.
-        last_ema, best_ema: the same of the moving average; its checkpoint keys are last-ema and best-ema.
-        partial: sums over the steps of the next epoch that are done; None between epochs.
-        bad_images: messages about the training images that could not be read.
-    """
-
-    epoch: int
-    seconds: float = 0.0
-    train_images: int | None = None
-    last: EvalMetrics | None = None
-    best: EvalMetrics | None = None
-    last_ema: EvalMetrics | None = None
+    epoch: int  # the last epoch that is over, counted from 0; -1 before the first
+    seconds: float = 0.0  # time spent in training
+    train_images: int | None = None  # their number; None when it is not known
+    last: EvalMetrics | None = None  # of the last evaluation
+    best: EvalMetrics | None = None  # of the first evaluation with the highest accuracy
+    last_ema: EvalMetrics | None = None  # the same of the moving average; the checkpoint's keys are last-ema, best-ema
     best_ema: EvalMetrics | None = None
-    partial: EpochSums | None = None
-    bad_images: list[str] = field(default_factory=list)
+    partial: EpochSums | None = None  # of the steps of the next epoch that are done; None between epochs
+    bad_images: list[str] = field(default_factory=list)  # messages about the training images that could not be read
 
     @classmethod
     def from_checkpoint(cls, content: dict, origin: str) -> "RunProgress":
         """Read the progress from a checkpoint's keys, whose values nobody has checked yet.
 
-        Args:
-            content: the checkpoint. Version 1 has no train_images, partial and bad_images.
-            origin: option and file, for errors.
-
         Raises:
-            InputError: a required key is missing, or a value is not of its field's type.
+            InputError: a required key is missing, or a value is not of its field's type; begins with ``origin``.
         """
         values = {}
         for name, kind in get_type_hints(cls).items():
@@ -74,11 +60,7 @@ class RunProgress:
         return {_key(name): value for name, value in plain.items() if value is not None or name == "partial"}
 
     def note_evaluation(self, metrics: dict, epoch: int) -> list[str]:
-        """Take the metrics of an evaluation; those of a moving average end in ``_ema``.
-
-        Returns:
-            the names of the checkpoints, best and best-ema, that it is better than.
-        """
+        """Take metrics, of which a moving average's end in ``_ema``; returns which of best and best-ema they beat."""
         better = []
         for suffix in ("", "_ema"):
             if f"acc1{suffix}" not in metrics:
@@ -105,11 +87,8 @@ def _fits(value, kind):
     """Whether a value is of a field's type. An int may stand for a float; a dict must have a dataclass's fields."""
     if is_dataclass(kind):
         hints = get_type_hints(kind)
-        return (
-            isinstance(value, dict)
-            and value.keys() == hints.keys()
-            and all(_fits(value[name], hints[name]) for name in hints)
-        )
+        complete = isinstance(value, dict) and value.keys() == hints.keys()
+        return complete and all(_fits(value[name], hints[name]) for name in hints)
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
     return type(value) is kind or (kind is float and type(value) is int)

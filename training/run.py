@@ -9,43 +9,26 @@ import torch
 import torch.nn as nn
 from timm.utils import distribute_bn
 
-import utils
-from distributed.launch import Launch
 from distributed.process_group import init_distributed, main_only
-from distributed.program import RunError, Stopped
+from distributed.program import Launch, RunError, Stopped
 from distributed.stop_coordinator import StopCoordinator
 from engine import EpochMetrics, TrainState, evaluate, train_one_epoch
-from input_pipeline.bad_images import BadImages
-from input_pipeline.loader import DeviceLoader
+from input_pipeline.cache import check_memory
+from input_pipeline.loader import BadImages, DeviceLoader
 from models.distillation import build_teacher
 from training import checkpoint, output_dir
 from training.metric_log import MetricLog
 from training.options import Options
 from training.progress import RunProgress
-from training.setup import (
-    RunData,
-    build_model,
-    build_test_loader,
-    build_train_loader,
-    build_train_state,
-    check_cache_fits,
-    complete_options,
-    open_data,
-    set_up_device,
-)
-from training.warm_up import warm_up
-from utils import print_main
+from training.setup import RunData, build_model, build_train_state, complete_options, open_data, set_up_device, warm_up
+from utils import describe, duration, print_main, versions
 from weight_selection.errors import InputError
 from weight_selection.files import check_writable, sha256, write_json
 from weight_selection.sources.initial_weights import read_provenance
 
 
 def run(options: Options, launch: Launch) -> None:
-    """Train or evaluate as the options say.
-
-    Args:
-        options: checked, but not yet complete.
-        launch: where this process stands among those of the run.
+    """Train or evaluate as the options say, which are checked but not yet complete.
 
     Raises:
         InputError: an option does not fit the machine, the data or the other options.
@@ -63,7 +46,8 @@ def run(options: Options, launch: Launch) -> None:
         distills = options.distillation != "none" and not options.eval
         teacher = build_teacher(options, data.classes) if distills else None
         if options.cache_images:
-            check_cache_fits(options, data, device, stop_coordinator)
+            data_sets = [data_set for data_set in (data.train_set, data.test_set) if data_set is not None]
+            check_memory(data_sets, device if options.augment_device else None, stop_coordinator)
         # Nothing has been written up to here: options that are refused leave no run behind.
         with output_dir.reserve(options) as found:
             state = build_train_state(
@@ -74,21 +58,27 @@ def run(options: Options, launch: Launch) -> None:
                 progress = resume(options, state, found, data.train_images)
             if options.cache_images:
                 data.keep_in_memory()
-            test_loader = build_test_loader(options, data, state)
+            test_loader = data.test_loader(options, state)
             stop_coordinator.defer_signals = True
             if options.eval:
                 metrics = evaluate_with_ema(options, state, test_loader)
-                print_main(f"{options.model}: {utils.describe(metrics)}")
+                print_main(f"{options.model}: {describe(metrics)}")
             else:
                 train_and_report(options, state, data, test_loader, progress)
 
 
 def resume(options: Options, state: TrainState, path: Path, train_images: int | None) -> RunProgress:
     """Restore a checkpoint, which must be of the same run unless ``--resume`` names it; returns its progress."""
-    content = checkpoint.read(path, checkpoint.name_origin(options, path))
-    if not checkpoint.is_named(options, path):
+    named = options.resume is not None and path == Path(options.resume)
+    origin = f"{'--resume' if named else '--output_dir'} {path}"
+    content = checkpoint.read(path, origin)
+    if not named:
         output_dir.check_same_run(options, content["args"], path.name)
-    return checkpoint.restore(options, state, content, path, train_images)
+    progress = checkpoint.restore(options, state, content, origin, train_images)
+    partial = progress.partial
+    written = f"step {partial.step} of epoch {progress.epoch + 1}" if partial else f"epoch {progress.epoch}"
+    print_main(f"resumed {path}, written after {written}")
+    return progress
 
 
 def train_and_report(
@@ -102,7 +92,7 @@ def train_and_report(
         "total_batch_size": options.total_batch_size,
         "processes": state.world_size,
     }
-    print_main(f"{options.model}: " + utils.describe(facts))
+    print_main(f"{options.model}: " + describe(facts))
     for option, path in (("initialize", options.initialize), ("teacher", options.teacher_path)):
         facts[f"{option}_sha256"] = path and sha256(path)
     if options.initialize and (provenance := read_provenance(options.initialize, "--initialize")):
@@ -110,12 +100,12 @@ def train_and_report(
     if progress.epoch == options.epochs - 1:
         print_main("all epochs are done; nothing left to train")
     bad_images = BadImages(options.skip_bad_images, state.stop_coordinator, progress.bad_images)
-    loader = build_train_loader(options, data, state, bad_images)
+    loader = data.train_loader(options, state, bad_images)
     with MetricLog(options, progress.epoch + 1) as log:
         train(options, state, loader, test_loader, progress, log)
     if options.output_dir:
         main_only(write_results, options, progress, facts)
-    print_main("; ".join(f"{name} {utils.describe(metrics)}" for name, metrics in progress.evaluations().items()))
+    print_main("; ".join(f"{name} {describe(metrics)}" for name, metrics in progress.evaluations().items()))
 
 
 def train(
@@ -143,7 +133,11 @@ def train(
             speed = train_rest_of_epoch(options, state, loader, metrics, saver)
             row, better = {f"train_{name}": value for name, value in metrics.means().items()}, []
             if is_last or (not options.disable_eval and (epoch + 1) % options.eval_interval == 0):
-                test_metrics = evaluate_or_save(options, state, test_loader, metrics, saver)
+                try:
+                    test_metrics = evaluate_with_ema(options, state, test_loader)
+                except RunError:  # a test image cannot be read: without a checkpoint the epoch would be lost
+                    saver.save_within_epoch(metrics)
+                    raise
                 row |= {f"test_{name}": value for name, value in test_metrics.items() if name != "images"}
                 better = progress.note_evaluation(test_metrics, epoch)
         saver.end_epoch(epoch)
@@ -154,19 +148,13 @@ def train(
         if is_last or (epoch + 1) % options.save_ckpt_freq == 0:
             log.checkpoint = saver.save()
         left = (time.monotonic() - start) / (epoch + 1 - first_epoch) * (options.epochs - 1 - epoch)
-        print_main(f"epoch {epoch}: {utils.describe(row)}, {speed:.0f} images/s, {utils.duration(left)} left")
+        print_main(f"epoch {epoch}: {describe(row)}, {speed:.0f} images/s, {duration(left)} left")
 
 
 class Saver:
     """Keeps a run's progress up to date, and saves checkpoints unless the options say not to.
 
     All processes must call its methods after the same step.
-
-    Args:
-        options: of the run.
-        state: what checkpoints hold.
-        progress: of the run; changes.
-        bad_images: the training images that could not be read.
     """
 
     def __init__(self, options: Options, state: TrainState, progress: RunProgress, bad_images: BadImages):
@@ -244,17 +232,6 @@ def average_batch_statistics(state: TrainState) -> None:
             distribute_bn(state.ema.module, state.world_size, reduce=True)
 
 
-def evaluate_or_save(
-    options: Options, state: TrainState, loader: DeviceLoader, metrics: EpochMetrics, saver: Saver
-) -> dict:
-    """Evaluate after an epoch; if a test image cannot be read, save the epoch, which would be lost otherwise."""
-    try:
-        return evaluate_with_ema(options, state, loader)
-    except RunError:
-        saver.save_within_epoch(metrics)
-        raise
-
-
 def evaluate_with_ema(options: Options, state: TrainState, loader: DeviceLoader) -> dict:
     """Evaluate the model and, with ``--model_ema_eval``, its moving average, whose metrics end in ``_ema``."""
     metrics = evaluate(state.model, loader, state, options.dist_eval)
@@ -270,11 +247,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def write_results(options: Options, progress: RunProgress, facts: dict) -> None:
-    """Write ``results.json``: accuracies in percent, what was run on what, and with which versions.
-
-    Raises:
-        RunError: it cannot be written.
-    """
+    """Write ``results.json`` (accuracies in percent, what was run on what, which versions), or raise a RunError."""
     results = {
         **progress.evaluations(),
         **({"bad_images": progress.bad_images} if progress.bad_images else {}),
@@ -286,7 +259,7 @@ def write_results(options: Options, progress: RunProgress, facts: dict) -> None:
         **facts,
         "wall_time": progress.seconds,
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-        "versions": utils.versions(),
+        "versions": versions(),
         "args": options.plain(),
     }
     try:

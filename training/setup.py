@@ -12,29 +12,24 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-import utils
 from datasets import build_dataset
-from distributed.launch import Launch
+from distributed.program import Launch
 from distributed.stop_coordinator import StopCoordinator
-from engine import TrainState
-from input_pipeline.bad_images import BadImages, BadTestImages
-from input_pipeline.cache import CachedDataset, check_memory
-from input_pipeline.loader import DeviceLoader, eval_loader, train_loader
+from engine import TrainState, autocast
+from input_pipeline import loader
+from input_pipeline.cache import CachedDataset
+from input_pipeline.loader import BadImages, DeviceLoader
 from input_pipeline.placement import TransformInWorkers, TransformOneByOne, build_pipeline
-from input_pipeline.samplers import EvalSampler, TrainBatchSampler
 from models.distillation import Loss, Teacher, WithProjector
-from models.initialization import initialize
-from models.linear_probe import make_linear_probe
+from models.initialization import initialize, make_linear_probe
 from optim_factory import cosine_schedule, create_optimizer
-from training.options import Options, default_options, mixes
-from utils import print_main
-from weight_selection.errors import InputError
+from training.options import OPTIONS, Options, default_options, mixes
+from utils import print_main, seed_everything
+from weight_selection.errors import InputError, printable
 from weight_selection.sources.architectures import CONVNEXT, declared_architecture
 from weight_selection.sources.initial_weights import find_weights, load_finetune, load_initial
 from weight_selection.sources.timm_models import check_input_size, create_model
-
-# ---------------------------------------------------------------------------------------------------------
-# Options and device
+from weight_selection.sources.weight_files import NESTED
 
 
 def complete_options(options: Options, local_rank: int) -> Options:
@@ -44,14 +39,19 @@ def complete_options(options: Options, local_rank: int) -> Options:
         InputError: the machine has no such device or arithmetic, or the directory has no weights for the model.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
+    gpus, needed = torch.cuda.device_count(), max(local_rank + 1, processes)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device, max(local_rank + 1, processes))
+    if device == "cuda" and needed > gpus:
+        raise InputError(
+            f"--device cuda: {needed} processes on a machine with {gpus} GPUs; "
+            "start fewer processes or use --device cpu"
+        )
     workers, amp_dtype, initial_weights = options.num_workers, options.amp_dtype, options.initialize
     if workers is None:
         workers = max(1, min(10, (os.cpu_count() or 1) // processes))
     if options.use_amp:
         amp_dtype = amp_dtype or ("float16" if device == "cuda" else "bfloat16")
-        check_arithmetic(device, amp_dtype)
+        _check_arithmetic(device, amp_dtype)
     initial_weights = initial_weights and str(Path(initial_weights))
     if initial_weights and Path(initial_weights).is_dir():  # the model says which file in it is meant
         model = create_model(options.model, input_size=options.input_size, device="meta", **options.model_kwargs)
@@ -59,17 +59,7 @@ def complete_options(options: Options, local_rank: int) -> Options:
     return options.replace(device=device, num_workers=workers, amp_dtype=amp_dtype, initialize=initial_weights)
 
 
-def check_device(device: str, processes: int) -> None:
-    """Refuse ``cuda`` on a machine that has fewer GPUs than processes of the run."""
-    if device == "cuda" and processes > torch.cuda.device_count():
-        raise InputError(
-            f"--device cuda: {processes} processes on a machine with {torch.cuda.device_count()} GPUs; "
-            "start fewer processes or use --device cpu"
-        )
-
-
-def check_arithmetic(device: str, amp_dtype: str) -> None:
-    """Refuse a dtype of mixed precision that the device cannot compute in."""
+def _check_arithmetic(device, amp_dtype):
     if device == "cpu" and amp_dtype == "float16":
         raise InputError("--amp_dtype float16: needs a GPU; use bfloat16 on a CPU")
     if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -86,27 +76,16 @@ def set_up_device(options: Options, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank) if options.device == "cuda" else torch.device("cpu")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Images
-
-
 @dataclass
 class RunData:
-    """The data sets of a run, and the pipelines that bring their images to the model.
+    """The data sets of a run, and the pipelines that bring their images to the model."""
 
-    Attributes:
-        train_set, train_pipeline: None in an evaluation.
-        test_set, test_pipeline: always there.
-        classes: number of classes.
-        steps_per_epoch: optimiser steps in an epoch; 1 in an evaluation.
-    """
-
-    train_set: Dataset | None
+    train_set: Dataset | None  # None in an evaluation, like its pipeline
     test_set: Dataset
     train_pipeline: TransformOneByOne | TransformInWorkers | None
     test_pipeline: TransformOneByOne | TransformInWorkers
     classes: int
-    steps_per_epoch: int
+    steps_per_epoch: int  # optimiser steps in an epoch; 1 in an evaluation
 
     @property
     def train_images(self) -> int | None:
@@ -118,6 +97,21 @@ class RunData:
         if self.train_set is not None:
             self.train_set = CachedDataset(self.train_set, "train images")
         self.test_set = CachedDataset(self.test_set, "test images")
+
+    def train_loader(self, options: Options, state: TrainState, bad_images: BadImages) -> DeviceLoader:
+        """The loader of this process's micro-batches."""
+        place = (state.rank, state.world_size)
+        sampler = loader.TrainBatchSampler(
+            self.train_images, options.batch_size, state.steps_per_epoch, state.update_freq, *place, state.seed
+        )
+        return loader.train_loader(self.train_set, self.train_pipeline, sampler, options, state.device, bad_images)
+
+    def test_loader(self, options: Options, state: TrainState) -> DeviceLoader:
+        """The loader of this process's share of the test images, or of all of them with ``--dist_eval false``."""
+        place = (state.rank, state.world_size) if options.dist_eval else (0, 1)
+        sampler = loader.EvalSampler(len(self.test_set), *place)
+        bad_images = loader.BadTestImages(state.stop_coordinator)
+        return loader.eval_loader(self.test_set, self.test_pipeline, sampler, options, state.device, bad_images)
 
 
 def open_data(options: Options) -> RunData:
@@ -143,50 +137,13 @@ def open_data(options: Options) -> RunData:
     return RunData(train_set, test_set, train_pipeline, build_pipeline(options, train=False), classes, steps)
 
 
-def check_cache_fits(options: Options, data: RunData, device: torch.device, stop_coordinator: StopCoordinator) -> None:
-    """Check in every process that the images fit into memory; all raise the InputError of any."""
-    data_sets = [data_set for data_set in (data.train_set, data.test_set) if data_set is not None]
-    refusal = None
-    try:
-        check_memory(data_sets, device if options.augment_device else None)
-    except InputError as error:
-        refusal = str(error)
-    if refusal := stop_coordinator.first_of_all(refusal):
-        raise InputError(refusal)
-
-
-def build_train_loader(options: Options, data: RunData, state: TrainState, bad_images: BadImages) -> DeviceLoader:
-    """The loader of this process's micro-batches."""
-    sampler = TrainBatchSampler(
-        data.train_images,
-        options.batch_size,
-        data.steps_per_epoch,
-        options.update_freq,
-        state.rank,
-        state.world_size,
-        options.seed,
-    )
-    return train_loader(data.train_set, data.train_pipeline, sampler, options, state.device, bad_images)
-
-
-def build_test_loader(options: Options, data: RunData, state: TrainState) -> DeviceLoader:
-    """The loader of this process's share of the test images, or of all of them with ``--dist_eval false``."""
-    place = (state.rank, state.world_size) if options.dist_eval else (0, 1)
-    sampler, bad_images = EvalSampler(len(data.test_set), *place), BadTestImages(state.stop_coordinator)
-    return eval_loader(data.test_set, data.test_pipeline, sampler, options, state.device, bad_images)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Model and state
-
-
 def build_model(options: Options, classes: int) -> nn.Module:
     """The model with the weights from which training starts.
 
     Raises:
         InputError: the model cannot be built, or the weights do not fit it.
     """
-    utils.seed_everything(options.seed)
+    seed_everything(options.seed)
     kwargs = {"num_classes": classes, "drop_path_rate": options.drop_path, **options.model_kwargs}
     model = create_model(options.model, input_size=options.input_size, device="meta", **kwargs)
     if declared_architecture(model) is CONVNEXT:
@@ -203,7 +160,8 @@ def build_model(options: Options, classes: int) -> nn.Module:
             for parameter in model.get_classifier().parameters():
                 parameter.mul_(options.head_init_scale)
     if options.initialize:
-        kept = load_initial(model, options.initialize, "--initialize")
+        keys = NESTED if options.model_key == OPTIONS["model_key"].default else options.model_key.split("|")
+        kept = load_initial(model, options.initialize, "--initialize", keys)
         print_main(f"initialised from {options.initialize}; random: {', '.join(kept) or 'nothing'}")
     elif options.finetune:
         kept = load_finetune(model, options.finetune, "--finetune", options.model_key.split("|"))
@@ -223,26 +181,16 @@ def build_train_state(
     steps_per_epoch: int,
     classes: int,
 ) -> TrainState:
-    """Put optimiser, schedules, loss and everything else that a step needs around a model.
+    """Put optimiser, schedules, loss and everything else that a step needs around a model, which moves to the device.
 
-    Args:
-        options: complete.
-        model: from ``build_model``; moves to the device.
-        teacher: to distill from, or None.
-        device: where to compute.
-        launch: where this process stands.
-        stop_coordinator: of all processes; None in a state that takes no step.
-        steps_per_epoch: optimiser steps in an epoch.
-        classes: number of classes.
+    A state that takes no step needs no ``stop_coordinator``.
 
     Raises:
         InputError: the optimiser or the warm-up does not fit.
     """
     model.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
-    ema = None
-    if options.model_ema:
-        average_device = "cpu" if options.model_ema_force_cpu else None
-        ema = ModelEmaV3(model, decay=options.model_ema_decay, device=average_device)
+    ema_device = "cpu" if options.model_ema_force_cpu else None
+    ema = ModelEmaV3(model, decay=options.model_ema_decay, device=ema_device) if options.model_ema else None
     ddp_model, projector = model, None
     if teacher is not None:
         teacher.to(device)
@@ -284,13 +232,55 @@ def build_mixup(options: Options, classes: int) -> Mixup | None:
     """timm's mixup and cutmix with label smoothing, or None without them."""
     if not mixes(options):
         return None
-    return Mixup(
-        mixup_alpha=options.mixup,
-        cutmix_alpha=options.cutmix,
-        cutmix_minmax=options.cutmix_minmax,
-        prob=options.mixup_prob,
-        switch_prob=options.mixup_switch_prob,
-        mode=options.mixup_mode,
-        label_smoothing=options.smoothing,
-        num_classes=classes,
-    )
+    alphas = {"mixup_alpha": options.mixup, "cutmix_alpha": options.cutmix, "cutmix_minmax": options.cutmix_minmax}
+    draws = {"prob": options.mixup_prob, "switch_prob": options.mixup_switch_prob, "mode": options.mixup_mode}
+    return Mixup(**alphas, **draws, label_smoothing=options.smoothing, num_classes=classes)
+
+
+def warm_up(options: Options, state: TrainState, test_batch_size: int) -> None:
+    """Compile with ``--compile``, and with several processes fix DDP's bucket order.
+
+    DDP arranges its buckets by the order in which the gradients of its first step come. With more than two processes
+    the arrangement decides in which order floats are added up. Now a resumed run adds them in the same order.
+    """
+    if not options.compile and state.world_size == 1:
+        return
+    shape = (3, options.input_size, options.input_size)  # of the images, which are zeros
+    images = torch.zeros(options.batch_size, *shape, device=state.device)
+    targets = torch.zeros(options.batch_size, dtype=torch.long, device=state.device)
+    if options.compile:
+        compile_model(state, images, targets, torch.zeros(test_batch_size, *shape, device=state.device))
+    if state.world_size > 1:
+        dry_step(state, images, targets, exchange=True)
+
+
+def compile_model(state: TrainState, images: torch.Tensor, targets: torch.Tensor, test_images: torch.Tensor) -> None:
+    """Compile the model for batches of these shapes. If that fails in a process, all go on without, and say so."""
+    wrapped = isinstance(state.ddp_model, DistributedDataParallel)
+    modules = {state.model, state.ddp_model.module if wrapped else state.ddp_model}
+    for module in modules:
+        module.compile()
+    failure = None
+    try:
+        dry_step(state, images, targets, exchange=False)
+        with torch.no_grad(), autocast(state.device, state.amp_dtype):
+            state.model.eval()(test_images)
+    except Exception as error:  # no compiler, no Triton, an operator without a kernel: each fails in its own way
+        failure = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    if failure := state.stop_coordinator.first_of_all(failure):
+        print_main(f"warning: --compile true: goes on without, as it failed ({printable(failure)[:300]})")
+        for module in modules:
+            module._compiled_call_impl = None  # undoes Module.compile, for which PyTorch has no public way
+
+
+def dry_step(state: TrainState, images: torch.Tensor, targets: torch.Tensor, exchange: bool) -> None:
+    """Compute a gradient, with or without an exchange between processes, and leave the state as it was."""
+    before = [buffer.clone() for buffer in state.ddp_model.buffers()]
+    state.ddp_model.train()
+    try:
+        state.backward(images, targets, exchange)
+    finally:
+        state.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in zip(state.ddp_model.buffers(), before, strict=True):
+                buffer.copy_(value)

@@ -25,7 +25,7 @@ __all__ = ["ELEMENT_SELECTION", "LAYER_SELECTION", "PROJECTION", "InputError", "
 
 
 def select_weights(
-    teacher: torch.nn.Module | str,
+    teacher: torch.nn.Module | str | None,
     student: torch.nn.Module | str,
     *,
     example_inputs: torch.Tensor | tuple | dict | None = None,
@@ -42,12 +42,13 @@ def select_weights(
     calibration=None,
     calibration_images: int | None = None,
     calibration_size: int | None = None,
+    fused_qkv: str = "parts",
 ) -> dict:
     """Select a student's first weights from a teacher's (paper, section 3), or project the teacher's onto it.
 
     Args:
-        teacher: any module, or the name of a model. Its own weights are taken (the published ones of a name), unless
-            ``weights`` are given; then it may be on the meta device.
+        teacher: any module, or the name of a model, which ``--pretrained_model`` would take. Its own weights are taken,
+            unless ``weights`` are given; then it may be on the meta device, or None for a run's of main.py.
         student: a smaller model whose tensors have counterparts in the teacher, or a name. Only its shapes matter: it
             may be on the meta device, but not for a projection.
         example_inputs: inputs of the forward pass, a tensor, a tuple, or a dict of keyword arguments, as for
@@ -57,7 +58,7 @@ def select_weights(
         classifier: names of the modules that belong to the task, and keep the student's own initialisation. ``()``
             selects everything, as ``include_head`` does. Default: the classification head that the library knows; of
             other modules the linear layer that gives the output, if the two models' outputs differ in size.
-        weights: the teacher's weights apart from it: a state_dict with timm's keys, or a file that
+        weights: the teacher's weights apart from it: a state_dict with the teacher's keys, or a file or directory that
             ``--pretrained_path`` would take.
         layer_selection: one of ``LAYER_SELECTION`` (section 3.1), applied to the layers of each stage.
         element_selection: one of ``ELEMENT_SELECTION`` (section 3.2), or of ``PROJECTION``, which runs both models on
@@ -73,6 +74,9 @@ def select_weights(
             three times.
         calibration_images: how many images of the directory or of noise; default: 256, or all if there are fewer.
         calibration_size: side of these images in pixels; default: as the student takes them.
+        fused_qkv: where uniform selection spreads its indices over the rows of fused queries, keys and values: in each
+            of the three ``parts``, or over the ``whole`` as the paper's release does. They differ where the student's
+            width does not divide the teacher's.
 
     Returns:
         A state_dict for ``student.load_state_dict(..., strict=False)``, in the student's order and the teacher's dtype,
@@ -96,6 +100,7 @@ def select_weights(
         calibration_images,
         calibration_size,
         classifier,
+        fused_qkv,
     )
     try:
         options.check()

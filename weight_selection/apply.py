@@ -68,10 +68,8 @@ def _reshaped(entry: PlanEntry, weight):
 def _keep_group_neurons(plan, entry, weight):
     """Along every dimension, look up the kept indices of the groups in it: consistent by construction."""
     kept = weight
-    for dim, pairs in entry.slices.items():
-        indices = np.empty(entry.shape[dim], np.int64)
-        for pair in pairs:
-            indices[pair.student.reshape(-1)] = pair.teacher.reshape(-1)[plan.groups[pair.group].kept]
+    for dim in entry.slices:
+        indices = plan.kept(entry, dim)
         if not np.array_equal(indices, np.arange(weight.shape[dim])):
             kept = kept.index_select(dim, torch.from_numpy(indices).to(weight.device))
     return kept.contiguous() if kept is not weight else weight.clone(memory_format=torch.contiguous_format)

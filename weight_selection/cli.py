@@ -16,9 +16,11 @@ from weight_selection.options import (
     CALIBRATION_IMAGES,
     DTYPES,
     ELEMENT_SELECTION,
+    FUSED_QKV,
     KEEP,
     LAYER_SELECTION,
     NOISE,
+    PARTS,
     PROJECTION,
     SEEDED,
     SelectionOptions,
@@ -65,6 +67,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--layer_selection", choices=LAYER_SELECTION, default="first_n")
     add("--element_selection", choices=ELEMENT_SELECTION + PROJECTION, default="uniform",
         help="project (rotated) and greedy (coordinates) go beyond the paper, and need --calibration")
+    add("--fused_qkv", choices=FUSED_QKV, default=PARTS,
+        help="uniform: spread indices in each of q, k and v, or over the whole as the release does (another selection "
+        "only where widths do not divide)")
     add("--calibration", metavar=f"DIR|{NOISE}",
         help="images without labels for project and greedy: those of the task are best, any will do; or none, noise")
     add("--calibration_images", type=int, metavar="N",
@@ -230,10 +235,11 @@ def select(args, selection, name: str, digest: Future | None) -> None:
         **({"not_taken": selection.plan.not_taken} if selection.plan.not_taken else {}),
         "options": {name: getattr(args, name) for name in RECORDED}
         | ({"classifier": args.classifier} if args.classifier else {})
+        | ({"fused_qkv": args.fused_qkv} if args.fused_qkv != PARTS else {})
         | ({"dtype": args.dtype} if args.dtype != KEEP else {})
         | (selection.projection.provenance() if selection.projection is not None else {}),
         "left_out": absent,
-    }
+    } | ({"left_behind": selection.plan.left_behind} if selection.plan.left_behind else {})
     student = output.initialised_student(selection, state_dict, args.seed)
     if args.complete or args.format == "hub":
         dtype = output.value_type(state_dict) if args.format == "hub" else args.dtype  # a hub's directory has one type

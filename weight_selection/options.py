@@ -13,6 +13,10 @@ PER_TENSOR = ("random_inconsistent", "l1", "magnitude")  # they choose anew in e
 ELEMENT_SELECTION = CONSISTENT + PER_TENSOR
 PROJECTION = ("project", "greedy")  # beyond the paper: weights that are fitted to the teacher's on a few images
 SEEDED = ("random", "random_inconsistent")  # of ELEMENT_SELECTION, what the seed changes
+PARTS, WHOLE = FUSED_QKV = (
+    "parts",
+    "whole",
+)  # where uniform selection spreads its indices over queries, keys and values
 CALIBRATION_IMAGES = 256
 KEEP = "keep"
 DTYPES = ("float32", "float16", "bfloat16", KEEP)  # of written values; KEEP is the teacher's
@@ -38,6 +42,7 @@ class SelectionOptions:
     calibration_images: int | None = None
     calibration_size: int | None = None
     classifier: tuple | None = None
+    fused_qkv: str = PARTS
 
     @property
     def selects_all(self) -> bool:
@@ -61,6 +66,11 @@ class SelectionOptions:
             raise InputError(f"--exclude {self.exclude}: give a list of components, such as ['norm']")
         for component in self.exclude:
             _choose("--exclude", component, COMPONENTS)
+        _choose("--fused_qkv", self.fused_qkv, FUSED_QKV)
+        if self.fused_qkv == WHOLE and self.element_selection != "uniform":
+            raise InputError(
+                f"--fused_qkv whole: has no effect with --element_selection {self.element_selection}; leave it out"
+            )
         if self.include_head and self.include_head_norm:
             raise InputError("--include_head_norm: --include_head selects the normalisation too; leave one out")
         if self.include_head and self.classifier is not None:

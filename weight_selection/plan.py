@@ -10,13 +10,13 @@ import torch.nn as nn
 from weight_selection.errors import InputError
 from weight_selection.geometry import Geometry, Resampling, find_geometry, resampling
 from weight_selection.layers import Layers, teacher_keys
-from weight_selection.options import CONSISTENT, SelectionOptions
+from weight_selection.options import CONSISTENT, PARTS, WHOLE, SelectionOptions
 from weight_selection.rules import kept_indices
 from weight_selection.sources.architectures import NO_KEYS, Architecture, keys_inside
 from weight_selection.sources.facts import ModelFacts, facts_of
 from weight_selection.tied import check_classifier_is_not_tied, embedding_keys, not_taken, tied_keys
 from weight_selection.tracing.groups import ModelGroups, NeuronGroup, aligned, find_groups
-from weight_selection.tracing.tracer import Untraceable, trace
+from weight_selection.tracing.tracer import RefusedInputs, Untraceable, trace
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,11 @@ def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=No
     try:
         traced = trace(model, facts.inputs)
     except Untraceable as reason:
-        raise InputError(f"{name}: weight selection cannot take a {type(model).__name__} apart: {reason}") from reason
+        wrong = example_inputs is not None and isinstance(reason, RefusedInputs)
+        remedy = "; give example_inputs (student_inputs) that its forward takes" if wrong else ""
+        raise InputError(
+            f"{name}: weight selection cannot take a {type(model).__name__} apart: {reason}{remedy}"
+        ) from reason
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     heads = _output_rows(traced, traced.output_layers if facts.token_heads is None else facts.token_heads)
     return ModelStructure(
@@ -179,17 +183,22 @@ class Plan:
         entries: one ``PlanEntry`` per student key, in the student's order.
         groups: {number of the student's neuron group: ``PlannedGroup``}, of the groups that selected tensors hold.
         element_selection, seed: the rule of element selection.
+        fused_qkv: one of ``FUSED_QKV``.
         tied: {student's key: the key that its tensor goes by}, of all keys of tied tensors but these. A file in which
             no two keys may share memory, such as of safetensors, is written without them.
         not_taken: {student's key: teacher's key}, of teacher's tensors that go as the student's are tied.
+        left_behind: keys of the teacher's tensors without a place in the student that it has no use for: a pooler,
+            another task's head, parameters that the forward pass does not use.
     """
 
     entries: list
     groups: dict
     element_selection: str
     seed: int
+    fused_qkv: str = PARTS
     tied: dict = field(default_factory=dict)
     not_taken: dict = field(default_factory=dict)
+    left_behind: list = field(default_factory=list)
 
     @property
     def selected(self) -> dict:
@@ -201,6 +210,21 @@ class Plan:
         """The student's keys that keep its own initialisation."""
         return [entry.key for entry in self.entries if entry.role != "selected"]
 
+    def kept(self, entry: PlanEntry, dim: int) -> np.ndarray:
+        """The teacher's indices that a rule of ``CONSISTENT`` keeps along a dimension of neurons, int64."""
+        pairs, size = entry.slices[dim], entry.shape[dim]
+        if self.fused_qkv == WHOLE and _is_fused_qkv(pairs):
+            return kept_indices("uniform", entry.teacher_shape[dim], size).numpy()
+        indices = np.empty(size, np.int64)
+        for pair in pairs:
+            indices[pair.student.reshape(-1)] = pair.teacher.reshape(-1)[self.groups[pair.group].kept]
+        return indices
+
+
+def _is_fused_qkv(pairs):
+    """Whether a dimension holds queries, keys (the same neurons) and values."""
+    return len(pairs) == 3 and pairs[0].group == pairs[1].group and len({pair.student.size for pair in pairs}) == 1
+
 
 def make_plan(teacher: nn.Module, student: nn.Module, **options) -> Plan:
     """``plan_selection`` of two models, which may be on the meta device.
@@ -208,8 +232,11 @@ def make_plan(teacher: nn.Module, student: nn.Module, **options) -> Plan:
     Args:
         **options: of ``SelectionOptions``.
     """
-    structures = structure_of(teacher, "teacher"), structure_of(student, "student")
-    return plan_selection(*structures, SelectionOptions(**options))
+    options = SelectionOptions(**options)
+    theirs, ours = (
+        structure_of(m, who, None, options.classifier) for m, who in ((teacher, "teacher"), (student, "student"))
+    )
+    return plan_selection(theirs, ours, options)
 
 
 def plan_selection(teacher: ModelStructure, student: ModelStructure, options: SelectionOptions) -> Plan:
@@ -223,8 +250,9 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
     _check_common(teacher, student)
     if not options.selects_all:
         check_classifier_is_not_tied(student.tied, student.in_classifier)
-    sources = teacher_keys(teacher.layers, student.layers, options.layer_selection, (teacher.prefix, student.prefix))
-    _check_unused(teacher, sources, options.allow_unused)
+    prefixes = _prefixes(teacher, student)
+    sources = teacher_keys(teacher.layers, student.layers, options.layer_selection, prefixes)
+    left_behind = _left_behind(teacher, sources, options.allow_unused)
 
     matching = _Matching(teacher.neurons, student.neurons, options)
     entries = {
@@ -238,8 +266,10 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
         matching.groups,
         options.element_selection,
         options.seed,
+        options.fused_qkv,
         student.tied,
         not_taken(student.tied, teacher.tied, {k: v for k, v in sources.items() if v in teacher.shapes}),
+        left_behind,
     )
 
 
@@ -252,7 +282,7 @@ def _check_options(teacher, student, options):
     architecture = student.architecture
     absent = [component for component in options.exclude if component not in architecture.components]
     if absent:
-        known = ", ".join(architecture.components)
+        known = ", ".join(architecture.components) or "none"
         raise InputError(f"--exclude {absent[0]}: {architecture.name} has no such component; it has {known}")
     if options.include_head_norm and architecture.head_norm is None:
         raise InputError(
@@ -311,19 +341,35 @@ def _check_common(teacher, student):
         )
 
 
-def _check_unused(teacher, sources, allow_unused):
-    """Refuse teacher tensors without a counterpart in the student: a LayerScale, a token, a normalisation."""
+def _prefixes(teacher, student):
+    """What stands before the keys of the base model in each; nothing if the teacher has the student's keys as they are.
+
+    A whole model of two towers has none, and a model of one of them for a task has its name.
+    """
+    if student.prefix and any(key.startswith(student.prefix) for key in teacher.shapes):
+        return "", ""
+    return teacher.prefix, student.prefix
+
+
+def _left_behind(teacher, sources, allow_unused):
+    """Keys of the teacher's tensors without a counterpart that the student has no use for.
+
+    All others are refused, unless their loss is accepted: a LayerScale, a token, a normalisation.
+    """
     used = {teacher.component(key) for key in sources.values() if key in teacher.shapes}
-    spare = [
+    lost = [
         key
         for key in teacher.shapes
         if teacher.component(key) not in used and not teacher.in_classifier(key) and key not in teacher.tied
     ]
-    if spare and not allow_unused:
+    useless = teacher.neurons.unused & teacher.parameters
+    needed = [key for key in lost if key not in useless and not re.search(teacher.facts.spare or NO_KEYS, key)]
+    if needed and not allow_unused:
         raise InputError(
-            f"{spare[0]}: the student has no such tensor, so the teacher's is lost; give the student one "
+            f"{needed[0]}: the student has no such tensor, so the teacher's is lost; give the student one "
             "(--student_kwargs) or accept the loss (--allow_unused)"
         )
+    return [key for key in lost if key not in needed]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -341,10 +387,18 @@ def _entry(teacher, student, matching, key, teacher_key, options):
     if key in student.neurons.unused and key in student.parameters:
         return PlanEntry(key, shape, "unused")
     if teacher_key not in teacher.shapes:
-        raise InputError(
-            f"{key}: the teacher has no {teacher_key} to select it from; give the student the teacher's options"
-        )
+        raise InputError(f"{key}: the teacher has no {teacher_key} to select it from; {_without(student, key)}")
     return _selected(teacher, student, matching, key, teacher_key, options.allow_unused)
+
+
+def _without(student, key):
+    """What to do about a tensor that the teacher lacks."""
+    match = re.search(student.facts.spare or NO_KEYS, key)
+    if match is None:
+        return "give the student the teacher's options"
+    module = key[: match.end()].rstrip(".") or key.partition(".")[0]
+    remedy = "give the student none (add_pooling_layer=False), " if module.endswith("pooler") else ""
+    return f"{remedy}take a teacher that has it, or keep the student's own (--classifier {module} ...)"
 
 
 def _selected(teacher, student, matching, key, teacher_key, allow_unused):
@@ -409,7 +463,7 @@ class _Matching:
         too_narrow = f"{where} < student's {s}: a teacher must be at least as wide"
         ours, theirs = self.student.slices[key][dim], self.teacher.slices[teacher_key][dim]
         if None not in (ours, theirs) and len(ours) != len(theirs):
-            theirs = self._of_chosen_layers(ours, theirs)
+            theirs = self._of_chosen_layers(ours, self._of_chosen_queries(ours, theirs))
         if ours is None or theirs is None or len(ours) != len(theirs):
             reason = f"made of {_count(theirs)} in the teacher, of {_count(ours)} in the student"
             raise InputError(too_narrow if t < s else f"{where}, student's {s}: {reason}")
@@ -444,6 +498,20 @@ class _Matching:
         if self.options.projects or not distinct or not slices.keys() >= set(numbers):
             return theirs
         return tuple(slices[number] for number in numbers)
+
+    def _of_chosen_queries(self, ours, theirs):
+        """The teacher's slices of as many queries for each key as the student has.
+
+        Slices of one query stand together: two, if rotary embeddings turn its neurons in pairs.
+        """
+        rule, seed, number = self.options.element_selection, self.options.seed, theirs[0].group
+        if len({their.group for their in theirs}) > 1 or not self.teacher.groups[number].shared:
+            return theirs
+        each = self.teacher.fewest_slices(number)
+        if each != self.student.fewest_slices(ours[0].group) or not len(theirs) > len(ours) or len(ours) % each:
+            return theirs
+        kept = kept_indices(rule if rule in CONSISTENT else "uniform", len(theirs) // each, len(ours) // each, seed)
+        return tuple(part for query in kept.tolist() for part in theirs[query * each : (query + 1) * each])
 
     def _note(self, pair, large, small, key):
         """Note that a tensor holds a group; at the first one, decide which neurons are kept."""

@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from weight_selection.cost import multiply_adds, parameter_count
 from weight_selection.layers import Layers
+from weight_selection.options import WHOLE
 from weight_selection.plan import Plan, PlanEntry, shape_words
 from weight_selection.sources.facts import ModelFacts
 
@@ -15,12 +16,13 @@ ROLES = ("selected", "excluded", "classifier", "unused", "constant")
 
 
 def summary(plan: Plan) -> str:
-    """How many tensors have which role: "150 selected, 2 classifier"; and what a tied student drops."""
+    """How many tensors have which role: "150 selected, 2 classifier"; and which of the teacher's are not taken."""
     counts = Counter("tied" if entry.key in plan.tied else entry.role for entry in plan.entries)
     words = ", ".join(f"{counts[role]} {role}" for role in (*ROLES, "tied") if counts[role])
     for key, teacher_key in plan.not_taken.items():
         words += f"; the teacher's {teacher_key} is not taken: the student's is tied to {plan.tied[key]}"
-    return words
+    left = dict.fromkeys(re.sub(r"\.(weight|bias)$", "", key) for key in plan.left_behind)
+    return f"{words}; the student has no place for the teacher's {', '.join(left)}" if left else words
 
 
 def student_line(kwargs: dict, model: nn.Module, facts: ModelFacts) -> str:
@@ -104,7 +106,8 @@ def tensor_words(entry: PlanEntry, plan: Plan) -> str:
     ]
     if smaller:
         inside = " x ".join(str(len(pairs)) for pairs in smaller if len(pairs) > 1)
-        words.append(plan.element_selection + (f" in each of {inside} parts" if inside else ""))
+        where = "over" if plan.fused_qkv == WHOLE else "in each of"
+        words.append(plan.element_selection + (f" {where} {inside} parts" if inside else ""))
         pairs = [pair for pairs in smaller for pair in pairs if pair.teacher.ndim > 1]
         blocks = {f"{shape_words(pair.teacher.shape)} to {shape_words(pair.student.shape)}" for pair in pairs}
         if blocks:

@@ -11,8 +11,7 @@ import torch
 
 import main
 from distributed import process_group
-from distributed.launch import Launch, find_launch
-from distributed.program import run_program
+from distributed.program import Launch, find_launch, run_program
 from helpers import TEST_IMAGES, assert_same, read_checkpoint, read_log, read_results
 from processes import environment, run_main, start, start_launcher, start_together
 from training.options import parse_args

@@ -12,8 +12,10 @@ from timm.data import auto_augment
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from input_pipeline.augmentation import Augmentation, Pixels, Unsupported, operations, resizing
-from input_pipeline.transforms import _posterize, build_transform
+from input_pipeline import operations, resizing
+from input_pipeline.augmentation import Augmentation, Unsupported
+from input_pipeline.placement import _posterize, build_transform
+from input_pipeline.resizing import Pixels
 from training.options import parse_args
 from utils import seed_everything
 

@@ -8,10 +8,8 @@ import torch
 
 from datasets import build_dataset
 from distributed.stop_coordinator import StopCoordinator
-from input_pipeline.bad_images import BadImages, BadTestImages
-from input_pipeline.loader import eval_loader, train_loader
+from input_pipeline.loader import BadImages, BadTestImages, EvalSampler, TrainBatchSampler, eval_loader, train_loader
 from input_pipeline.placement import build_pipeline
-from input_pipeline.samplers import EvalSampler, TrainBatchSampler
 from training.options import parse_args
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers import assert_same, differ, read_checkpoint
-from models.linear_probe import make_linear_probe
+from models.initialization import make_linear_probe
 from optim_factory import create_optimizer
 from training.options import parse_args
 from training.setup import build_model

@@ -11,6 +11,7 @@ from helpers import read_log, read_results
 from training.options import (
     CANNOT_CHANGE_RESULT,
     MAY_CHANGE_ON_RESUME,
+    NOT_TAKEN,
     OPTIONS,
     TABLE,
     check_options,
@@ -25,7 +26,7 @@ from weight_selection.errors import InputError
 def test_each_option_of_the_command_line_is_one_row():
     names = [option.name for rows in TABLE.values() for option in rows]
     assert len(names) == len(set(names))
-    assert {action.dest for action in get_args_parser()._actions} == {*names, "help"}
+    assert {action.dest for action in get_args_parser()._actions} == {*names, "help", *NOT_TAKEN}
     assert vars(default_options()).keys() == set(names)
 
 
@@ -56,7 +57,7 @@ UNMET = [
     ("--cutmix_minmax 0.2 0.8", "--cutmix_minmax", "cutmix"),
     ("", "--aa rand-m9-mstd0.5-inc1", "color_jitter"),
     ("--reprob 0", "--reprob 0", "remode recount"),
-    ("", "no --finetune", "model_key"),
+    ("", "no --finetune or --initialize", "model_key"),
     ("--resume x", "--finetune or --resume", "init"),
     ("", "--distillation none", "distillation_alpha teacher teacher_path teacher_kwargs"),
     ("--linear_probe true", "--linear_probe true", "head_init_scale layer_decay"),
@@ -78,12 +79,28 @@ UNMET = [
 def test_option_without_what_it_needs_is_refused(command, why, names):
     for name in names.split():
         option = OPTIONS[name]
-        words = [option.choices[0] if option.choices else {bool: "true", dict: "a=1", str: "x"}.get(option.type, "1")]
+        others = [choice for choice in option.choices or () if choice != option.default]
+        words = {bool: str(not option.default).lower(), dict: "a=1", str: "x", float: "0.25", int: "2"}
+        words = [others[0] if others else words[option.type]]
         with pytest.raises(InputError) as caught:
             parse_args([*command.split(), f"--{name}", *words])
-        value = {bool: "True", dict: "{'a': 1}"}.get(option.type)
-        assert str(caught.value).startswith(f"--{name} {value or ''}")
+        value = {bool: not option.default, dict: "{'a': 1}"}.get(option.type)
+        assert str(caught.value).startswith(f"--{name} {'' if value is None else value}")
         assert str(caught.value).endswith(f": has no effect with {why}; leave it out")
+
+
+@pytest.mark.parametrize(("command", "why", "names"), UNMET)
+def test_the_default_value_of_an_option_is_never_refused(command, why, names):
+    for name in names.split():
+        default = OPTIONS[name].default
+        if default not in (None, {}):
+            parse_args([*command.split(), f"--{name}", str(default)])
+
+
+def test_options_of_the_release_that_are_not_taken_say_why():
+    for words, reason in (("--resplit true", "not split"), ("--model_prefix encoder.", "matched without one")):
+        with pytest.raises(InputError, match=f"^{words}: .*{reason}.*; leave it out$"):
+            parse_args(words.split())
 
 
 def test_every_need_is_tried():

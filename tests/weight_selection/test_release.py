@@ -12,6 +12,7 @@ import torch
 
 from helpers import assert_same, meta, random_weights, read, written
 from pairs import PAIRS
+from weight_selection import select_weights
 from weight_selection.cli import main as select_main
 from weight_selection.sources.initial_weights import load_initial
 from weight_selection.sources.timm_models import create_model
@@ -124,3 +125,44 @@ def test_record_says_where_the_weights_came_from(release):
         "left_out": PAIRS[release.family].head,
     }
     assert versions == {"torch": torch.__version__, "timm": timm.__version__, "python": sys.version.split()[0]}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Teachers whose width the student's does not divide (Tables 8 and 17)
+
+
+def spread(value, dim, size):
+    """Evenly spaced slices along a whole dimension, as the release takes them, in exact arithmetic."""
+    count = value.shape[dim]
+    if count % size == 0:
+        indices = range(0, count, count // size)
+    else:
+        indices = [(2 * i * (count - 1) + size - 1) // (2 * (size - 1)) for i in range(size)]  # rounded half up
+    return value.index_select(dim, torch.tensor(indices))
+
+
+@pytest.mark.parametrize(("name", "differing"), [("vit_base_patch16_224", 0), ("vit_large_patch16_224", 444)])
+def test_fused_qkv_whole_gives_the_tensors_of_the_release(name, differing):
+    sizes = {"depth": 2, "num_classes": 0}  # the widths are the real ones
+    teacher, student = create_model(name, **sizes), create_model("vit_tiny", device="meta", **sizes)
+    weights = random_weights(teacher)
+    expected = {}
+    for key, value in student.state_dict().items():
+        expected[key] = weights[key]
+        for dim, size in enumerate(value.shape):
+            expected[key] = spread(expected[key], dim, size)
+    assert_same(select_weights(teacher, student, weights=weights, fused_qkv="whole"), expected)
+
+    rows = torch.arange(3 * teacher.embed_dim, dtype=torch.float32)
+    weights["blocks.0.attn.qkv.bias"] = rows
+    whole, parts = (
+        select_weights(teacher, student, weights=weights, fused_qkv=way)["blocks.0.attn.qkv.bias"]
+        for way in ("whole", "parts")
+    )
+    assert (whole != parts).sum() == differing
+
+
+def test_fused_qkv_is_of_uniform_selection_only(cli):
+    for rule in ("consecutive", "l1"):
+        words = f"--model_type vit --dry_run --fused_qkv whole --element_selection {rule}"
+        assert cli(select_main, *words.split()).startswith("--fused_qkv whole: has no effect with --element_selection")

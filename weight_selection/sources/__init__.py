@@ -1,5 +1,8 @@
 """Where models and weights come from, and what a model answers about itself. Imports no torch; the modules in here do.
 
+- ``names``: which library a name belongs to; ``timm_names``, ``transformers_names``, ``torchvision_names``: the models
+  and the weights that each library has under it.
+- ``directories``, ``hub``: where the files are, on disk or in a repository of the hub.
 - ``timm_models``: models by name, and what timm knows of them: image size, layers, first convolutions.
 - ``architectures``: what files and releases know of an architecture: components, conversions, conventions.
 - ``weight_files``, ``torchscript``, ``safe_load``: state_dicts in files, read lazily and safely.

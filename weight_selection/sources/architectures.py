@@ -76,7 +76,7 @@ DECLARED = {
 }
 
 # Components of all other architectures, by the names of their modules' classes.
-CLASSES = {"attention": r"Attention|Attn", "mlp": r"Mlp$|SwiGLU", "norm": r"Norm"}
+CLASSES = {"attention": r"Attention|Attn", "mlp": r"Mlp$|SwiGLU|^MLP(Block)?$", "norm": r"Norm"}
 POS_EMBED = r"(^|\.)(absolute_)?pos_embed"
 NO_KEYS = r"$^"  # matches none
 

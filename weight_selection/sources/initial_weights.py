@@ -8,7 +8,7 @@ import torch.nn as nn
 from weight_selection.errors import InputError
 from weight_selection.files import SUFFIXES, Damaged, parse_json, provenance_path, read_text, sha256
 from weight_selection.sources.facts import facts_of
-from weight_selection.sources.weight_files import first_mismatch, read_weights
+from weight_selection.sources.weight_files import NESTED, first_mismatch, read_weights
 
 
 def find_weights(path, model: nn.Module, option: str) -> Path:
@@ -27,17 +27,17 @@ def find_weights(path, model: nn.Module, option: str) -> Path:
     return found[0]
 
 
-def load_initial(model: nn.Module, path, option: str) -> list:
+def load_initial(model: nn.Module, path, option: str, nested=NESTED) -> list:
     """Load first weights into a student, in place; returns the keys that keep its own initialisation.
 
     The file may lack the classifier, and the keys that the provenance beside it lists as left out, but nothing else.
-    ``option`` named it, for errors.
+    ``option`` named it, for errors; ``nested`` as in ``read_weights``.
 
     Raises:
         InputError: the file cannot be read, is for another architecture or of another shape (the message names the
             first key), or has changed since its provenance was written.
     """
-    state_dict = read_weights(path, option)
+    state_dict = read_weights(path, option, nested)
     provenance = read_provenance(path, option) or {"left_out": []}
     return _load(model, state_dict, provenance["left_out"], f"{option} {path}")
 
@@ -45,7 +45,7 @@ def load_initial(model: nn.Module, path, option: str) -> list:
 def load_finetune(model: nn.Module, path, option: str, nested) -> list:
     """Load the weights of a trained model; a classifier of another shape keeps the model's own initialisation.
 
-    As ``load_initial``; ``nested`` as in ``read_weights``.
+    As ``load_initial``.
     """
     state_dict = read_weights(path, option, nested)
     classifier = facts_of(model).architecture.classifier

@@ -69,9 +69,7 @@ def model_of_checkpoint(path, option: str) -> tuple:
     options = training_options(path, option)
     name, kwargs, size = (options.get(key) for key in ("model", "model_kwargs", "input_size"))
     if not (isinstance(name, str) and isinstance(kwargs, dict) and isinstance(size, int)):
-        raise InputError(
-            f"{option} {path}: does not say what model its weights are of; name it with --pretrained_model"
-        )
+        raise InputError(f"{option} {path}: does not say what model its weights are of; name the teacher too")
     check_name(name, option, TIMM)
     model = create_model(name, option=option, input_size=size, device="meta", **kwargs)
     head_norm = model_facts(model).architecture.head_norm or NO_KEYS

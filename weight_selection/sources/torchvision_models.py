@@ -16,12 +16,15 @@ IMAGE_SIZE = 224  # pixels; of models that take images of any size
 INCEPTION_SIZE = 299
 CLASSIFIERS = ("fc", "head", "heads", "classifier")
 AUXILIARY = ("aux1", "aux2", "AuxLogits", "aux_classifier")  # classifiers that only training uses
+TAKES_IMAGES = re.compile(r"torchvision\.models\.((quantization|segmentation)\.)?\w+")  # others take videos or lists
+MLPS = {"ConvNeXt": r"\.block\.[35]\.", "MaxVit": r"\.mlp_layer\.[13]\."}  # those that are no module of their own
 LAYERS = {"VGG": r"^features\.(\d+)\."}  # plain stacks: convolutions with poolings between them
 
 
 def model_facts(model: nn.Module) -> ModelFacts:
     """What one of torchvision's models answers; it may be on the meta device."""
-    root = [cls for cls in type(model).__mro__ if cls.__module__.startswith("torchvision.")][-1].__name__
+    base = [cls for cls in type(model).__mro__ if cls.__module__.startswith("torchvision.")][-1]
+    root, takes_images = base.__name__, TAKES_IMAGES.fullmatch(base.__module__)
     modules = dict(model.named_modules())
     first = next((name for name, module in modules.items() if isinstance(module, nn.Conv2d)), None)
     classifier = _classifier(modules)
@@ -32,9 +35,9 @@ def model_facts(model: nn.Module) -> ModelFacts:
         architecture=Architecture(
             name=root.lower(),
             classifier=keys_inside(classifier) if classifier else None,
-            components=found_components(model, (first,)),
+            components=found_components(model, (first,)) | ({"mlp": MLPS[root]} if root in MLPS else {}),
         ),
-        inputs=(torch.empty(1, channels, size, size, device="meta"),),
+        inputs=(torch.empty(1, channels, size, size, device="meta"),) if takes_images else None,
         layer_patterns=[(re.compile(LAYERS[root]), True)] if root in LAYERS else [],
         first_convolutions={f"{first}.weight": modules[first]} if first else {},
         grid=(size // patch, size // patch) if patch else None,

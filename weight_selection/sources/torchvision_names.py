@@ -36,11 +36,18 @@ def create_model(name: str, *, option: str = "--model", device="cpu", **kwargs) 
     if weights is not None and "." in name and "num_classes" not in kwargs:
         kwargs = {"num_classes": len(weights.meta["categories"]), **kwargs}
     try:
-        with torch.device(device):
-            return builder(weights=None, **kwargs)
+        return _built(builder, device, kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
         given = " ".join(f"{key}={value}" for key, value in kwargs.items())
         raise InputError(f"{option} {name}: torchvision cannot build it with {given}: {error}") from error
+
+
+def _built(builder, device, kwargs):
+    try:
+        with torch.device(device):
+            return builder(weights=None, **kwargs)
+    except NotImplementedError:  # RegNet computes its widths with tensors, which have no values on the meta device
+        return builder(weights=None, **kwargs).to(device)
 
 
 def arguments_of(name: str, kwargs: dict, option: str) -> dict:

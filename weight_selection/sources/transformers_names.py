@@ -65,7 +65,8 @@ def _config(content: dict, kwargs: dict, where: str) -> tuple:
         )
     cls = _class(content.get("architectures"), where)
     try:
-        content, config = copy.deepcopy(content), CONFIG_MAPPING[kind].from_dict(copy.deepcopy(content))
+        content = _without_implementations(content)
+        config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(content))
         for key, value in sorted(kwargs.items(), key=lambda item: item[0].endswith("layer_types")):
             _set(content, config, key.split("."), value, f"{where}: {key}={value}")
         return CONFIG_MAPPING[kind].from_dict(content), cls
@@ -73,6 +74,13 @@ def _config(content: dict, kwargs: dict, where: str) -> tuple:
         raise
     except Exception as error:  # checks of configs have errors of their own
         raise InputError(f"{where}: transformers cannot read its config{_given(kwargs)}: {_reason(error)}") from error
+
+
+def _without_implementations(content):
+    """A copy of a config.json that does not choose implementations of attention: some are code of the hub's."""
+    if not isinstance(content, dict):
+        return copy.deepcopy(content)
+    return {key: _without_implementations(v) for key, v in content.items() if "_implementation" not in str(key)}
 
 
 def _class(architectures, where: str):

@@ -8,7 +8,7 @@ embeddings and tables with one number per head require that neurons stay togethe
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,11 +26,14 @@ class NeuronGroup:
         fixed: for each of these sizes, whether a student must have the same: positions, constants such as rotary
             frequencies.
         crossing_blocks: two constraints ask for blocks that cross each other.
+        shared: several queries of an attention share these keys or values. The dimensions of what makes the queries,
+            and of what reads their results, have a slice of the group for each.
     """
 
     block_shape: tuple
     fixed: tuple
     crossing_blocks: bool = False
+    shared: bool = False
 
     @property
     def size(self) -> int:
@@ -72,6 +75,11 @@ class ModelGroups:
     multiplied: frozenset
     sums: dict
 
+    def fewest_slices(self, number: int) -> int:
+        """The number of slices in the dimension that has fewest, of the dimensions made of this group alone."""
+        dims = (dim for dims in self.slices.values() for dim in dims if dim)
+        return min((len(dim) for dim in dims if {part.group for part in dim} == {number}), default=0)
+
 
 def find_groups(trace: Trace) -> ModelGroups:
     """Sort the labels of a trace into groups and slices."""
@@ -85,7 +93,11 @@ def find_groups(trace: Trace) -> ModelGroups:
         members, group, rank = _sort([dim for dims in roots.values() for dim in dims], position)
         joined = sum(_join_branches(trace, constraint, members, group) for constraint in trace.constraints)
     blocks = _blocks(trace, [len(some) for some in members], group, rank, position)
+    shared = np.zeros(trace.labels.count, bool)
+    for some in trace.labels.shared:
+        shared[find(some).numpy()] = True
     groups = [_group(len(some), blocks[number], bool(position[some].all())) for number, some in enumerate(members)]
+    groups = [replace(group, shared=bool(shared[some].all())) for group, some in zip(groups, members, strict=True)]
     known = {}
     slices = {}
     for key, dims in roots.items():

@@ -33,6 +33,7 @@ class Labels:
 
     Attributes:
         positions: tensors of labels that are positions (a kernel's width, a table's rows) and not neurons.
+        shared: tensors of labels of keys and values that several queries share.
         derived: bool, of the labels of no parameter: those of heads inside which a product sums.
     """
 
@@ -40,6 +41,7 @@ class Labels:
         self.parent = torch.arange(1 << 16)
         self.count = 0
         self.positions = []
+        self.shared = []
         self.derived = torch.zeros(1 << 16, dtype=torch.bool)
 
     def new(self, count: int, derived: bool = False) -> torch.Tensor:

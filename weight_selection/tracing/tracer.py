@@ -29,6 +29,10 @@ class Untraceable(Exception):
     """The tracer cannot follow neurons through something in a forward pass; the message says through what."""
 
 
+class RefusedInputs(Untraceable):
+    """The forward pass itself fails on the inputs that it was given."""
+
+
 def _names(text):
     return frozenset(text.split())
 
@@ -40,18 +44,20 @@ MOVES = _names("""
 """)  # they move data: the operation itself moves the labels
 ALONE = _names("""
     gelu relu relu_ silu silu_ sigmoid sigmoid_ hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ elu
-    elu_ leaky_relu leaky_relu_ softplus mish mish_ tanh tanh_ exp log sqrt rsqrt reciprocal square neg abs sin cos erf
-    clamp clamp_ clamp_min clamp_max zero_ _softmax _safe_softmax _to_copy logical_not bitwise_not
+    elu_ celu selu leaky_relu leaky_relu_ softplus log_sigmoid_forward mish mish_ tanh tanh_ exp log sqrt rsqrt
+    reciprocal square neg abs sin cos erf clamp clamp_ clamp_min clamp_max zero_ _softmax _safe_softmax _log_softmax
+    _to_copy logical_not bitwise_not
 """)  # they work on each element by itself, or normalise lines
 TOGETHER = _names("""
     add add_ sub sub_ rsub mul mul_ div div_ pow maximum minimum addcmul where copy_ floor_divide remainder masked_fill
-    masked_fill_ eq ne gt ge lt le
+    masked_fill_ eq ne gt ge lt le _prelu_kernel
 """)  # they combine tensors element by element
 OVER_SPACE = _names("""
     avg_pool2d max_pool2d_with_indices _adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d
     upsample_bicubic2d upsample_linear1d _upsample_bilinear2d_aa _upsample_bicubic2d_aa constant_pad_nd
-    reflection_pad2d replication_pad2d
-""")  # they change height and width
+    reflection_pad2d replication_pad2d avg_pool3d max_pool3d_with_indices _adaptive_avg_pool3d upsample_nearest1d
+    upsample_nearest3d upsample_trilinear3d reflection_pad1d replication_pad1d
+""")  # they change height and width, or the length of a line
 REDUCTIONS = _names("mean sum amax amin max min linalg_vector_norm var all any")
 # They give one value everywhere.
 UNIFORM = _names("empty zeros ones full scalar_tensor new_zeros zeros_like ones_like empty_like")
@@ -229,6 +235,7 @@ class Tracer(TorchDispatchMode):
 
     def _index(self, func, out, x, indices, *args, **kwargs):
         axes = []
+        self._indices(indices)
         picked = [dim for dim, index in enumerate(indices) if index is not None]
         for axis in self.get(x):
             if varying(axis) & set(picked):  # indices pick from positions
@@ -240,10 +247,21 @@ class Tracer(TorchDispatchMode):
 
     def _embedding(self, func, out, weight, indices, *args):
         """Rows of a table are looked up: its rows are positions, its columns neurons."""
+        self._indices([indices])
         for axis in self.get(weight):
             if 0 in varying(axis):
                 self._positions(core(axis))
         self.put(out, [axis[:1].expand(out.shape) for axis in self.get(weight) if 0 not in varying(axis)])
+
+    def _pixel_shuffle(self, func, out, x, factor):
+        """Channels become the pixels of patches, which are positions."""
+        for axis in self.get(x):
+            self._positions(core(axis))
+
+    def _indices(self, indices):
+        """The numbers in a tensor that something is looked up by are no neurons."""
+        for axis in chain(*map(self.get, indices)):
+            self._positions(core(axis))
 
     def _reduce(self, func, out, x, *args, **kwargs):
         first = out[0] if isinstance(out, tuple) else out
@@ -346,6 +364,8 @@ class Tracer(TorchDispatchMode):
             labels = core(other).permute(order).flatten()
         if len(matrix) > 4096 or (labels is not None and len(labels) != len(matrix)):
             raise Untraceable("neurons are spread over positions")
+        if other is not None and self._is_derived(other):
+            self._note_shared(matrix)
         self.constraints.append(BlockConstraint(labels, matrix))
 
     def _is_derived(self, axis):
@@ -353,13 +373,18 @@ class Tracer(TorchDispatchMode):
 
     # -- products
 
-    def _sum(self, ours, our_dim, theirs, their_dim):
-        """Join the neurons over which a product sums; returns labels of the heads that remain (of ours, of theirs)."""
+    def _sum(self, ours, our_dim, theirs, their_dim, alike=False):
+        """Join the neurons over which a product sums; returns labels of the heads that remain (of ours, of theirs).
+
+        ``alike``: one side has the same value everywhere, such as the first state of an LSTM.
+        """
         ours, theirs = self._one(ours, our_dim), self._one(theirs, their_dim)
         if ours is not None and theirs is not None:
             a, b = core(ours).movedim(our_dim, -1), core(theirs).movedim(their_dim, -1)
             free = varying(ours) - {our_dim}, varying(theirs) - {their_dim}
             if free[0] == free[1]:
+                self._note_shared(a)
+                self._note_shared(b)
                 self.labels.join(a, b)
             elif not free[0] or not free[1]:
                 many, few = (a, b) if free[0] else (b, a)
@@ -367,7 +392,7 @@ class Tracer(TorchDispatchMode):
                 self.constraints.append(BlockConstraint(few.reshape(-1), unique_rows(rows)[0].T))
             else:
                 raise Untraceable("a product sums over neurons that differ from place to place")
-        elif ours is not None or theirs is not None:
+        elif not alike and (ours is not None or theirs is not None):
             lone, dim = (ours, our_dim) if ours is not None else (theirs, their_dim)
             if varying(lone) == {dim}:
                 self._positions(core(lone))
@@ -378,6 +403,12 @@ class Tracer(TorchDispatchMode):
             return [heads], []
         heads = None if theirs is None else self._heads(theirs, {their_dim})
         return [], [] if heads is None else [heads]
+
+    def _note_shared(self, labels):
+        """Note labels (heads, ..., head_dim) that are the same for several heads."""
+        rows = labels.flatten(0, -2) if labels.ndim > 1 else labels[None]
+        if len(unique_rows(rows)[0]) < len(rows):
+            self.labels.shared.append(labels)
 
     def _one(self, axes, dim):
         """The axis that varies along a dimension over which a product sums, or None."""
@@ -393,9 +424,12 @@ class Tracer(TorchDispatchMode):
         last = a.ndim - 1
         self._note_product(a, b)
         ours, theirs = self.get(a), self.get(b)
-        mine, their = self._sum(ours, last, theirs, last - 1)
+        alike = self._is_uniform(a) or self._is_uniform(b)
+        mine, their = self._sum(ours, last, theirs, last - 1, alike)
         mine += [axis for axis in ours if last not in varying(axis)]
         their += [axis for axis in theirs if last - 1 not in varying(axis)]
+        for heads in filter(self._is_derived, mine):  # values that all heads share
+            self.labels.shared += [core(axis) for axis in their if not varying(axis) & varying(heads)]
         result = self._match(
             [fit(axis.narrow(last, 0, 1), out.shape) for axis in mine],
             frozenset(),
@@ -534,6 +568,12 @@ class Tracer(TorchDispatchMode):
     def _layer_norm(self, func, out, x, shape, weight, bias, *args):
         self.put(out[0], self.meet([t for t in (x, weight, bias) if t is not None], x.shape))
 
+    def _glu(self, func, out, x, dim=-1):
+        """One half is multiplied by the sigmoid of the other."""
+        halves = [axis.chunk(2, dim) for axis in self.get(x)]
+        ours, theirs = ([pair[number] for pair in halves] for number in (0, 1))
+        self.put(out, self._match(ours, frozenset(), theirs, frozenset()))
+
     def _im2col(self, func, out, x, *args):  # (batch, channels * kernel positions, places)
         axes = [core(axis) for axis in self.get(x)]
         if any(varying(axis) != {1} for axis in axes):
@@ -565,7 +605,9 @@ class Tracer(TorchDispatchMode):
         "im2col": _im2col,
         "col2im": _col2im,
         "index": _index,
+        "pixel_shuffle": _pixel_shuffle,
         "embedding": _embedding,
+        "glu": _glu,
     }
 
 
@@ -627,14 +669,18 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
     Args:
         model: on any device, also on the meta device.
         inputs: example inputs of the forward pass, its arguments or its keyword arguments. They are moved to the meta
-            device. The channels of images, (batch, channels, height, width), are no neurons.
+            device, and numbers to float32 as the model. The channels of images, (batch, channels, height, width), are
+            no neurons.
 
     Raises:
-        Untraceable: the model does something that neurons cannot be followed through, or refuses the inputs.
+        Untraceable: the model does something that neurons cannot be followed through.
+        RefusedInputs: its forward pass fails on the inputs.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Untraceable("it is a TorchScript program; give the module that it was made from")
     skeleton = skeleton_of(model).float().eval()
     tracer = Tracer()
-    inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("meta"), inputs)
+    inputs = tree_map_only(torch.Tensor, _on_meta, inputs)
     channels = [tracer.label_channels(images) for images in tree_leaves(inputs) if _is_images(images)]
     state = skeleton.state_dict(keep_vars=True)
     labelled = {}  # a tied tensor has one set of labels
@@ -649,8 +695,8 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
     except Untraceable as reason:
         raise Untraceable(modules.where() + str(reason)) from reason
     except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Untraceable(f"{modules.where()}its forward pass of {_shapes(inputs)} fails ({reason})") from error
+        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())
+        raise RefusedInputs(f"{modules.where()}its forward pass of {_shapes(inputs)} fails ({reason})") from error
     tracer.labels.positions += channels
     return Trace(
         dims={key: labelled[id(value)] for key, value in state.items()},
@@ -663,6 +709,10 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         multiplied=tracer.multiplied,
         sums={key: tracer.sums[id(value)] for key, value in state.items() if id(value) in tracer.sums},
     )
+
+
+def _on_meta(tensor):
+    return tensor.detach().to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
 def _is_images(value):
@@ -687,6 +737,8 @@ class _Modules:
     def __enter__(self):
         self.hooks = []
         for name, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
             self.hooks.append(module.register_forward_pre_hook(partial(self._begin, name)))
             self.hooks.append(module.register_forward_hook(partial(self._end, name)))
         return self

@@ -32,6 +32,14 @@ def llama(heads, layers):  # two queries for each key
     return bert(heads, layers) | {"num_attention_heads": 2 * heads, "num_key_value_heads": heads, "head_dim": 8}
 
 
+def llama_of_more_queries(heads, layers):  # the teacher has four for each key, the student two
+    return llama(heads, layers) | {"num_attention_heads": heads**2}
+
+
+def gemma_of_one_key(heads, layers):
+    return llama(heads, layers) | {"num_key_value_heads": 1}
+
+
 def t5(heads, layers):
     depths = {"num_layers": layers, "num_decoder_layers": layers}
     return depths | {"d_model": 8 * heads, "d_kv": 8, "d_ff": 16 * heads, "num_heads": heads}
@@ -57,8 +65,10 @@ MODELS = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", WORDS | {"n_positions": 16}, gpt2, (4, 2), (2, 1), 2),
     "llama": ("LlamaForCausalLM", "LlamaConfig", TEXT, llama, (4, 2), (2, 1), 1),
     "llama_tied": ("LlamaForCausalLM", "LlamaConfig", TEXT | {"tie_word_embeddings": True}, llama, (4, 2), (2, 1), 2),
+    "llama_queries": ("LlamaForCausalLM", "LlamaConfig", TEXT, llama_of_more_queries, (4, 2), (2, 1), 1),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", TEXT, llama, (4, 2), (2, 1), 1),
     "gemma": ("GemmaForCausalLM", "GemmaConfig", TEXT, llama, (4, 2), (2, 1), 2),
+    "gemma_one_key": ("GemmaForCausalLM", "GemmaConfig", TEXT, gemma_of_one_key, (4, 2), (2, 1), 2),
     "gemma2": (
         "Gemma2ForCausalLM",
         "Gemma2Config",
@@ -231,6 +241,22 @@ def test_a_tied_head_is_no_classifier_by_itself():
         select_weights(teacher, student, classifier=("lm_head",))
     weights = select_weights(*pair("llama"), classifier=("lm_head",))
     assert HEAD not in weights and EMBEDDING in weights
+
+
+@pytest.mark.parametrize("method", ["uniform", "random", "l1"])
+def test_query_heads_are_those_whose_results_are_read(method):
+    teacher, student = build("gemma_one_key", (6, 1)), build("gemma_one_key", (4, 1))
+    for layer in teacher.model.layers:  # every value says of which head it is
+        rows = layer.self_attn.q_proj.weight.data.view(12, 8, -1)
+        columns = layer.self_attn.o_proj.weight.data.view(-1, 12, 8)
+        rows.copy_(torch.arange(12.0).view(12, 1, 1).expand_as(rows) + 1)
+        columns.copy_(torch.arange(12.0).view(1, 12, 1).expand_as(columns) + 1)
+    weights = select_weights(teacher, student, element_selection=method)
+    rows = weights["model.layers.0.self_attn.q_proj.weight"].view(8, 8, -1)
+    columns = weights["model.layers.0.self_attn.o_proj.weight"].view(-1, 8, 8)
+    assert len(rows.unique()) == len(columns.unique()) == 8
+    if method != "l1":  # which chooses in every tensor by itself
+        assert torch.equal(rows[:, 0, 0], columns[0, :, 0])
 
 
 # ---------------------------------------------------------------------------------------------------------

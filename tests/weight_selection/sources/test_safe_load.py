@@ -23,7 +23,7 @@ import main
 from distributed.program import RunError, run_program
 from helpers import jax_names, random_weights, read_checkpoint, save_torchscript
 from training import metric_log
-from training.options import get_args_parser, read_config
+from training.options import read_config
 from weight_selection.errors import InputError
 from weight_selection.sources.initial_weights import load_initial
 from weight_selection.sources.teachers import read_teacher
@@ -325,7 +325,7 @@ def test_mutated_config_is_read_or_refused(data):
     Path("other.yaml").write_text("epochs: 3\n")
     Path("config.yaml").write_bytes(mutate(data, text))
     try:
-        words = read_config("config.yaml", get_args_parser())
+        words = read_config("config.yaml")
     except InputError:
         return
     assert all(isinstance(word, str) for word in words)

@@ -59,6 +59,7 @@ def written_over(model, x, y):
         lambda model, x, y: torch.stack((x, y), 1).mean((3, 4))[:, 0] + x.mean((2, 3)) + y.mean((2, 3)),
         lambda model, x, y: torch.cat((x, y), dim=2),  # one beneath the other: the same features of other places
         lambda model, x, y: torch.addcmul(x, y, y),
+        lambda model, x, y: F.glu(torch.cat((x, y), dim=1), 1),
         lambda model, x, y: torch.where(x > 0, x, y),
         into_zeros,
         written_over,

@@ -1,4 +1,12 @@
-"""The random draws of timm's transform: which box, operations and erased boxes one image gets."""
+"""timm's transform in batches: the same random draws for each image, then the same pixels for many images at a time.
+
+timm's own objects draw the random numbers, so a seed means the same here as there. The operations then run on uint8
+pixels in torch, on a CPU or an accelerator::
+
+    augmentation = Augmentation(build_transform(args, train=True))
+    packed = augmentation.pack([augmentation.draw(height, width) for height, width in sizes])
+    images = augmentation.finish(augmentation.apply(pixels, packed), packed)
+"""
 
 import copy
 import random
@@ -14,7 +22,8 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import _compute_resized_output_size as resized_size
 
-from input_pipeline.augmentation import operations
+from input_pipeline import operations, resizing
+from input_pipeline.resizing import Pixels
 
 
 class Unsupported(ValueError):
@@ -22,31 +31,31 @@ class Unsupported(ValueError):
 
 
 class Draws(NamedTuple):
-    """What one image undergoes; lengths are in pixels.
+    """What one image undergoes; lengths are in pixels."""
 
-    Attributes:
-        geometry: the integers of a ``resizing.Geometry``: the box that is cut out, the size it is resized to, the
-            window that is kept of that, whether the kernel is bicubic, and whether the image is mirrored.
-        operations: (name, level, whether bicubic) of each operation, in order.
-        erased: (seed of the noise, top, left, height, width) of each erased box, in order.
+    geometry: tuple[int, ...]  # of a ``resizing.Geometry``
+    operations: list[tuple[str, float, bool]]  # (name, level, whether bicubic) of each operation, in order
+    erased: list[tuple[int, int, int, int, int]]  # (seed of the noise, top, left, height, width) of each box, in order
+
+
+class Packed(NamedTuple):
+    """The draws of a batch of B images with N operations in all; small, picklable and on the host.
+
+    ``rows[start:stop]`` belong to a group of equal operations, which run together. An image's operations keep their
+    order: its first one is in an earlier group than its second one.
     """
 
-    geometry: tuple[int, ...]
-    operations: list[tuple[str, float, bool]]
-    erased: list[tuple[int, int, int, int, int]]
+    geometry: torch.Tensor  # (B, 10) int64, a row of ``resizing.Geometry`` for each image
+    groups: list[tuple[str, int, int]]  # (name, start, stop) of each group
+    rows: torch.Tensor  # (N,) int64, which image of the batch each operation changes
+    levels: torch.Tensor  # (N, 2) float64, the level of each operation, and 1 if its kernel is bicubic, else 0
+    erased: list[tuple[int, int, int, int, int, int]]  # (image, seed of the noise, top, left, height, width) of each
 
 
-class Drawer:
-    """Draws what timm's transform would do to an image, without doing it.
+class Augmentation:
+    """The batched form of one of timm's transforms, a Compose from ``build_transform``, which is not changed.
 
-    Args:
-        transform: a Compose from ``build_transform``, for training or for the test. It is not changed.
-
-    Attributes:
-        size: side of the square images that the transform returns, in pixels.
-        fill: colour of the points outside an image that is rotated, sheared or moved.
-        mean, std: (3, 1, 1), for normalisation.
-        noise: of erased boxes: "pixel" (of each pixel), "rand" (one colour for a box) or "const" (zeros).
+    Square images of side ``size`` in pixels come out, normalised by ``mean`` and ``std``, both (3, 1, 1).
 
     Raises:
         Unsupported: the transform has a step, an operation or an interpolation that has no batched form.
@@ -54,7 +63,7 @@ class Drawer:
 
     def __init__(self, transform):
         steps = copy.deepcopy(transform.transforms)
-        self.fill = (0, 0, 0)
+        self._fill = (0, 0, 0)  # colour of the points outside an image that is rotated, sheared or moved
         self._flip = self._policy = self._jitter = self._erasing = None
         match steps:
             case [RandomResizedCropAndInterpolation() as crop, *steps]:
@@ -96,7 +105,8 @@ class Drawer:
             case transforms.Normalize():
                 self.mean, self.std = (torch.as_tensor(values).view(3, 1, 1) for values in (step.mean, step.std))
             case RandomErasing():
-                self.noise = "pixel" if step.per_pixel else "rand" if step.rand_color else "const"
+                # The noise of a box: drawn for each pixel, one colour, or zeros.
+                self._noise = "pixel" if step.per_pixel else "rand" if step.rand_color else "const"
                 step.per_pixel = step.rand_color = False  # only its boxes are drawn, not their noise
                 self._erasing = step
             case _:
@@ -112,7 +122,7 @@ class Drawer:
             for kernel in kernels if isinstance(kernels, tuple) else (kernels,):
                 if kernel not in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC):
                     raise Unsupported(f"{kernel!r} in operation {operation.name}")
-            self.fill = operation.kwargs["fillcolor"]
+            self._fill = operation.kwargs["fillcolor"]
             operation.aug_fn = _recorder(name)
 
     def draw(self, height: int, width: int) -> Draws:
@@ -154,6 +164,84 @@ class Drawer:
         steps = dict(enumerate(zip(("brightness", "contrast", "color"), factors, strict=True)))
         chosen = [steps[index] for index in order.tolist() if index in steps]
         return [(name, factor, False) for name, factor in chosen if factor is not None]
+
+    def pack(self, draws: list[Draws]) -> Packed:
+        """Sort the draws of a batch, one for each image, by operation.
+
+        One round takes the first operation of every image, the next round the second, and so on; within a round, equal
+        operations form a group.
+        """
+        groups, rows, levels = [], [], []
+        for number in range(max(len(one.operations) for one in draws)):
+            members = {}
+            for row, one in enumerate(draws):
+                if number < len(one.operations):
+                    name, *level = one.operations[number]
+                    members.setdefault(name, []).append((row, level))
+            for name, group in members.items():
+                groups.append((name, len(rows), len(rows) + len(group)))
+                rows += [row for row, _ in group]
+                levels += [level for _, level in group]
+        return Packed(
+            geometry=torch.tensor([one.geometry for one in draws], dtype=torch.int64),
+            groups=groups,
+            rows=torch.tensor(rows, dtype=torch.int64),
+            levels=torch.tensor(levels, dtype=torch.float64).view(-1, 2),
+            erased=[(row, *box) for row, one in enumerate(draws) for box in one.erased],
+        )
+
+    def apply(self, pixels: Pixels | list[torch.Tensor], packed: Packed, batched: bool) -> torch.Tensor:
+        """Cut out, resize, mirror and change the images of a batch, as drawn; on a CPU, ``pixels`` may be a list.
+
+        If ``batched``, an operation runs on all images of a group at once, which is fast on an accelerator. If not, it
+        runs on one image at a time, which stays in the cache of a CPU; it works only there. The two differ by one level
+        in few pixels.
+
+        Returns (B, 3, size, size) uint8, where the pixels are. Not batched, an image comes out the same in any batch.
+        Batched, it does so up to one level in few pixels: a product of larger matrices may add in another order.
+        """
+        functions = operations.OPERATIONS if batched else operations.ON_CPU
+        if batched:
+            images = resizing.by_products(pixels, packed.geometry, self.size)
+        else:
+            listed = pixels.images() if isinstance(pixels, Pixels) else pixels
+            images = resizing.one_by_one(listed, packed.geometry, self.size)
+        device = images.device
+        fill = torch.tensor(self._fill, dtype=torch.float32).view(3, 1, 1)
+        # A blocking transfer would wait until the device has done all that it was told to do so far.
+        rows, levels, fill = (values.to(device, non_blocking=True) for values in (packed.rows, packed.levels, fill))
+        for name, start, stop in packed.groups:
+            if batched:
+                some = rows[start:stop]
+                changed = functions[name](images.index_select(0, some), *levels[start:stop].unbind(1), fill)
+                images.index_copy_(0, some, changed)
+            else:
+                for row, level in zip(rows[start:stop], levels[start:stop], strict=True):
+                    image = images[row, None]
+                    image.copy_(functions[name](image, *level.split(1), fill))
+        return images
+
+    def finish(self, images: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """Normalise the uint8 images from ``apply`` and erase boxes, with noise from generators of its own.
+
+        Returns (B, 3, size, size) float32. The noise in an erased box is the same in any batch; another kind of device
+        makes other noise.
+        """
+        device = images.device
+        mean, std = (values.to(device, non_blocking=True) for values in (self.mean, self.std))
+        result = torch.empty_like(images, dtype=torch.float32)
+        parts = len(images) if device.type == "cpu" else 1  # one image stays in the cache of a CPU
+        for pixels, values in zip(images.chunk(parts), result.chunk(parts), strict=True):
+            torch.div(pixels, 255, out=values).sub_(mean).div_(std)
+        generator = torch.Generator(device)
+        for row, seed, top, left, height, width in packed.erased:
+            box = result[row, :, top : top + height, left : left + width]
+            if self._noise == "const":
+                box.zero_()
+            else:
+                shape = (3, height, width) if self._noise == "pixel" else (3, 1, 1)
+                box.copy_(torch.randn(shape, generator=generator.manual_seed(seed), device=device))
+        return result
 
 
 _BLANK = torch.empty(1, 1)  # expanded, it stands for an image of any size without taking memory

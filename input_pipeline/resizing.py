@@ -16,17 +16,11 @@ TRANSPOSES = int(PIL.__version__.partition(".")[0]) >= 13
 
 
 class Pixels(NamedTuple):
-    """A batch of images that lie one after the other in a buffer.
+    """A batch of images that lie one after the other in a buffer."""
 
-    Attributes:
-        data: flat uint8, images of (height, width, 3). It holds the batch's images only, or all of a data set.
-        offsets: (B,) int64 on the host, where in ``data`` each image of the batch starts.
-        sizes: (B, 2) int64 on the host, the (height, width) of each image.
-    """
-
-    data: torch.Tensor
-    offsets: torch.Tensor
-    sizes: torch.Tensor
+    data: torch.Tensor  # flat uint8, images of (height, width, 3): those of the batch, or all of a data set
+    offsets: torch.Tensor  # (B,) int64 on the host, where in ``data`` each image of the batch starts
+    sizes: torch.Tensor  # (B, 2) int64 on the host, the (height, width) of each image
 
     def images(self):
         """Views of the images of the batch, each (height, width, 3)."""
@@ -35,26 +29,18 @@ class Pixels(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """How an image becomes a square; in pixels. Every field is a number, or a column of numbers for a batch.
+    """How an image becomes a square; in pixels. Every field is a number, or a column of numbers for a batch."""
 
-    Attributes:
-        top, left, height, width: the box to cut out.
-        tall, wide: the height and width to resize the box to.
-        above, before: how many rows and columns of the resized box to drop before the square begins.
-        cubic: 1 for the bicubic kernel, 0 for the bilinear one.
-        flip: 1 to mirror the square, left to right.
-    """
-
-    top: int
+    top: int  # the box to cut out: top, left, height, width
     left: int
     height: int
     width: int
-    tall: int
+    tall: int  # the height and width to resize the box to
     wide: int
-    above: int
+    above: int  # how many rows and columns of the resized box to drop before the square begins
     before: int
-    cubic: int
-    flip: int
+    cubic: int  # 1 for the bicubic kernel, 0 for the bilinear one
+    flip: int  # 1 to mirror the square, left to right
 
 
 def _transposed(image):
@@ -66,44 +52,28 @@ def _transposed(image):
 def one_by_one(images, geometry, size):
     """Resize with torch's kernel for uint8, which is fast on a CPU because it uses vector instructions.
 
-    Args:
-        images: uint8 (height, width, 3) on a CPU.
-        geometry: (B, 10) int64, a row of ``Geometry`` for each image.
-        size: side of the squares.
-
-    Returns:
-        (B, 3, size, size) uint8.
+    ``images`` are uint8 (height, width, 3) on a CPU, and ``geometry`` (B, 10) int64 has a row of ``Geometry`` for each.
+    Returns (B, 3, size, size) uint8.
     """
     result = torch.empty(len(geometry), 3, size, size, dtype=torch.uint8)
     for row, image, square in zip(geometry.tolist(), images, result, strict=True):
         one = Geometry(*row)
         box = image.permute(2, 0, 1)[None, :, one.top : one.top + one.height, one.left : one.left + one.width]
         mode = "bicubic" if one.cubic else "bilinear"
-        if _transposed(one):
-            resized = _interpolate(box.transpose(2, 3), (one.wide, one.tall), mode).transpose(2, 3)
-        else:
-            resized = _interpolate(box, (one.tall, one.wide), mode)
+        turned = _transposed(one)
+        box, side = (box.transpose(2, 3), (one.wide, one.tall)) if turned else (box, (one.tall, one.wide))
+        resized = F.interpolate(box, size=side, mode=mode, antialias=True, align_corners=False)
+        resized = resized.transpose(2, 3) if turned else resized
         kept = resized[0, :, one.above : one.above + size, one.before : one.before + size]
         square.copy_(kept.flip(-1) if one.flip else kept)
     return result
 
 
-def _interpolate(box, size, mode):
-    return F.interpolate(box, size=size, mode=mode, antialias=True, align_corners=False)
-
-
 def by_products(pixels, geometry, size):
-    """Resize by multiplying with matrices of weights, many images at a time.
+    """Resize ``Pixels`` on any device by multiplying with matrices of weights, many images at a time.
 
-    Products of float32 must be exact to more than 16 bits: torch's default is, TF32 and autocast are not.
-
-    Args:
-        pixels: on any device; the host never waits for it.
-        geometry: (B, 10) int64 on the host, a row of ``Geometry`` for each image.
-        size: side of the squares.
-
-    Returns:
-        (B, 3, size, size) uint8, on the device of the pixels.
+    The host never waits for the device. Products of float32 must be exact to more than 16 bits: torch's default is,
+    TF32 and autocast are not. Arguments and result as in ``one_by_one``; the geometry is on the host.
     """
     lengths = _parts(Geometry(*geometry.unbind(1)))
     parts = zip(*(values.split(lengths) for values in (geometry, pixels.offsets, pixels.sizes)), strict=True)
@@ -162,18 +132,11 @@ def _to_levels(values):
 
 
 def _weights(size, length, resized, skipped, flip, cubic, padded):
-    """How much each pixel of a box contributes to each pixel of the square, along one side.
+    """How much each pixel of a box contributes to each of the ``size`` pixels of the square, along one side.
 
-    Args:
-        size: side of the square.
-        length, resized: (B, 1) int64, the side of the box before and after resizing.
-        skipped: (B, 1), how many pixels of the resized box lie before the square.
-        flip: (B, 1), 1 to take the square's pixels in the opposite order.
-        cubic: (B, 1), 1 for the bicubic kernel, 0 for the bilinear one.
-        padded: the largest ``length``.
-
-    Returns:
-        (B, size, padded) float32; each row sums to 1.
+    All of the box is (B, 1): its ``length``, the length ``resized``, how many pixels of that are ``skipped`` before the
+    square, whether to ``flip`` the square, and whether the kernel is ``cubic``. ``padded`` is the largest length.
+    Returns (B, size, padded) float32; each row sums to 1.
     """
     kept = torch.arange(size, device=length.device)
     places = skipped + torch.where(flip == 1, size - 1 - kept, kept)

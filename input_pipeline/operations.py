@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-# ---------------------------------------------------------------------------------------------------------
-# Operations that replace each value of a channel by another value: one table for all pixels
-
 
 def _by_table(table):
-    """The operation that looks every value up in ``table(images, level)``, (G, 1 or 3, 256) new values of 0 to 255."""
+    """The operation that looks every value up in ``table(values, level, images)``: (G, 1 or 3, 256), for each channel.
+
+    ``values`` are 0 to 255, on the device of the images; ``level`` is (G, 1, 1); the new values are from 0 to 255 too.
+    """
 
     def operation(images, level, cubic, fill):
-        tables = table(images, level).to(torch.uint8).expand(len(images), 3, 256)
+        values = torch.arange(256, device=images.device)
+        tables = table(values, level.view(-1, 1, 1), images).to(torch.uint8).expand(len(images), 3, 256)
         return tables.reshape(-1).index_select(0, _entries(images)).view(images.shape)
 
     return operation
@@ -33,49 +34,25 @@ def _entries(images):
     return images.reshape(len(images) * 3, -1).int().add_(channels[:, None]).view(-1)
 
 
-def _values(images):
-    """All values of a channel, on the device of the images."""
-    return torch.arange(256, device=images.device)
+def _posterize(values, level, images):
+    dropped = 2 ** (8 - level.long()).clamp(min=0)
+    return values // dropped * dropped
 
 
-def _column(level):
-    return level.view(-1, 1, 1)
+def _solarize_add(values, level, images):
+    return torch.where(values < 128, (values + level.long()).clamp(max=255), values)
 
 
-def _invert(images, level):
-    return 255 - _values(images)
-
-
-def _posterize(images, level):
-    dropped = 2 ** (8 - _column(level).long()).clamp(min=0)
-    return _values(images) // dropped * dropped
-
-
-def _solarize(images, level):
-    values = _values(images)
-    return torch.where(values < _column(level), values, 255 - values)
-
-
-def _solarize_add(images, level):
-    values = _values(images)
-    return torch.where(values < 128, (values + _column(level).long()).clamp(max=255), values)
-
-
-def _brightness(images, level):
-    return (_values(images) * _column(level).float()).clamp(0, 255)
-
-
-def _auto_contrast(images, level):
+def _auto_contrast(values, level, images):
     planes = images.flatten(2)
     low, high = (extreme[:, :, None].double() for extreme in (planes.amin(2), planes.amax(2)))
-    values = _values(images)
     scale = torch.full_like(low, 255) / (high - low)  # a plain 255 would be multiplied by a rounded reciprocal
     return torch.where(high > low, (values * scale + -low * scale).clamp(0, 255), values)
 
 
 def _equalize_by(histograms):
-    def table(images, level):
-        values, counts = _values(images), histograms(images)
+    def table(values, level, images):
+        counts = histograms(images)
         brightest = torch.where(counts > 0, values, 0).amax(2, keepdim=True)
         step = (counts.sum(2, keepdim=True) - counts.gather(2, brightest)) // 255
         darker = counts.cumsum(2) - counts
@@ -96,12 +73,8 @@ def _histograms_on_cpu(images):
     return torch.bincount(_entries(images), minlength=len(images) * 3 * 256).view(-1, 3, 256)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Operations that blend an image with a plainer one made from it
-
-
 def _by_blending(plainer):
-    """The operation whose level 0 gives ``plainer(float32 images)`` and level 1 the images; larger levels go beyond."""
+    """The operation that blends: level 0 gives ``plainer(float32 images)``, 1 the images; larger levels go beyond."""
 
     def operation(images, level, cubic, fill):
         images = images.float()
@@ -139,10 +112,6 @@ def _smooth(images):
 _color = _by_blending(_grey)
 
 
-def _desaturate(images, level, cubic, fill):
-    return _color(images, (1 - level).clamp(0, 1), cubic, fill)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Affine transforms: each pixel of the result comes from a point in the image. Its value is interpolated from the 4
 # pixels next to the point in each direction; beyond the border the outermost pixels repeat. If the point itself lies
@@ -166,21 +135,29 @@ def _taps(point, cubic):
     return [weight.float() for weight in (-before, rest + before, point + after, -after)]
 
 
-def _slide(images, offsets, cubic, fill):
-    """Move row y to the left by ``offsets[:, y]`` pixels, which need not be whole numbers; offsets are (G, H or 1)."""
-    height, width = images.shape[2:]
-    whole = offsets.floor()
-    columns = torch.arange(-1, width + 2, device=images.device) + whole[:, :, None].long()
-    values = images.gather(3, columns.clamp_(0, width - 1)[:, None].expand(-1, 3, height, -1)).float()
-    first, *others = (tap[:, None, :, None] for tap in _taps(offsets - whole, cubic[:, None]))
-    result = values[..., :width] * first
-    for place, tap in enumerate(others, start=1):
-        result.addcmul_(values[..., place : place + width], tap)
+def _by_sliding(offsets):
+    """The operation that moves row y of an image to the left by ``offsets(images, level)`` pixels.
 
-    # Points from 0 to the width are inside the image.
-    first, end = ((edge - offsets - 0.5).ceil().int()[:, None, :, None] for edge in (0, width))
-    column = torch.arange(width, device=images.device, dtype=torch.int32)
-    return _filled(result, (column - first + 1).clamp_(0, 1).mul_((end - column).clamp_(0, 1)), fill)
+    ``level`` is (G, 1). The offsets are (G, H or 1), and need not be whole numbers.
+    """
+
+    def operation(images, level, cubic, fill):
+        height, width = images.shape[2:]
+        shift = offsets(images, level[:, None])
+        whole = shift.floor()
+        columns = torch.arange(-1, width + 2, device=images.device) + whole[:, :, None].long()
+        values = images.gather(3, columns.clamp_(0, width - 1)[:, None].expand(-1, 3, height, -1)).float()
+        first, *others = (tap[:, None, :, None] for tap in _taps(shift - whole, cubic[:, None]))
+        result = values[..., :width] * first
+        for place, tap in enumerate(others, start=1):
+            result.addcmul_(values[..., place : place + width], tap)
+
+        # Points from 0 to the width are inside the image.
+        first, end = ((edge - shift - 0.5).ceil().int()[:, None, :, None] for edge in (0, width))
+        column = torch.arange(width, device=images.device, dtype=torch.int32)
+        return _filled(result, (column - first + 1).clamp_(0, 1).mul_((end - column).clamp_(0, 1)), fill)
+
+    return operation
 
 
 def _filled(values, inside, fill):
@@ -189,17 +166,9 @@ def _filled(values, inside, fill):
     return _truncated(values.add_(ROUNDING)).bitwise_and_(mask).bitwise_or_(~mask & fill.to(torch.uint8))
 
 
-def _shear(images, level, cubic, fill):
-    rows = torch.arange(images.shape[2], device=images.device) + 0.5
-    return _slide(images, level[:, None] * rows, cubic, fill)
-
-
-def _translate_absolute(images, level, cubic, fill):
-    return _slide(images, level[:, None], cubic, fill)
-
-
-def _translate_relative(images, level, cubic, fill):
-    return _translate_absolute(images, level * images.shape[3], cubic, fill)
+_shear = _by_sliding(lambda images, level: level * (torch.arange(images.shape[2], device=images.device) + 0.5))
+_translate = _by_sliding(lambda images, level: level)
+_translate_relative = _by_sliding(lambda images, level: level * images.shape[3])
 
 
 def _along_columns(operation):
@@ -247,22 +216,22 @@ def _rotate_with_pillow(images, level, cubic, fill):
 OPERATIONS = {
     "auto_contrast": _by_table(_auto_contrast),
     "equalize": _by_table(_equalize_by(_histograms)),
-    "invert": _by_table(_invert),
+    "invert": _by_table(lambda values, level, images: 255 - values),
     "posterize": _by_table(_posterize),
-    "solarize": _by_table(_solarize),
+    "solarize": _by_table(lambda values, level, images: torch.where(values < level, values, 255 - values)),
     "solarize_add": _by_table(_solarize_add),
-    "brightness": _by_table(_brightness),
+    "brightness": _by_table(lambda values, level, images: (values * level.float()).clamp(0, 255)),
     "color": _color,
     "contrast": _by_blending(_mean_grey),
-    "desaturate": _desaturate,
+    "desaturate": lambda images, level, cubic, fill: _color(images, (1 - level).clamp(0, 1), cubic, fill),
     "sharpness": _by_blending(_smooth),
     "rotate": _rotate,
     "shear_x": _shear,
     "shear_y": _along_columns(_shear),
     "translate_x_rel": _translate_relative,
     "translate_y_rel": _along_columns(_translate_relative),
-    "translate_x_abs": _translate_absolute,
-    "translate_y_abs": _along_columns(_translate_absolute),
+    "translate_x_abs": _translate,
+    "translate_y_abs": _along_columns(_translate),
 }
 ON_CPU = OPERATIONS | {  # with functions that are faster on a CPU; this rotation takes one image at a time
     "equalize": _by_table(_equalize_by(_histograms_on_cpu)),

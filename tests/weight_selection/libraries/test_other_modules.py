@@ -1,0 +1,208 @@
+"""Modules of no library that we know: plain ones, open_clip's, and what is refused."""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from open_clip.model import CLIP
+from open_clip.transformer import VisionTransformer
+
+from architectures import reads
+from proofs import check_consistent, check_hidden, structures, traced
+from weight_selection import select_weights
+from weight_selection.errors import InputError
+
+
+class MLP(nn.Module):
+    """Hidden layers in a list, and a head."""
+
+    def __init__(self, width, depth, classes=3):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, width), *(nn.Linear(width, width) for _ in range(depth - 1))])
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.head(x)
+
+
+def cnn(width, classes=3):
+    """Two convolutions, of which a linear layer reads every place."""
+    layers = [nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Flatten(), nn.Linear(2 * width * 4, 2 * width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(2 * width, classes))
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Numbered(nn.Module):
+    """Blocks that are attributes, not in a list."""
+
+    def __init__(self, width, depth, operation=lambda x: x):
+        super().__init__()
+        self.stem, self.head, self.depth, self.operation = nn.Linear(6, width), nn.Linear(width, 3), depth, operation
+        for number in range(depth):
+            setattr(self, f"block_{number + 1}", Block(width))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for number in range(self.depth):
+            x = getattr(self, f"block_{number + 1}")(x)
+        return self.head(self.operation(x))
+
+
+class Recurrent(nn.Module):
+    """An LSTM of two layers; it reads each row of features as a sequence."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(1, width, 2, batch_first=True), nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(x.unsqueeze(2))[0][:, -1])
+
+
+def tower(width, depth):
+    return VisionTransformer(16, 8, width, depth, width // 8, 2.0, output_dim=6)
+
+
+def clip(width, depth):
+    both = {"width": width, "layers": depth, "mlp_ratio": 2.0}
+    vision = {"image_size": 16, "patch_size": 8, "head_width": 8} | both
+    text = {"context_length": 5, "vocab_size": 11, "heads": width // 8} | both
+    return CLIP(6, vision, text)
+
+
+def reads_projections(model, key):
+    """As ``reads``; CLIP multiplies by its projections from the right."""
+    return 0 if key.split(".")[-1] in ("proj", "text_projection") else reads(model, key)
+
+
+FEATURES, IMAGES, TOKENS = torch.randn(2, 6).double(), torch.randn(2, 3, 16, 16).double(), torch.arange(10).view(2, 5)
+SMALL_IMAGES = torch.randn(2, 3, 8, 8).double()
+PAIRS = {  # name: (teacher, student, inputs)
+    "mlp": (lambda: MLP(16, 4), lambda: MLP(8, 2), (FEATURES,)),
+    "cnn": (lambda: cnn(8), lambda: cnn(4), (SMALL_IMAGES,)),
+    "numbered": (lambda: Numbered(16, 3), lambda: Numbered(8, 2), (FEATURES,)),
+    "lstm": (lambda: Recurrent(8), lambda: Recurrent(4), (FEATURES,)),
+    "open_clip_tower": (lambda: tower(32, 3), lambda: tower(16, 2), (IMAGES,)),
+    "open_clip": (lambda: clip(32, 3), lambda: clip(16, 2), (IMAGES, TOKENS)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_student_hidden_in_a_teacher_is_found_again_and_keeps_the_same_neurons(name):
+    teacher, student, inputs = PAIRS[name]
+    teacher, student = teacher(), student()
+    both = structures(teacher, student, inputs)
+
+    def output(given):  # CLIP's: features of images and of texts, and the scale of their products
+        return given[0] @ given[1].T if isinstance(given, tuple) else given
+
+    check_hidden(teacher, student, both, inputs, name == "mlp", reads_projections, output)
+    if name != "mlp":  # its layers have streams of their own
+        check_consistent(teacher, both, [traced(teacher, both[0]), traced(student, both[1])])
+
+
+def test_hidden_layers_in_a_list_are_chosen_by_the_rule():
+    teacher, student = MLP(16, 4), MLP(8, 2)
+    chosen = select_weights(teacher, student, example_inputs=FEATURES, layer_selection="last_n")
+    assert torch.equal(chosen["layers.0.weight"], teacher.layers[0].weight[::2])
+    assert torch.equal(chosen["layers.1.weight"], teacher.layers[3].weight[::2, ::2])
+
+
+def test_numbered_attributes_are_layers_if_they_have_the_same_tensors():
+    chosen = select_weights(
+        teacher := Numbered(16, 3), Numbered(16, 2), example_inputs=FEATURES, layer_selection="last_n"
+    )
+    assert torch.equal(chosen["block_1.up.weight"], teacher.block_2.up.weight)
+
+
+def test_flattened_places_stay_with_their_channels():
+    teacher, student = cnn(8), cnn(4)
+    chosen = select_weights(teacher, student, example_inputs=SMALL_IMAGES.float())
+    expected = teacher[9].weight.view(16, 16, 4)[::2, ::2].reshape(8, 32)
+    assert torch.equal(chosen["9.weight"], expected)
+
+
+def test_the_layer_that_gives_the_output_is_the_classifier_if_the_outputs_differ():
+    teacher = MLP(16, 2)
+    assert "head.weight" in select_weights(teacher, MLP(8, 2), example_inputs=FEATURES)
+    assert "head.weight" not in select_weights(teacher, MLP(8, 2, classes=5), example_inputs=FEATURES)
+    assert "head.weight" not in select_weights(teacher, MLP(8, 2), example_inputs=FEATURES, classifier=("head",))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is refused, in one line that says what to do
+
+
+class Two(nn.Module):
+    """Two tasks."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.body, self.sort, self.colour = nn.Linear(6, 8), nn.Linear(8, classes), nn.Linear(8, classes)
+
+    def forward(self, x):
+        x = self.body(x)
+        return self.sort(x), self.colour(x)
+
+
+class Sorted(nn.Module):
+    def forward(self, x):
+        return x.sort().values
+
+
+class Masked(MLP):
+    def forward(self, x, mask):
+        return super().forward(x * mask)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "options", "message"),
+    [
+        (Two(3), Two(5), {}, "outputs of several layers differ in size: sort .3 in the teacher, 5 in the student."),
+        (MLP(8, 1), cnn(4), {"student_inputs": SMALL_IMAGES}, "the teacher has no "),
+        (cnn(8), cnn(4), {}, "in 0: its forward pass of .2, 6. fails .*; give example_inputs"),
+        (
+            MLP(8, 1),
+            MLP(4, 1),
+            {"example_inputs": SMALL_IMAGES[..., :5]},
+            "in layers.0: .* images fails .*; give example",
+        ),
+        (Masked(8, 1), Masked(4, 1), {}, "missing 1 required positional argument: 'mask'.*; give example_inputs"),
+        (
+            MLP(8, 1),
+            MLP(4, 1),
+            {"exclude": ["attention"]},
+            "exclude=attention: mlp has no such component; it has none",
+        ),
+        (MLP(8, 1), MLP(4, 1), {"example_inputs": None}, "does not say what inputs it takes; give example_inputs"),
+        (MLP(8, 1), MLP(4, 1), {"classifier": ("tail",)}, "the student has no such module; its named_modules"),
+        (MLP(8, 1), MLP(4, 2), {}, "layers: teacher has 1 layers, student 2"),
+        (torch.jit.trace(MLP(8, 1), FEATURES.float()), MLP(4, 1), {}, "a TorchScript program; give the module that it"),
+        (Numbered(8, 2, lambda x: x.cumsum(1)), Numbered(4, 2), {}, "apart: aten.cumsum.default is no operation"),
+    ],
+    ids=lambda value: None if isinstance(value, (nn.Module, dict)) else value[:30],
+)
+def test_what_cannot_be_selected_is_refused_in_one_line(teacher, student, options, message):
+    with pytest.raises(InputError, match=message) as refusal:
+        select_weights(teacher, student, **{"example_inputs": FEATURES.float()} | options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_operation_that_cannot_be_followed_is_named_with_its_module():
+    teacher = Numbered(8, 2)
+    teacher.block_2.down = nn.Sequential(teacher.block_2.down, nn.Softmax(1), Sorted())
+    message = "in block_2.down.2: aten.sort.default is no operation that neurons can be followed through"
+    with pytest.raises(InputError, match=message):
+        select_weights(teacher, teacher, example_inputs=FEATURES)
