@@ -71,7 +71,7 @@ def select_weights(
         seed: of the random rules, of noise, and of the draw of images.
         calibration: for a projection: a directory of images, ``"noise"``, or images as the teacher takes them,
             normalised: a tensor (n, channels, height, width), or an iterable of such batches that can be gone through
-            three times.
+            three times. A model of other inputs takes batches of them: ``[{"input_ids": ids}, ...]``.
         calibration_images: how many images of the directory or of noise; default: 256, or all if there are fewer.
         calibration_size: side of these images in pixels; default: as the student takes them.
         fused_qkv: where uniform selection spreads its indices over the rows of fused queries, keys and values: in each

@@ -254,6 +254,28 @@ def solve_up_map(across: Tensor, own: Tensor, prior: Tensor, constant: bool = Tr
     return prior + torch.linalg.solve(own + squares.diag(), missing.T).T
 
 
+def with_constant(weight: Tensor, constant: Tensor) -> Tensor:
+    """The weight of a layer without a bias, behind a layer norm of gain 1 and shift 1, that adds a constant.
+
+    The norm gives z + 1, where z has mean zero. So the direction of ones carries no signal, and W 1 = 0 by (2). A layer
+    without a bias keeps its constant Q W c of (1) there:
+
+        W' = W + constant 1'/d        W' (z + 1) = W z + constant                                                  (11)
+
+    This is exact, for any number of layers behind one norm, each with its own constant. One shift alone, without
+    changed weights, could serve only constants that W shift gives in all these layers at once. RMS norms have no shift,
+    and take no mean away; there is nothing to be taken over.
+
+    Args:
+        weight: W, (outputs, d); what it has along ones are rounding errors, and is removed.
+        constant: (outputs,).
+
+    Returns:
+        W', (outputs, d).
+    """
+    return weight - weight.mean(1, keepdim=True) + constant[:, None] / weight.shape[1]
+
+
 def _root(moments):
     """(R, R^-1) with R positive and R R = moments."""
     energies, directions = torch.linalg.eigh(moments)

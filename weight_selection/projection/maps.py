@@ -105,15 +105,28 @@ def random_down_maps(model: TracedModel, groups, streams: list, attentions: list
 def _covariance_and_weight(group, stats):
     """Covariance of a stream's neurons and G of (3); every layer that takes them counts alike."""
     covariance = weight = 0.0
-    for key in stats.teacher.symmetries.readers(group):
-        if key not in stats.moments:
-            continue  # the layer did not run
-        whole, outgoing = stats.moments[key].covariance, stats.outgoing(key)
-        for number, _, indices in stats.teacher.inputs(key):
+    for keys in _readers(group, stats):
+        whole, outgoing = stats.moments[keys[0]].covariance, torch.cat([stats.outgoing(key) for key in keys], dim=1)
+        for number, _, indices in stats.teacher.inputs(keys[0]):
             if number == group:
                 covariance = covariance + equations.share(whole[indices][:, indices])
                 weight = weight + equations.share(outgoing[indices] @ outgoing[indices].T)
     return covariance, weight
+
+
+def _readers(group, stats):
+    """The dense layers that took a group: tuples of keys. Layers of one attention that took the same count as one."""
+    symmetries, found = stats.teacher.symmetries, {}
+    for key in symmetries.readers(group):
+        if key not in stats.moments:
+            continue  # the layer did not run
+        place = key
+        for attention in symmetries.attentions.values():
+            parts = {attention.queries[0], attention.keys[0], attention.values[0]}
+            if key in parts and len({getattr(stats.moments.get(part), "count", None) for part in parts}) == 1:
+                place = attention.name
+        found.setdefault(place, []).append(key)
+    return found.values()
 
 
 def _normalised(group, stats):

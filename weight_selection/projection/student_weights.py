@@ -53,17 +53,17 @@ class StudentWeights:
         """Give a dense layer its weight and bias by (1), for an up map (B, c), or B alone."""
         rows, weight = self.rows[key].double(), self._by_outputs(key)
         columns = weight.shape[1]
-        read = up_map[:, :columns]
-        if key in self._placed:
-            read = read - read.mean(1, keepdim=True)  # nothing but rounding errors
-        weight.copy_(torch.tensordot(rows, read, dims=([1], [0])).movedim(-1, 1))
+        made = torch.tensordot(rows, up_map[:, :columns], dims=([1], [0])).movedim(-1, 1)
+        constant = made.new_zeros(len(made))
         if up_map.shape[1] > columns:
             constant = rows.reshape(*rows.shape[:2], -1).sum(2) @ up_map[:, -1]
             for name, (outputs, shift) in self._shifts[key].items():
                 self.state[name].copy_(shift + constant[outputs])
-            if key in self._placed:
-                outputs, _ = self._placed[key]
-                weight[outputs] += (constant[outputs, None] / columns).to(weight.dtype)
+        if key in self._placed:
+            outputs, _ = self._placed[key]
+            kept = torch.zeros_like(constant).index_copy_(0, outputs, constant[outputs])
+            made = equations.with_constant(made, kept)
+        weight.copy_(made)
 
     def solve_up_map(self, key: str, across: Tensor, own: Tensor) -> None:
         """Give a dense layer the up map of (7), from E[x z~'] and E[z~ z~']."""
