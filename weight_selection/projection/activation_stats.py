@@ -9,7 +9,7 @@ from torch import Tensor
 from weight_selection.errors import InputError
 from weight_selection.projection.activation_tap import ActivationTap, vectors
 from weight_selection.projection.equations import Moments, Variances
-from weight_selection.projection.symmetries import STRONGEST
+from weight_selection.projection.symmetries import LAYER_NORM, RMS_NORM, STRONGEST
 from weight_selection.projection.traced_model import TracedModel
 
 
@@ -42,7 +42,7 @@ class ActivationStats:
         for batch in images:
             recorder = _BatchRecorder(self)
             with ActivationTap(teacher.model, recorder.dense, recorder.norm, recorder.scale):
-                teacher.model(batch)
+                teacher.run(batch)
             followed = recorder.followed
         for key, moments in self.moments.items():
             if not moments.total.isfinite().all():
@@ -54,15 +54,16 @@ class ActivationStats:
     def outgoing(self, key: str) -> Tensor:
         """The weights of a dense layer by its inputs, with the LayerScale behind it: float64 (inputs, rest)."""
         weights = self.teacher.model.state_dict()
-        weight = weights[key].double()
+        weight, symmetries = weights[key].double(), self.teacher.symmetries
         for scale, scaled in self.scaled.items():
             if scaled == key:
-                weight = weight * weights[scale].double().view(-1, *[1] * (weight.ndim - 1))
-        return weight.transpose(0, 1).flatten(1)
+                scaling = weights[scale].double().flatten()
+                weight = weight * (scaling.view(-1, *[1] * (weight.ndim - 1)) if symmetries.dense[key] else scaling)
+        return symmetries.by_outputs(key, weight).transpose(0, 1).flatten(1)
 
     def add_input(self, key: str, x: Tensor) -> None:
         """Add what a dense layer takes."""
-        x = vectors(x, self.teacher.symmetries.dense[key].weight.ndim)
+        x = vectors(x, len(self.teacher.structure.shapes[key]))
         if key in self._hidden:
             self.moments.setdefault(key, Variances()).add(x)
         else:
@@ -79,9 +80,9 @@ class ActivationStats:
         values = {attention.out for attention in symmetries.attentions.values()}
         return {
             key
-            for key in symmetries.dense
+            for key, dim in symmetries.dense.items()
             if key not in values
-            and all(symmetries.treatment(part.group, False) == STRONGEST for part in symmetries.slices(key, 1))
+            and all(symmetries.treatment(part.group, False) == STRONGEST for part in symmetries.slices(key, dim))
         }
 
 
@@ -102,7 +103,7 @@ class _BatchRecorder:
         self._ran.append(key)
         self._outputs[y.data_ptr()] = key, y  # we hold the output, so that no other tensor gets its memory
         symmetries = self.stats.teacher.symmetries
-        slices = symmetries.slices(key, 1) if key in symmetries.dense else ()
+        slices = symmetries.slices(key, symmetries.dense[key]) if key in symmetries.dense else ()
         for part in slices:
             if part.group in self._last_norm:
                 self.stats.norm_of[key] = self._last_norm[part.group]
@@ -115,10 +116,13 @@ class _BatchRecorder:
         if group is not None:
             self.followed.add(self._last_norm.get(group, key))
             self._last_norm[group] = key
-            n = F.layer_norm(x, y.shape[-1:]).reshape(-1, y.shape[-1])
+            normalise = F.layer_norm if self.stats.teacher.symmetries.kind(key) == LAYER_NORM else F.rms_norm
+            n = normalise(x, y.shape[-1:]).reshape(-1, y.shape[-1])
             self.stats.add_normalised(key, n, self._ran)
         return y
 
     def scale(self, key, x):
-        if isinstance(x, torch.Tensor) and x.data_ptr() in self._outputs:
+        if self.stats.teacher.symmetries.kind(key) == RMS_NORM:  # it is written out, and x is normalised already
+            self.norm(key, x, x)
+        elif isinstance(x, torch.Tensor) and x.data_ptr() in self._outputs:
             self.stats.scaled[key] = self._outputs[x.data_ptr()][0]

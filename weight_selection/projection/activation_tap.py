@@ -6,8 +6,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-DENSE = {F.linear, F.conv2d, torch.conv2d}
+# Function: places of the input and of the weight among its arguments.
+DENSE = {F.linear: (0, 1), F.conv2d: (0, 1), torch.conv2d: (0, 1), torch.addmm: (1, 2)}
+DENSE |= dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), (0, 1))
+NORMS = {F.layer_norm, F.rms_norm}
 PRODUCTS = {"mul", "mul_", "__mul__", "__rmul__"}
 
 
@@ -20,22 +24,28 @@ class ActivationTap(TorchFunctionMode):
         model: the model that is going to run.
         dense: ``(key of the weight, input, output) -> output``, called after every linear layer and convolution. The
             model goes on with the output that it returns.
-        norm: the same, called after every ``layer_norm`` with the key of its gain.
+        norm: the same, called after every ``layer_norm`` and ``rms_norm`` with the key of its gain.
         scaled: ``(key of a parameter, other factor)``, called before every product with a parameter.
     """
 
     def __init__(self, model: nn.Module, dense: Callable, norm: Callable | None = None, scaled: Callable | None = None):
         super().__init__()
         self.keys = {id(parameter): key for key, parameter in model.named_parameters()}
+        self.parameters = dict(model.named_parameters())
+        self.places = {parameter.data_ptr(): key for key, parameter in self.parameters.items()}
         self.dense, self.norm, self.scaled = dense, norm, scaled
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in DENSE:
-            key = self.keys.get(id(args[1] if len(args) > 1 else kwargs["weight"]))
+            taken, weight = DENSE[func]
+            key = self.keys.get(id(args[weight] if len(args) > weight else kwargs.get("weight")))
             if key is not None:
-                return self.dense(key, args[0], func(*args, **kwargs))
-        elif func is F.layer_norm and self.norm is not None:
+                return self.dense(key, args[taken], func(*args, **kwargs))
+        elif func is F.multi_head_attention_forward:
+            with _HiddenProducts(self):
+                return func(*args, **kwargs)
+        elif func in NORMS and self.norm is not None:
             key = self.keys.get(id(args[2] if len(args) > 2 else kwargs.get("weight")))
             if key is not None:
                 return self.norm(key, args[0], func(*args, **kwargs))
@@ -45,6 +55,31 @@ class ActivationTap(TorchFunctionMode):
                 if id(one) in self.keys:
                     self.scaled(self.keys[id(one)], other)
         return func(*args, **kwargs)
+
+
+class _HiddenProducts(TorchDispatchMode):
+    """Shows the linear layers inside a function of PyTorch, where a mode for functions does not see them.
+
+    They run as products of rows, (n, channels), with the transpose of a whole weight. The bias is part of the product,
+    or is added to it later.
+    """
+
+    def __init__(self, tap: ActivationTap):
+        super().__init__()
+        self.tap = tap
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **(kwargs or {}))
+        if func not in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+            return y
+        x, weight = args[-2:]
+        key = self.tap.places.get(weight.data_ptr())
+        if key is None or self.tap.parameters[key].shape != weight.T.shape:
+            return y
+        bias = self.tap.parameters.get(f"{key.removesuffix('weight')}bias")
+        if bias is None or func is torch.ops.aten.addmm.default:
+            return self.tap.dense(key, x, y)
+        return self.tap.dense(key, x, y + bias) - bias
 
 
 def vectors(x: torch.Tensor, weight_ndim: int) -> torch.Tensor:

@@ -85,7 +85,7 @@ def share(moments: Tensor) -> Tensor:
     return moments / moments.trace().clamp(min=torch.finfo(moments.dtype).tiny)
 
 
-def rotation(normalised: Tensor, frame: Tensor) -> Tensor:
+def rotation(normalised: Tensor, frame: Tensor, centred: bool = True) -> Tensor:
     """The down map Q = E U' of a residual stream that only layer normalisations read.
 
     LayerNorm takes the mean away. So U, (D, k), holds the k = d - 1 leading eigenvectors of C that are orthogonal to
@@ -96,13 +96,20 @@ def rotation(normalised: Tensor, frame: Tensor) -> Tensor:
     makes |E U' - S| smallest. Students trained from it are a little better than from a random E (docs/results.md). It
     depends only on the space that U spans, not on the basis that eigh happens to return.
 
+    RMS normalisations take no mean away. Then U holds the d leading eigenvectors, and E is any orthogonal matrix.
+
     Args:
         normalised: C = E[n n'], (D, D), of the normalised stream n.
         frame: the d coordinates of the stream that S selects, integers.
+        centred: the normalisations take the mean away.
 
     Returns:
         Q, (d, D).
     """
+    if not centred:
+        basis = torch.linalg.eigh(normalised)[1][:, -len(frame) :]
+        left, _, right = torch.linalg.svd(basis[frame])
+        return left @ right @ basis.T
     _, directions = torch.linalg.eigh(normalised - normalised.trace() / len(normalised))  # makes ones the last
     basis = directions[:, 1 - len(frame) :]
     centring = torch.eye(len(frame), dtype=basis.dtype, device=basis.device) - 1 / len(frame)
@@ -111,11 +118,13 @@ def rotation(normalised: Tensor, frame: Tensor) -> Tensor:
     return centred @ left @ right @ basis.T
 
 
-def random_rotation(size: int, generator: torch.Generator) -> Tensor:
-    """A random rotation, (size, size), of the vectors that are orthogonal to ones; it maps ones to zero."""
+def random_rotation(size: int, generator: torch.Generator, centred: bool = True) -> Tensor:
+    """A random rotation, (size, size). If centred, of the vectors orthogonal to ones; it maps ones to zero."""
     first, second = (torch.randn(size, size, dtype=torch.float64, generator=generator) for _ in range(2))
-    first[:, 0] = second[:, 0] = 1
-    return torch.linalg.qr(first).Q[:, 1:] @ torch.linalg.qr(second).Q[:, 1:].T
+    if centred:
+        first[:, 0] = second[:, 0] = 1
+    first, second = (torch.linalg.qr(matrix).Q[:, int(centred) :] for matrix in (first, second))
+    return first @ second.T
 
 
 def greedy(covariance: Tensor, weight: Tensor, count: int) -> Tensor:
@@ -243,6 +252,28 @@ def solve_up_map(across: Tensor, own: Tensor, prior: Tensor, constant: bool = Tr
     if constant:
         squares[-1] = 0
     return prior + torch.linalg.solve(own + squares.diag(), missing.T).T
+
+
+def with_constant(weight: Tensor, constant: Tensor) -> Tensor:
+    """The weight of a layer without a bias, behind a layer norm of gain 1 and shift 1, that adds a constant.
+
+    The norm gives z + 1, where z has mean zero. So the direction of ones carries no signal, and W 1 = 0 by (2). A layer
+    without a bias keeps its constant Q W c of (1) there:
+
+        W' = W + constant 1'/d        W' (z + 1) = W z + constant                                                  (11)
+
+    This is exact, for any number of layers behind one norm, each with its own constant. One shift alone, without
+    changed weights, could serve only constants that W shift gives in all these layers at once. RMS norms have no shift,
+    and take no mean away; there is nothing to be taken over.
+
+    Args:
+        weight: W, (outputs, d); what it has along ones are rounding errors, and is removed.
+        constant: (outputs,).
+
+    Returns:
+        W', (outputs, d).
+    """
+    return weight - weight.mean(1, keepdim=True) + constant[:, None] / weight.shape[1]
 
 
 def _root(moments):

@@ -113,13 +113,37 @@ def noise(size: tuple, entropy) -> torch.Tensor:
     return torch.from_numpy((0.5 + 0.25 * image).clip(0, 1)).float()
 
 
-def check_batches(images, channels: int, count: int | None, side: int | None) -> Iterable:
-    """Images that the caller gives as tensors, in batches.
+def image_of(inputs: tuple | dict) -> tuple:
+    """(its place or name, shape) of the images among a model's inputs; (None, None) unless they are its only tensor."""
+    named = inputs.items() if isinstance(inputs, dict) else enumerate(inputs)
+    tensors = [(name, value) for name, value in named if isinstance(value, torch.Tensor)]
+    images = [(name, tuple(value.shape)) for name, value in tensors if value.ndim == 4 and value.is_floating_point()]
+    return images[0] if len(tensors) == len(images) == 1 else (None, None)
+
+
+def arguments(inputs: tuple | dict, batch) -> tuple:
+    """(arguments, keyword arguments) of a forward pass of a batch.
 
     Args:
-        images: a tensor (n, channels, height, width), or an iterable of such tensors.
-        channels: of the images that the student takes.
-        count, side: must be None, since all images are taken as they are.
+        inputs: example inputs of the model. What is no tensor among them is given to every forward pass.
+        batch: images, or a dict of tensors.
+    """
+    if isinstance(batch, Mapping):
+        options = inputs if isinstance(inputs, dict) else {}
+        return (), {name: value for name, value in options.items() if not isinstance(value, torch.Tensor)} | batch
+    place, _ = image_of(inputs)
+    if isinstance(inputs, dict):
+        return (), {**inputs, place: batch}
+    return tuple(batch if number == place else value for number, value in enumerate(inputs)), {}
+
+
+def check_batches(images, inputs: tuple | dict, count: int | None, side: int | None) -> Iterable:
+    """Images, or other inputs, that the caller gives as tensors, in batches.
+
+    Args:
+        images: a tensor (n, channels, height, width), an iterable of such tensors, or one of dicts of tensors.
+        inputs: example inputs of the student.
+        count, side: must be None, since all batches are taken as they are.
 
     Raises:
         InputError: they are something else, or an iterator, which can be gone through only once.
@@ -132,6 +156,12 @@ def check_batches(images, channels: int, count: int | None, side: int | None) ->
     if not hasattr(images, "__iter__") or iter(images) is images:
         raise InputError(f"calibration: a {type(images).__name__} cannot be gone through three times; give a list")
     first = next(iter(images), None)
+    if isinstance(first, Mapping) and first and all(isinstance(value, torch.Tensor) for value in first.values()):
+        return images
+    _, size = image_of(inputs)
+    if size is None:
+        raise InputError('calibration: the model takes more than images; give batches such as {"input_ids": tensor}')
+    channels = size[1]
     if not isinstance(first, torch.Tensor) or not first.is_floating_point() or first.ndim != 4 or not len(first):
         found = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, torch.Tensor) else type(first).__name__
         raise InputError(f"calibration: batches must be floating point (n, {channels}, height, width), not {found}")

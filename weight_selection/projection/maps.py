@@ -56,7 +56,9 @@ def choose_down_maps(entries: dict, student: TracedModel, stats: ActivationStats
         elif seen and treatment in (ROTATED, GREEDY):
             maps.of[our] = equations.greedy(*_covariance_and_weight(their, stats), count)
             if treatment == ROTATED:
-                maps.of[our] = equations.rotation(_normalised(their, stats), maps.of[our])
+                maps.of[our] = equations.rotation(
+                    _normalised(their, stats), maps.of[our], teacher.symmetries.centred(their)
+                )
                 maps.rotated.add(our)
         elif seen and treatment == STRONGEST:
             maps.of[our] = _strongest(their, count, stats)
@@ -77,7 +79,9 @@ def random_down_maps(model: TracedModel, groups, streams: list, attentions: list
     maps = DownMaps()
     maps.of = {group: torch.arange(model.size(group), device=model.device) for group in groups}
     for group in streams:
-        maps.of[group] = equations.random_rotation(model.size(group), generator).to(model.device)
+        maps.of[group] = equations.random_rotation(model.size(group), generator, model.symmetries.centred(group)).to(
+            model.device
+        )
         maps.rotated.add(group)
     for attention in attentions:
         for group in (attention.query_group, attention.value_group):
@@ -101,15 +105,28 @@ def random_down_maps(model: TracedModel, groups, streams: list, attentions: list
 def _covariance_and_weight(group, stats):
     """Covariance of a stream's neurons and G of (3); every layer that takes them counts alike."""
     covariance = weight = 0.0
-    for key in stats.teacher.symmetries.readers(group):
-        if key not in stats.moments:
-            continue  # the layer did not run
-        whole, outgoing = stats.moments[key].covariance, stats.outgoing(key)
-        for number, _, indices in stats.teacher.slices(key, 1):
+    for keys in _readers(group, stats):
+        whole, outgoing = stats.moments[keys[0]].covariance, torch.cat([stats.outgoing(key) for key in keys], dim=1)
+        for number, _, indices in stats.teacher.inputs(keys[0]):
             if number == group:
                 covariance = covariance + equations.share(whole[indices][:, indices])
                 weight = weight + equations.share(outgoing[indices] @ outgoing[indices].T)
     return covariance, weight
+
+
+def _readers(group, stats):
+    """The dense layers that took a group: tuples of keys. Layers of one attention that took the same count as one."""
+    symmetries, found = stats.teacher.symmetries, {}
+    for key in symmetries.readers(group):
+        if key not in stats.moments:
+            continue  # the layer did not run
+        place = key
+        for attention in symmetries.attentions.values():
+            parts = {attention.queries[0], attention.keys[0], attention.values[0]}
+            if key in parts and len({getattr(stats.moments.get(part), "count", None) for part in parts}) == 1:
+                place = attention.name
+        found.setdefault(place, []).append(key)
+    return found.values()
 
 
 def _normalised(group, stats):
@@ -120,7 +137,7 @@ def _normalised(group, stats):
 
 def _strongest(group, count, stats):
     [key] = stats.teacher.symmetries.readers(group)
-    indices = stats.teacher.indices(key, 1, group)
+    indices = stats.teacher.input_indices(key, group)
     outgoing = stats.outgoing(key)[indices].square().sum(1)
     units = torch.arange(len(indices), device=indices.device)[:, None]
     return equations.strongest(stats.moments[key].variance[indices], outgoing, units, count)
@@ -162,6 +179,12 @@ def _head_sizes(theirs, ours, teacher, student):
         for their, our in ((theirs.query_group, ours.query_group), (theirs.value_group, ours.value_group))
     ]
     for large, small in sizes:
+        if large != small and not theirs.free:
+            raise InputError(
+                f"{ours.name}: the teacher's heads have {large} dimensions, the student's {small}: rotary embeddings "
+                "or norms of queries and keys fix their size; give the student as large heads (--student_kwargs "
+                "num_heads=N), or select by another rule"
+            )
         if large < small:
             raise InputError(
                 f"{ours.name}: the teacher's heads have {large} dimensions, the student's {small}: heads cannot be "
@@ -173,12 +196,19 @@ def _head_sizes(theirs, ours, teacher, student):
 def _map_heads(maps, theirs, ours, student, stats):
     """Set the down maps of the queries, keys and values of one attention, by (5) and (6)."""
     (large, small), (wide, narrow) = _head_sizes(theirs, ours, stats.teacher, student)
-    queries, keys = _output_moments(*theirs.queries, False, stats), _output_moments(*theirs.keys, True, stats)
-    indices = stats.teacher.indices(theirs.out, 1, theirs.value_group)
+    indices = stats.teacher.input_indices(theirs.out, theirs.value_group)
     context = stats.moments[theirs.out].covariance[indices][:, indices]
     out = stats.outgoing(theirs.out)[indices].T
     heads = torch.arange(theirs.heads * wide, device=out.device).view(theirs.heads, wide)
     origins = _head_origins(theirs.heads, ours.heads, context.diagonal(), out.square().sum(0), heads)
+    kept = torch.tensor([head for head, _ in origins], device=out.device)
+    for group in ours.per_head:
+        maps.of[group] = kept
+    if not theirs.free:
+        for group, size in ((ours.query_group, large), (ours.value_group, wide)):
+            maps.of[group] = (kept[:, None] * size + torch.arange(size, device=out.device)).flatten()
+        return
+    queries, keys = _output_moments(*theirs.queries, False, stats), _output_moments(*theirs.keys, True, stats)
     q, k = (out.new_zeros(ours.heads * small, theirs.heads * large) for _ in range(2))
     v = out.new_zeros(ours.heads * narrow, theirs.heads * wide)
     for number, (head, nth) in enumerate(origins):
@@ -188,18 +218,17 @@ def _map_heads(maps, theirs, ours, student, stats):
         rows = (nth * narrow + torch.arange(narrow, device=out.device)) % wide
         v[here, there] = equations.values(context[there, there], out[:, there], narrow)[rows]
     maps.of[ours.query_group, 0], maps.of[ours.query_group, 1], maps.of[ours.value_group] = q, k, v
-    for group in ours.per_head:
-        maps.of[group] = torch.tensor([head for head, _ in origins], device=out.device)
 
 
 def _output_moments(key, number, centred, stats):
     """Second moments of a slice of a dense layer's output (``centred``: its covariance), from those of its input."""
-    rows, weights = stats.teacher.slices(key, 0)[number][2], stats.teacher.model.state_dict()
-    weight, moments = weights[key].double().flatten(1)[rows], stats.moments[key]
+    symmetries, weights = stats.teacher.symmetries, stats.teacher.model.state_dict()
+    rows = stats.teacher.outputs(key)[number][2]
+    weight, moments = symmetries.by_outputs(key, weights[key]).double().flatten(1)[rows], stats.moments[key]
     if centred:
         return weight @ moments.covariance @ weight.T
-    bias = weight.new_zeros(len(weights[key]))
-    for name, outputs in stats.teacher.symmetries.biases(key).items():
+    bias = weight.new_zeros(symmetries.by_outputs(key, weights[key]).shape[0])
+    for name, outputs in symmetries.biases(key).items():
         bias[outputs] = weights[name].double()
     weight = torch.cat([weight, bias[rows, None]], dim=1)
     return weight @ moments.mean @ weight.T

@@ -19,23 +19,27 @@ from weight_selection.errors import InputError
 from weight_selection.geometry import find_geometry
 from weight_selection.plan import ModelStructure
 from weight_selection.projection.activation_stats import ActivationStats
+from weight_selection.projection.images import image_of
 from weight_selection.projection.maps import choose_down_maps
 from weight_selection.projection.skipped_layers import SkippedLayers, find_skipped
 from weight_selection.projection.student_weights import StudentWeights
 from weight_selection.projection.symmetries import Symmetries
-from weight_selection.projection.symmetry_check import check_streams, check_symmetries
+from weight_selection.projection.symmetry_check import check_symmetries
 from weight_selection.projection.traced_model import TracedModel, paired_groups
 from weight_selection.projection.up_maps import fit_up_maps
 from weight_selection.report import role_words
-from weight_selection.sources.facts import facts_of
-from weight_selection.sources.timm_models import check_images, first_convolutions, input_size
+from weight_selection.sources.architectures import NO_KEYS
+from weight_selection.sources.facts import facts_of, library_of
 
 
-def load_teacher(teacher: nn.Module, weights: Mapping, option: str, include_head: bool = False) -> None:
+def load_teacher(
+    teacher: nn.Module, structure: ModelStructure, weights: Mapping, option: str, include_head: bool = False
+) -> None:
     """Load all of a teacher's weights, in single or double precision.
 
     Args:
         teacher: it is changed.
+        structure: of the teacher.
         weights: {key: tensor}.
         option: where the weights came from, for errors.
         include_head: the classifier is selected. If not, it may be missing or have other classes; then it is zero.
@@ -43,11 +47,12 @@ def load_teacher(teacher: nn.Module, weights: Mapping, option: str, include_head
     Raises:
         InputError: as ``checked_weight``.
     """
-    pattern = facts_of(teacher).architecture.classifier
+    may_be_absent = [structure.architecture.classifier or NO_KEYS, structure.facts.spare or NO_KEYS]
     state = {}
     for key, own in teacher.state_dict().items():
-        weight = weights.get(key)
-        if not include_head and re.search(pattern, key) and (weight is None or weight.shape != own.shape):
+        weight = weights.get(key, weights.get(structure.tied.get(key)))
+        optional = any(re.search(pattern, key) for pattern in may_be_absent)
+        if not include_head and optional and (weight is None or weight.shape != own.shape):
             state[key] = torch.zeros_like(own)
             continue
         state[key] = checked_weight(key, tuple(own.shape), weight, option)
@@ -66,6 +71,10 @@ def match_geometry(teacher: nn.Module, student: nn.Module) -> None:
         teacher: it may be changed.
         student: only its geometry is used.
     """
+    if not library_of(teacher) == library_of(student) == "timm":
+        return
+    from weight_selection.sources.timm_models import input_size
+
     (channels, *_), (taken, *size) = input_size(teacher), input_size(student)
     if channels != taken or not hasattr(teacher, "set_input_size") or _has_same_positions(teacher, student):
         return
@@ -82,34 +91,33 @@ def project(entries: dict, teacher: TracedModel, student: TracedModel, images: I
     Args:
         entries: {student's key: its entry of the plan}, of the selected tensors.
         teacher, student: on one device, in evaluation mode. The student's weights are replaced.
-        images: batches of normalised images, (n, channels, height, width); they are gone through three times.
+        images: batches of normalised images, (n, channels, height, width), or of other inputs, dicts of tensors; they
+            are gone through three times.
         method: ``project`` rotates residual streams; ``greedy`` keeps coordinates of them.
 
     Returns:
         The selected part of the student's state_dict, in its order, on the CPU.
 
     Raises:
-        InputError: the plan resamples positions, the teacher has no stream that can be rotated, a model cannot take the
-            images, or activations are not finite.
+        InputError: a model cannot take the images, or activations are not finite.
     """
     rotate = method == "project"
-    check_positions(entries, teacher.model, student.model)
-    if rotate:
-        check_streams(teacher.symmetries, type(teacher.model).__name__)
-    batch = next(iter(images)).to(next(teacher.model.parameters()))
-    _check_size(batch, teacher.model, student.model)
-    stats = ActivationStats(teacher, _shown(images, "teacher", batch))
+    batch = teacher.placed(next(iter(images)))
+    for name, traced in (("student", student), ("teacher", teacher)):
+        _check_takes(traced, batch, name)
+    stats = ActivationStats(teacher, _shown(images, "teacher", teacher))
     check_symmetries(stats, student, batch, rotate)
     maps = choose_down_maps(entries, student, stats, rotate)
     weights = StudentWeights(entries, student, stats, maps)
     skipped = find_skipped(entries, teacher.structure.layers, student.structure.layers, weights.rows)
-    fit_up_maps(weights, SkippedLayers(skipped, teacher, batch), _shown(images, "student", batch))
+    fit_up_maps(weights, SkippedLayers(skipped, teacher, batch), _shown(images, "student", teacher))
     return {key: weights.state[key].to("cpu", copy=True) for key in entries}
 
 
-def check_positions(entries: dict, teacher: nn.Module, student: nn.Module) -> None:
+def check_positions(entries: dict, teacher: ModelStructure, student: ModelStructure) -> None:
     """Raise InputError if the plan resamples positions or channels: the teacher cannot see such images."""
-    if input_size(teacher)[0] != input_size(student)[0]:
+    (_, theirs), (_, ours) = (image_of(structure.facts.inputs) for structure in (teacher, student))
+    if theirs and ours and theirs[1] != ours[1]:
         raise InputError("in_chans: the teacher cannot see images of other channels than its own; select by a rule")
     resampled = next((key for key, entry in entries.items() if entry.resampling is not None), None)
     if resampled is not None:
@@ -130,7 +138,8 @@ def describer(
         teacher, student: their structures.
         rotate: whether streams are going to be rotated.
     """
-    up_mapped = {key for key, entry in entries.items() if entry.teacher_key in symmetries.dense and 1 in entry.slices}
+    takes = symmetries.dense
+    up_mapped = {key for key, entry in entries.items() if takes.get(entry.teacher_key) in entry.slices}
     skipped = find_skipped(entries, teacher.layers, student.layers, up_mapped)
     treatments = {
         our: symmetries.treatment(their, rotate)
@@ -143,12 +152,12 @@ def describer(
             return role_words(entry)
         words = [] if entry.resampling is None else [entry.resampling.words]
         for dim in entry.slices:
-            if not (entry.key in up_mapped and dim == 1):
+            if not (entry.key in up_mapped and dim == takes[entry.teacher_key]):
                 groups = [part.group for part in student.neurons.slices[entry.key][dim]]
                 words += [treatments[group] for group in groups if group in treatments]
-        words += ["least-squares read"] * (entry.key in up_mapped)
+        words += ["least-squares up map"] * (entry.key in up_mapped)
         if entry.key in skipped:
-            words.append(f"writes for the layers up to {skipped[entry.key].last} too, if it ends in a sum")
+            words.append(f"also gives what the layers up to {skipped[entry.key].last} add, if it ends in a sum")
         return ", ".join(dict.fromkeys(words)) or "copy"
 
     return describe
@@ -156,8 +165,8 @@ def describer(
 
 def _has_same_positions(teacher, student):
     """Whether the teacher's position embeddings, windows and patches are of the student's size."""
-    convolutions = [first_convolutions(model) for model in (teacher, student)]
-    grids = [facts_of(model).grid for model in (teacher, student)]
+    facts = [facts_of(model) for model in (teacher, student)]
+    convolutions, grids = [one.first_convolutions for one in facts], [one.grid for one in facts]
     theirs, ours = map(find_geometry, (teacher, student), convolutions, grids)
     embedded = all(isinstance(getattr(model, "pos_embed", None), torch.Tensor) for model in (teacher, student))
     if embedded and theirs.grid != ours.grid:
@@ -168,20 +177,21 @@ def _has_same_positions(teacher, student):
     return all(first.get(key, size) == size for key, size in second.items())
 
 
-def _check_size(batch, teacher, student):
-    """Raise InputError unless both models take images of this size."""
-    height, width = batch.shape[2:]
-    for name, model in (("student", student), ("teacher", teacher)):
-        check_images(
-            model,
-            batch[:1],
-            f"calibration: the {name} cannot take {height} x {width} pixels; give images of its size, or leave "
-            "--calibration_size out",
-        )
+def _check_takes(traced, batch, name):
+    """Raise InputError unless a model takes such a batch."""
+    if isinstance(batch, torch.Tensor):
+        one = batch[:1]
+        words = "take {} x {} pixels; give images of its size, or leave --calibration_size out".format(*batch.shape[2:])
+    else:
+        one = {key: value[:1] for key, value in batch.items()}
+        words = f"take batches of {', '.join(batch)}; give what its forward takes"
+    try:
+        traced.run(one)
+    except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:  # too small, other arguments
+        raise InputError(f"calibration: the {name} cannot {words}: {error}") from error
 
 
-def _shown(images, name, like):
-    """Batches in the device and precision of ``like``, with progress; ``name`` is the model that sees them."""
+def _shown(images, name, traced):
+    """Batches where the models are, with progress; ``name`` is the model that sees them."""
     with tqdm(images, desc=f"calibration, {name}", unit="batch", leave=False) as batches:
-        for batch in batches:
-            yield batch.to(like)
+        yield from map(traced.placed, batches)

@@ -27,7 +27,8 @@ def fold_layer_scales(entries: dict, student: TracedModel, stats: ActivationStat
         folded[dense] = weights[scale].flatten()
         for key in (dense, bias_of(dense)):
             if key in weights:
-                weights[key] = weights[key] * folded[dense].view(-1, *[1] * (weights[key].ndim - 1))
+                last = weights[key].ndim - 1 if key == bias_of(dense) or stats.teacher.symmetries.dense[dense] else 0
+                weights[key] = weights[key] * folded[dense].view(-1, *[1] * last)
     return weights, folded
 
 
@@ -97,7 +98,8 @@ class RotatedNorms:
         """
         down, mean = self.maps.of[group], self._mean_gain(group, gain)
         before = down * self.weights[gain].double() / mean[:, None]
-        before = before - before.mean(1, keepdim=True)
+        if self.student.symmetries.centred(group):
+            before = before - before.mean(1, keepdim=True)
         moments = self.stats.normalised[gain].mean[:-1, :-1]
         length = ((before @ moments) * before).sum() / len(before)
         return before, mean * length.sqrt(), down @ self.shift(gain)

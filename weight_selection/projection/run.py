@@ -4,17 +4,21 @@ import copy
 import os
 
 import torch
+from tqdm import tqdm
 
+from weight_selection.errors import InputError
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import Plan
-from weight_selection.projection.images import Calibration, check_batches
+from weight_selection.projection.images import Calibration, check_batches, image_of
 from weight_selection.projection.maps import check_heads
 from weight_selection.projection.project import check_positions, describer, load_teacher, match_geometry, project
 from weight_selection.projection.symmetries import Symmetries
 from weight_selection.projection.symmetry_check import check_streams
 from weight_selection.projection.traced_model import TracedModel, paired_groups
+from weight_selection.sources.facts import library_of
 from weight_selection.sources.teachers import trained_config
-from weight_selection.sources.timm_models import input_size
+
+RESIZING = {"interpolation": "bicubic", "crop_pct": 0.875}  # of images, where no library says it
 
 
 class Projection:
@@ -41,8 +45,8 @@ class Projection:
         self._teacher_groups = paired_groups(plan.selected, *structures)
         self.images = None
         if options.calibration is not None:
-            self.images = self._images(*skeletons)
-            check_positions(plan.selected, *skeletons)
+            self.images = self._images(skeletons[0])
+            check_positions(plan.selected, *structures)
         traced = TracedModel(skeletons[0], structures[0], self.symmetries), TracedModel.of(skeletons[1], structures[1])
         check_heads(plan.selected, *traced)
         self.device = _device(teacher.model)
@@ -55,7 +59,7 @@ class Projection:
             origin: what named them, for errors.
         """
         teacher, student = (_own(who).to(self.device).eval() for who in (self.teacher, self.student))
-        load_teacher(teacher, weights, origin, self.options.selects_all)
+        load_teacher(teacher, self.structures[0], weights, origin, self.options.selects_all)
         match_geometry(teacher, student)
         student.to(next(teacher.parameters()))
         traced = map(TracedModel.of, (teacher, student), self.structures)
@@ -83,14 +87,29 @@ class Projection:
             return "all"
         return self.symmetries.treatment(self._teacher_groups[number], self.options.element_selection == "project")
 
-    def _images(self, teacher, student):
-        options = self.options
-        size = input_size(student)
+    def _images(self, teacher):
+        options, (whose, facts) = self.options, (type(teacher).__name__, self.structures[0].facts)
+        inputs, (count, side) = self.structures[1].facts.inputs, (options.calibration_images, options.calibration_size)
         if not isinstance(options.calibration, (str, os.PathLike)):
-            return check_batches(options.calibration, size[0], options.calibration_images, options.calibration_size)
-        config = trained_config(teacher, self.teacher.path, self.teacher.weights_option)
-        count, side = options.calibration_images, options.calibration_size
-        return Calibration(options.calibration, count, side, size, config, options.seed)
+            return check_batches(options.calibration, inputs, count, side)
+        _, shape = image_of(inputs)
+        if shape is None:
+            raise InputError(
+                f"--calibration {options.calibration}: a {whose} takes more than images; calibrate it in Python with "
+                'batches of its inputs: select_weights(..., calibration=[{"input_ids": ...}, ...])'
+            )
+        if library_of(teacher) == "timm":
+            config = trained_config(teacher, self.teacher.path, self.teacher.weights_option)
+        elif facts.normalization is not None:
+            config = dict(zip(("mean", "std"), facts.normalization, strict=True)) | RESIZING
+            mean, std = (" ".join(f"{value:g}" for value in config[word]) for word in ("mean", "std"))
+            tqdm.write(f"calibration: images are normalised with mean {mean} and std {std}")
+        else:
+            raise InputError(
+                f"--calibration {options.calibration}: a {whose} does not say how its images are normalised; give "
+                "normalised images as tensors"
+            )
+        return Calibration(options.calibration, count, side, shape[1:], config, options.seed)
 
 
 def _own(who):

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
@@ -68,7 +67,10 @@ def find_skipped(entries: dict, teacher: Layers, student: Layers, up_mapped: Ite
     """
     kept, ends = {}, {}
     for key, entry in entries.items():
-        for (start, end), (_, ours) in zip(teacher.spans[entry.teacher_key], student.spans[key], strict=True):
+        spans = teacher.spans[entry.teacher_key], student.spans[key]
+        if len(spans[0]) != len(spans[1]):  # only in one of the two models its numbered modules have the same shapes
+            continue
+        for (start, end), (_, ours) in zip(*spans, strict=True):
             container, number = entry.teacher_key[:start], int(entry.teacher_key[start:end])
             kept.setdefault(container, set()).add(number)
             if key in up_mapped:
@@ -108,7 +110,7 @@ class SkippedLayers:
                 hooks.enter_context(before.register_forward_pre_hook(keep_input, with_kwargs=True))
                 hooks.enter_context(last.register_forward_hook(keep_output))
             if found:
-                teacher.model(batch)
+                teacher.run(batch)
         self.bridged = {}
         for key, some in skipped.items():
             end = _find_end(teacher, some, inputs[some], outputs[some]) if some in outputs else None
@@ -167,9 +169,9 @@ def _find_end(teacher: TracedModel, skipped: Skipped, taken: tuple, last_output)
         taken: (arguments, keyword arguments) of the layer.
         last_output: what the last skipped layer gives.
     """
-    layer, dense = teacher.symmetries.modules[skipped.before], teacher.symmetries.dense[skipped.source]
-    pointwise = isinstance(dense, nn.Linear) or dense.kernel_size == dense.stride == (1, 1)
-    if not pointwise:
+    layer, linear = teacher.symmetries.modules[skipped.before], len(teacher.structure.shapes[skipped.source]) == 2
+    dense = teacher.symmetries.modules[skipped.source.rpartition(".")[0]]
+    if not linear and not dense.kernel_size == dense.stride == (1, 1):
         return None
     args, kwargs = copy.deepcopy(taken)  # a layer may change its input in place
     plain = layer(*args, **kwargs)
@@ -185,7 +187,7 @@ def _find_end(teacher: TracedModel, skipped: Skipped, taken: tuple, last_output)
         change = layer(*args, **kwargs) - plain
     if push.normalised_after or len(push.added) != 1 or change.numel() != push.added[0].numel():
         return None
-    return _compare(change, push.added[0], isinstance(dense, nn.Linear))
+    return _compare(change, push.added[0], linear)
 
 
 def _compare(change: Tensor, pushed: Tensor, channels_last: bool) -> SumEnd | None:

@@ -8,6 +8,7 @@ from weight_selection.projection import equations
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.maps import DownMaps
 from weight_selection.projection.rotated_norms import RotatedNorms, fold_layer_scales
+from weight_selection.projection.symmetries import LAYER_NORM, bias_of
 from weight_selection.projection.traced_model import TracedModel
 
 
@@ -37,29 +38,52 @@ class StudentWeights:
         for key, entry in entries.items():
             self._convert(key, entry)
         self._shifts = {}  # key of a dense weight: {key of its bias: (outputs that it is for, Q b)}
-        for key, prior in self.priors.items():
+        self._placed = {}  # key of a dense weight behind a norm with a shift of ones, by (11): (outputs, that shift)
+        for key in self.priors:
             biases = student.symmetries.biases(key)
             self._shifts[key] = {name: (outputs, self.state[name].double().clone()) for name, outputs in biases.items()}
+        before = {key: self._shift_before(key) for key in self.priors}
+        without = {key: student.symmetries.without_bias(key).to(self.teacher.device) for key in self.priors}
+        needed = {before[key] for key, outputs in without.items() if len(outputs)} - {None}
+        self._placed = {key: (without[key], shift) for key, shift in before.items() if shift in needed}
+        for key, prior in self.priors.items():
             self.set_up_map(key, prior)
 
     def set_up_map(self, key: str, up_map: Tensor) -> None:
         """Give a dense layer its weight and bias by (1), for an up map (B, c), or B alone."""
-        rows, columns = self.rows[key].double(), self.entries[key].shape[1]
-        self.state[key].copy_(torch.tensordot(rows, up_map[:, :columns], dims=([1], [0])).movedim(-1, 1))
+        rows, weight = self.rows[key].double(), self._by_outputs(key)
+        columns = weight.shape[1]
+        made = torch.tensordot(rows, up_map[:, :columns], dims=([1], [0])).movedim(-1, 1)
+        constant = made.new_zeros(len(made))
         if up_map.shape[1] > columns:
             constant = rows.reshape(*rows.shape[:2], -1).sum(2) @ up_map[:, -1]
             for name, (outputs, shift) in self._shifts[key].items():
                 self.state[name].copy_(shift + constant[outputs])
+        if key in self._placed:
+            outputs, _ = self._placed[key]
+            kept = torch.zeros_like(constant).index_copy_(0, outputs, constant[outputs])
+            made = equations.with_constant(made, kept)
+        weight.copy_(made)
 
     def solve_up_map(self, key: str, across: Tensor, own: Tensor) -> None:
         """Give a dense layer the up map of (7), from E[x z~'] and E[z~ z~']."""
-        self.set_up_map(key, equations.solve_up_map(across, own, self.priors[key], constant=bool(self._shifts[key])))
+        symmetries = self.student.symmetries
+        constant = bool(self._shifts[key]) or key in self._placed or not len(symmetries.without_bias(key))
+        self.set_up_map(key, equations.solve_up_map(across, own, self.priors[key], constant=constant))
+
+    def place_constants(self) -> None:
+        """Give norms whose readers lack biases a shift of ones: by (11) these readers get their constants from it.
+
+        Do this last: the up maps are fitted to what norms without a shift give.
+        """
+        for _, shift in self._placed.values():
+            self.state[shift].fill_(1)
 
     def add_skipped(self, key: str, across: Tensor, own: Tensor) -> None:
         """Add to a dense layer (V, v) of (10), for the layers that are left out, from E[Q m z~'] and E[z~ z~']."""
         biases = self._shifts[key]
         added = equations.solve_up_map(across, own, torch.zeros_like(across), constant=bool(biases))
-        weight = self.state[key]
+        weight = self._by_outputs(key)
         weight += added[:, : weight.shape[1]].reshape(weight.shape)
         for name, (outputs, _) in biases.items():
             self.state[name] += added[outputs, -1]
@@ -70,7 +94,8 @@ class StudentWeights:
         if entry.teacher_key in self._folded:
             scale = self._folded[entry.teacher_key]
             y = y * (scale.view(-1, 1, 1) if convolution else scale)
-        y = self._map_down(entry, 0, y, 1 if convolution else y.ndim - 1)
+        outputs = self.teacher.symmetries.output_dim(entry.teacher_key)
+        y = self._map_down(entry, outputs, y, 1 if convolution else y.ndim - 1)
         if len(entry.teacher_shape) != len(entry.shape):  # a linear layer for a 1x1 convolution or the reverse
             y = y.movedim(1, -1) if convolution else y.movedim(-1, 1)
         return y
@@ -82,15 +107,33 @@ class StudentWeights:
 
     def keeps_outputs(self, key: str) -> bool:
         """Whether a dense layer of the student, if nothing is lost, gives outputs of the teacher's unmixed."""
-        if key not in self.entries or len(self._shifts.get(key, ())) > 1:  # what a bias would add to keys is lost
+        if key not in self.entries or self.student.symmetries.drops_constants(key):
             return False
-        slices = self.student.slices(key, 0) if 0 in self.entries[key].slices else ()
+        outputs = self.student.symmetries.output_dim(key)
+        slices = self.student.slices(key, outputs) if outputs in self.entries[key].slices else ()
         return all(self.maps.get(group, nth).ndim == 1 for group, nth, _ in slices)
 
     def _has_up_map(self, key):
         """Whether a tensor is the weight of a dense layer whose inputs the teacher showed."""
         entry = self.entries[key]
-        return 1 in entry.slices and key in self.student.symmetries.dense and entry.teacher_key in self.stats.moments
+        return (
+            self.student.symmetries.dense.get(key) in entry.slices
+            and key not in self.student.symmetries.tied
+            and entry.teacher_key in self.stats.moments
+        )
+
+    def _shift_before(self, key):
+        """The key of the student's shift of the rotated layer norm before a linear layer; None if there is none."""
+        gain = self.stats.norm_of.get(self.entries[key].teacher_key)
+        groups = {group for group, *_ in self.student.inputs(key)}
+        if gain in (None, *self.stats.early) or not groups <= self.maps.rotated or len(self.entries[key].shape) != 2:
+            return None
+        found = (name for name, entry in self.entries.items() if entry.teacher_key == bias_of(gain))
+        return next((name for name in found if self.student.symmetries.kind(name) == LAYER_NORM), None)
+
+    def _by_outputs(self, key):
+        """The student's weight of a dense layer as (outputs, inputs, ...), a view."""
+        return self.student.symmetries.by_outputs(key, self.state[key])
 
     def _convert(self, key, entry):
         """Give a tensor its value; of a dense weight with an up map, prepare it."""
@@ -99,10 +142,11 @@ class StudentWeights:
             return
         weight, has_up_map = self.weights[entry.teacher_key], self._has_up_map(key)
         for dim in entry.slices:
-            if not (has_up_map and dim == 1):
+            if not (has_up_map and dim == self.student.symmetries.dense[key]):
                 weight = self._map_down(entry, dim, weight, dim)
         if has_up_map:
-            self.rows[key] = weight.reshape(entry.shape[0], entry.teacher_shape[1], *entry.shape[2:])
+            weight = self.teacher.symmetries.by_outputs(entry.teacher_key, weight)
+            self.rows[key] = weight.reshape(*weight.shape[:2], *self._by_outputs(key).shape[2:])
             self.priors[key] = self._prior(entry)
         else:
             self.state[key].copy_(weight.reshape(entry.shape))
@@ -130,8 +174,9 @@ class StudentWeights:
         Kept neurons are restored as they are. Of a rotated stream n = sqrt(D r / d) U E' LN(s), with r the share of the
         energy of n that is kept.                                                                                   (9)
         """
-        prior = torch.zeros(entry.teacher_shape[1], entry.shape[1] + 1, dtype=torch.float64, device=self.teacher.device)
-        pairs = zip(self.student.slices(entry.key, 1), self.teacher.slices(entry.teacher_key, 1), strict=True)
+        sizes = self.rows[entry.key].shape[1], self._by_outputs(entry.key).shape[1] + 1
+        prior = torch.zeros(sizes, dtype=torch.float64, device=self.teacher.device)
+        pairs = zip(self.student.inputs(entry.key), self.teacher.inputs(entry.teacher_key), strict=True)
         for (group, nth, ours), (_, _, theirs) in pairs:
             down = self.maps.get(group, nth)
             if down.ndim == 1:

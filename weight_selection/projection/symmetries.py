@@ -1,36 +1,42 @@
 """What projection may do with each neuron group, from the model's structure alone.
 
 A residual stream has no preferred coordinates, and may be rotated, if only layer normalisations, dense layers and sums
-touch it. Inside an attention head, queries and keys may be mixed, and so may values. All other neurons are kept or
-dropped one by one. Neurons that come in blocks, and neurons that no dense layer takes, are kept as in plain selection.
+touch it. Inside an attention head, queries and keys may be mixed, and so may values, unless rotary embeddings or norms
+of queries and keys fix them; then heads are kept or dropped whole. All other neurons are kept or dropped one by one.
+Neurons that come in blocks, and neurons that no dense layer takes, are kept as in plain selection.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from itertools import takewhile
 
+import torch
 import torch.nn as nn
 
 from weight_selection.tracing.groups import ModelGroups
+from weight_selection.tracing.tracer import skeleton_of
+
+LAYER_NORM, RMS_NORM, SCALE = "layer norm", "RMS norm", "scale"  # kinds of modules with a number for each neuron
 
 # What is done with a group of neurons.
 ROTATED = "rotated"  # rotated, then cut: a residual stream
 GREEDY = "greedy"  # coordinates chosen by what the next layers can restore of the others: any other stream
 STRONGEST = "strongest"  # the strongest hidden units
-HEADS = "heads"  # mixed inside each head: queries and keys, values
+HEADS = "heads"  # mixed inside each head, or whole heads kept: queries and keys, values
 UNIFORM = "uniform"  # as in plain selection
-
-HEAD_COUNTS = ("num_heads", "heads")  # the attribute of an attention module that holds its number of heads
 
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention module in which only the products inside a head fix the coordinates.
+    """An attention in which only the products inside a head fix the coordinates.
 
     Attributes:
-        name, heads: of the module, and its number of heads.
+        name, heads: of the module that holds its tensors, and its number of heads.
         queries, keys, values: (key of the weight that gives them, number of their slice along its outputs).
         query_group, value_group: numbers of the neuron groups of queries and keys (one group), and of values.
         out: key of the weight that takes the heads' outputs.
         per_head: numbers of the groups that have one neuron for each head.
+        free: neurons may be mixed inside a head. If not, heads are kept or dropped whole.
     """
 
     name: str
@@ -42,16 +48,17 @@ class Attention:
     value_group: int
     out: str
     per_head: tuple
+    free: bool
 
 
 def weight_of(key: str) -> str:
     """The key of a module's weight, from the key of its weight or its bias."""
-    return f"{key.rpartition('.')[0]}.weight"
+    return key if key.endswith("weight") else f"{key.removesuffix('bias')}weight"
 
 
 def bias_of(key: str) -> str:
     """The key of a module's bias, from the key of its weight or its bias."""
-    return f"{key.rpartition('.')[0]}.bias"
+    return key if key.endswith("bias") else f"{key.removesuffix('weight')}bias"
 
 
 class Symmetries:
@@ -63,25 +70,32 @@ class Symmetries:
 
     Attributes:
         modules: {name: module}.
-        dense: {key of the weight: linear layer or convolution that sums over all its inputs}.
+        dense: {key of the weight: dimension of the inputs}, of the linear layers, convolutions and other products with
+            a weight that sum over all their inputs. The outputs are along the other one of dimensions 0 and 1.
+        tied: keys of tensors that have several keys.
         uses: {number of a neuron group: [(key, dimension, number of the slice)]}.
-        attentions: {name of the module: ``Attention``}, of the attentions whose heads may be mixed.
+        attentions: {name of the module: ``Attention``}, of the attentions whose heads may be mixed or chosen.
     """
 
     def __init__(self, model: nn.Module, neurons: ModelGroups):
         self.neurons = neurons
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.dense = {
-            f"{name}.weight".lstrip("."): module
-            for name, module in self.modules.items()
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and getattr(module, "groups", 1) == 1
-        }
+        self._sizes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        self.dense = {key: dim for key, dim in neurons.sums.items() if key.endswith("weight")}
+        for name, module in self.modules.items():
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and getattr(module, "groups", 1) == 1:
+                self.dense[f"{name}.weight".lstrip(".")] = 1
         self.uses = {}
         for key, dims in neurons.slices.items():
             for dim, slices in enumerate(dims):
                 for number, part in enumerate(slices or ()):
                     self.uses.setdefault(part.group, []).append((key, dim, number))
-        self._inside = set()  # groups that only one attention module uses
+        keys = {}  # id of a tensor: its keys
+        for key, value in model.state_dict(keep_vars=True).items():
+            keys.setdefault(id(value), []).append(key)
+        self.tied = {key for some in keys.values() if len(some) > 1 for key in some}
+        self._kinds = {}
+        self._inside = set()  # groups that only one attention uses
         self.attentions = {}
         self._find_attentions()
 
@@ -89,21 +103,40 @@ class Symmetries:
         """The slices of a dimension of a tensor; none if it holds positions."""
         return self.neurons.slices[key][dim] or ()
 
+    def output_dim(self, key: str) -> int:
+        """The dimension of the outputs in the weight of a linear layer or convolution, dense or not."""
+        return 1 - self.dense.get(key, 1)
+
+    def by_outputs(self, key: str, weight: torch.Tensor) -> torch.Tensor:
+        """A dense layer's weight as (outputs, inputs, ...), a view."""
+        return weight if self.output_dim(key) == 0 else weight.T
+
     def readers(self, group: int) -> list:
         """Keys of the dense layers that take these neurons."""
-        return list(dict.fromkeys(key for key, dim, _ in self.uses[group] if key in self.dense and dim == 1))
+        return list(dict.fromkeys(key for key, dim, _ in self.uses[group] if self.dense.get(key) == dim))
 
     def norms(self, group: int) -> list:
-        """Keys of the gains of the layer normalisations over these neurons."""
+        """Keys of the gains of the normalisations over these neurons."""
         return [key for key, _, _ in self.uses[group] if key.endswith("weight") and self.is_norm(key)]
 
     def is_norm(self, key: str) -> bool:
-        """Whether a tensor is the gain or the shift of a layer normalisation."""
-        return isinstance(self._module_of(key), nn.LayerNorm)
+        """Whether a tensor is the gain or the shift of a normalisation."""
+        return self.kind(key) in (LAYER_NORM, RMS_NORM)
+
+    def kind(self, key: str) -> str | None:
+        """What a tensor's module does, if it has a number for each neuron: LAYER_NORM, RMS_NORM or SCALE."""
+        name = key.rpartition(".")[0]
+        if name not in self._kinds:
+            self._kinds[name] = _kind(self.modules[name])
+        return self._kinds[name]
+
+    def centred(self, group: int) -> bool:
+        """Whether the normalisations over these neurons take their mean away."""
+        return all(self.kind(key) == LAYER_NORM for key in self.norms(group))
 
     def is_of_dense(self, key: str) -> bool:
         """Whether a tensor is the weight or the bias of a linear layer or a convolution."""
-        return isinstance(self._module_of(key), (nn.Linear, nn.Conv2d))
+        return weight_of(key) in self.dense or isinstance(self._module_of(key), (nn.Linear, nn.Conv2d))
 
     def biases(self, key: str) -> dict:
         """{key of a bias of this dense layer: the outputs that it is added to}; empty if the layer has no bias.
@@ -113,16 +146,41 @@ class Symmetries:
         """
         if bias_of(key) in self.neurons.slices:
             return {bias_of(key): slice(None)}
-        module, third = key.removesuffix("qkv.weight"), len(self.dense[key].weight) // 3
+        if not key.endswith("qkv.weight"):
+            return {}
+        module, third = key.removesuffix("qkv.weight"), self._sizes[key][0] // 3
         apart = {f"{module}q_bias": slice(third), f"{module}v_bias": slice(2 * third, None)}
-        return apart if key.endswith("qkv.weight") and apart.keys() <= self.neurons.slices.keys() else {}
+        return apart if apart.keys() <= self.neurons.slices.keys() else {}
+
+    def without_bias(self, key: str) -> torch.Tensor:
+        """Outputs of a dense layer that a constant would matter to, but that no bias adds to; integers (n,).
+
+        These are all outputs without a bias but keys, to which softmax is blind unless they are normalised or rotated.
+        """
+        missing = self._unbiased(key)
+        for attention in self.attentions.values():
+            if attention.free and attention.keys[0] == key:
+                indices = self.slices(key, self.output_dim(key))[attention.keys[1]].indices
+                missing[torch.from_numpy(indices.reshape(-1))] = False
+        return missing.nonzero().flatten()
+
+    def drops_constants(self, key: str) -> bool:
+        """Whether a layer gives keys without a bias, which lose the constants that a bias would add to them."""
+        return len(self.without_bias(key)) < int(self._unbiased(key).sum())
+
+    def _unbiased(self, key):
+        unbiased = torch.ones(self._sizes[key][self.output_dim(key)], dtype=torch.bool)
+        for outputs in self.biases(key).values():
+            unbiased[outputs] = False
+        return unbiased
 
     def treatment(self, group: int, rotate: bool) -> str:
         """What to do with a neuron group: one of the constants above. ``rotate``: streams that can be are rotated."""
         if any(group in (attention.query_group, attention.value_group) for attention in self.attentions.values()):
             return HEADS
         readers = self.readers(group)
-        if group in self._inside or len(self.neurons.groups[group].block_shape) > 1 or not readers:
+        alone = group not in self._inside and (len(readers) > 1 or group not in self.neurons.multiplied)
+        if not alone or len(self.neurons.groups[group].block_shape) > 1 or not readers:
             return UNIFORM
         if len(readers) == 1 and not self.norms(group):
             return STRONGEST
@@ -136,17 +194,23 @@ class Symmetries:
         """The reason why a stream's coordinates cannot be rotated; None if they can."""
         if not self.norms(group):
             return "no layer normalisation reads it"
+        if len({self.kind(key) for key in self.norms(group)}) > 1:
+            return "layer normalisations and RMS normalisations read it"
         for key, dim, _ in self.uses[group]:
             module = self._module_of(key)
-            if isinstance(module, nn.LayerNorm):
+            if self.is_norm(key):
                 if len(self.neurons.slices[key][dim]) > 1:
                     return f"{key} normalises it together with others"
-            elif key in self.dense and dim == 1 and not self.biases(key):
+            elif self.dense.get(key) == dim and not self._takes_constants(key):
                 return f"{key} has no bias to take over what the layer normalisation before it shifts"
-            elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            elif self.dense.get(key) == dim and key in self.tied:
+                return f"{key} is tied to another tensor, and cannot take over the gain of the normalisation before it"
+            elif self.is_of_dense(key):
                 if key.endswith("weight") and key not in self.dense:
                     return f"{key} works on single coordinates"
-            elif next(module.children(), None) is None and not key.endswith("gamma"):
+            elif isinstance(module, nn.Embedding) or self.kind(key) == SCALE or key.endswith("gamma"):
+                continue
+            elif next(module.children(), None) is None:
                 return f"{key} works on single coordinates"
         return None
 
@@ -164,47 +228,90 @@ class Symmetries:
         return self.modules[key.rpartition(".")[0]]
 
     def _find_attentions(self):
-        counts = {}
-        for name, module in self.modules.items():
-            given = (getattr(module, attribute, None) for attribute in HEAD_COUNTS)
-            count = next((value for value in given if isinstance(value, int)), None)
-            if count is not None:
-                counts[name] = count
-        for name, heads in counts.items():
-            if any(other.startswith(f"{name}.") for other in counts):
-                continue  # the innermost module has the heads
-            inside = {g for g, uses in self.uses.items() if all(key.startswith(f"{name}.") for key, _, _ in uses)}
-            self._inside |= inside
-            attention = self._find_attention(name, heads, inside)
+        shared = Counter(query_group for query_group, *_ in self.neurons.attentions)
+        for found in self.neurons.attentions:
+            if shared[found[0]] > 1:
+                continue
+            uses = [use for group in found[:2] for use in self.uses[group]]
+            name, within = self._around({key for key, *_ in uses})
+            attention = self._find_attention(name, found, within)
             if attention is not None:
                 self.attentions[name] = attention
-
-    def _find_attention(self, name, heads, inside):
-        """The ``Attention`` of a module, from the groups that only it uses; None if its heads may not be mixed."""
-        products, values, per_head = [], [], []
-        for group in sorted(inside):
-            size = self.neurons.groups[group].size
-            uses = [use for use in self.uses[group] if use[0] in self.dense]
-            dims = [dim for _, dim, _ in uses]
-            if size == heads:
-                per_head.append(group)
-            elif size % heads or not all(self._is_bias(key) for key, _, _ in self.uses[group] if key not in self.dense):
-                return None
-            elif dims == [0, 0]:  # two dense layers, or slices of one, give queries and keys
-                products.append((group, uses))
-            elif dims == [0, 1]:  # one gives the values, another takes the heads' outputs
-                values.append((group, uses))
             else:
-                return None
-        if len(products) != 1 or len(values) != 1:
+                _, within = self._around({key for key, dim, _ in uses if self.dense.get(key, dim) != dim})
+            self._inside |= within
+
+    def _around(self, keys):
+        """The innermost module that holds several tensors, or one linear layer; and the groups that only it uses."""
+        parts = [key.split(".")[: -2 if len(keys) == 1 else -1] for key in keys]
+        levels = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+        name = ".".join(level[0] for level in levels)
+        return name, {g for g, uses in self.uses.items() if all(key.startswith(f"{name}.") for key, *_ in uses)}
+
+    def _find_attention(self, name, found, inside):
+        """The ``Attention`` of a module, from the groups that only it uses; None if nothing is known of its heads."""
+        query_group, value_group, heads, of_keys = found
+        others = sorted(inside - {query_group, value_group})
+        per_head = [g for g in others if self.neurons.groups[g].size == heads and not self.norms(g)]
+        queries, values = ([use for use in self.uses[group] if use[0] in self.dense] for group in found[:2])
+        taken = [use for use in values if self.dense[use[0]] == use[1]]
+        given = [use for use in values if use not in taken]
+        if len({key for key, *_ in taken}) != 1 or not given or len(queries) < 2:
             return None
-        (query_group, (queries, keys)), (value_group, (given, out)) = products[0], values[0]
-        if any(fixed for group in (query_group, value_group) for fixed in self.neurons.groups[group].fixed[1:]):
-            return None  # rotary embeddings, or other constants inside a head
-        if len(self.neurons.groups[query_group].block_shape) > 1 and not per_head:
+        shapes = [self.neurons.groups[group] for group in found[:2]]
+        bound = any(any(shape.fixed[1:]) or shape.fixed[-1] for shape in shapes)  # rotary embeddings, other constants
+        used = [use for group in found[:2] for use in self.uses[group]]
+        free = (
+            not bound
+            and len(others) == len(per_head)
+            and [self.dense[key] == dim for key, dim, _ in queries] == [False, False]
+            and len(given) == len(taken) == 1
+            and all(key in self.dense or self._is_bias(key) for key, *_ in used)
+        )
+        sizes = {self.neurons.groups[group].size for group in others if heads > 1 and self._is_of_norms(group)}
+        normed = shapes[0].size // heads in sizes
+        if not (free or bound or normed):
+            return None
+        if free and len(shapes[0].block_shape) > 1 and not per_head:
             return None  # the heads meet a table outside of the module, which all blocks share
-        places = [(key, number) for key, _, number in (queries, keys, given)]
-        return Attention(name, heads, *places, query_group, value_group, out[0], tuple(per_head))
+        queries.sort(key=lambda use: use[0] in of_keys)
+        places = [(key, number) for key, _, number in (queries[0], queries[-1], given[0])]
+        return Attention(name, heads, *places, query_group, value_group, taken[0][0], tuple(per_head), free)
+
+    def _takes_constants(self, key):
+        """Whether a dense layer has biases, or takes one whole stream, so that it finds constants in it, by (11)."""
+        takes = self.slices(key, self.dense[key])
+        return bool(self.biases(key)) or len(self._sizes[key]) == 2 and len(takes) == 1
+
+    def gives_keys(self, key: str) -> bool:
+        """Whether a tensor is the weight or the bias of a layer that gives keys, but not the queries of its group."""
+        places = ((attention.keys[0], attention.queries[0]) for attention in self.attentions.values())
+        return any(weight_of(key) == keys != queries for keys, queries in places)
+
+    def _is_of_norms(self, group):
+        return all(self.is_norm(key) for key, *_ in self.uses[group])
 
     def _is_bias(self, key):
         return key.endswith("bias") and not self.is_norm(key)
+
+
+def _kind(module):
+    """What a module does, if it has a number for each neuron: it is tried out on a vector."""
+    if isinstance(module, nn.LayerNorm):
+        return LAYER_NORM
+    parameters = list(module.parameters())
+    if next(module.children(), None) is not None or len(parameters) != 1 or parameters[0].ndim != 1:
+        return None
+    copied = skeleton_of(module).to_empty(device="cpu").float()
+    size = len(parameters[0])
+    weight, x = torch.linspace(0.5, 1.5, size), torch.linspace(-1, 2, size).view(1, 1, size)
+    with torch.no_grad():
+        next(copied.parameters()).copy_(weight)
+        try:
+            y = copied(x.clone())
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):  # it takes something else
+            return None
+    for kind, expected in ((SCALE, weight * x), (RMS_NORM, weight * x / x.square().mean().sqrt())):
+        if isinstance(y, torch.Tensor) and y.shape == x.shape and torch.allclose(y, expected, atol=1e-4):
+            return kind
+    return None

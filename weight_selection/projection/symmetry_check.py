@@ -42,7 +42,7 @@ def check_symmetries(stats: ActivationStats, student: TracedModel, batch: Tensor
     """
     teacher = stats.teacher
     kinds = {}
-    for attention in teacher.symmetries.attentions.values():
+    for attention in filter(lambda attention: attention.free, teacher.symmetries.attentions.values()):
         kinds.setdefault(type(teacher.symmetries.modules[attention.name]), []).append(attention)
     for kind, attentions in kinds.items():
         if not _is_unchanged(stats, batch, [], attentions):
@@ -65,11 +65,13 @@ def _is_unchanged(stats, batch, streams, attentions):
     entries = plan_selection(teacher.structure, teacher.structure, SelectionOptions()).selected
     mixed = TracedModel(copy.deepcopy(teacher.model), teacher.structure, teacher.symmetries)
     maps = random_down_maps(teacher, paired_groups(entries, teacher.structure, teacher.structure), streams, attentions)
-    comparison = _Comparison(StudentWeights(entries, mixed, stats, maps))
+    weights = StudentWeights(entries, mixed, stats, maps)
+    weights.place_constants()
+    comparison = _Comparison(weights)
     with ActivationTap(teacher.model, comparison.record, comparison.record_norm):
-        teacher.model(batch)
+        teacher.run(batch)
     with ActivationTap(mixed.model, comparison.compare, comparison.replace_norm):
-        mixed.model(batch)
+        mixed.run(batch)
     return bool(comparison.errors) and max(comparison.errors) < TOLERANCE
 
 

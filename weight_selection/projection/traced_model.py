@@ -1,12 +1,14 @@
 """A model together with what tracing found in it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
 from weight_selection.plan import ModelStructure
-from weight_selection.projection.symmetries import Symmetries
+from weight_selection.projection.images import arguments
+from weight_selection.projection.symmetries import Symmetries, weight_of
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,27 @@ class TracedModel:
 
         Returns:
             [(number of the neuron group, how many slices of that group came before in this dimension, indices (n,))].
+            Of queries and keys, in one tensor or in two, the queries come first.
         """
         seen, found = {}, []
+        outputs = self.symmetries.output_dim(key) if key == weight_of(key) else 0
+        first = 0 if dim == outputs and self.symmetries.gives_keys(key) else -1
         for part in self.structure.neurons.slices[key][dim]:
-            nth = seen[part.group] = seen.get(part.group, -1) + 1
+            nth = seen[part.group] = seen.get(part.group, first) + 1
             found.append((part.group, nth, torch.from_numpy(part.indices.reshape(-1)).to(self.device)))
         return found
 
-    def indices(self, key: str, dim: int, group: int) -> torch.Tensor:
-        """Where the first slice of a neuron group is in a dimension of a tensor, integers (n,)."""
-        return next(indices for number, _, indices in self.slices(key, dim) if number == group)
+    def inputs(self, key: str) -> list:
+        """The slices of a dense layer's inputs, as of ``slices``."""
+        return self.slices(key, self.symmetries.dense[key])
+
+    def outputs(self, key: str) -> list:
+        """The slices of a dense layer's outputs, as of ``slices``."""
+        return self.slices(key, self.symmetries.output_dim(key))
+
+    def input_indices(self, key: str, group: int) -> torch.Tensor:
+        """Where the first slice of a neuron group is in the inputs of a dense layer, integers (n,)."""
+        return next(indices for number, _, indices in self.inputs(key) if number == group)
 
     def group_of(self, key: str) -> int | None:
         """The neuron group of a tensor's last dimension (of a norm or a LayerScale, say); None if it has several."""
@@ -56,6 +69,18 @@ class TracedModel:
     def block_shape(self, group: int) -> tuple:
         """Sizes of the blocks in which a group's neurons come."""
         return self.structure.neurons.groups[group].block_shape
+
+    def run(self, batch: torch.Tensor | Mapping) -> None:
+        """Pass a batch forward: images, or a dict of tensors."""
+        args, kwargs = arguments(self.structure.facts.inputs, batch)
+        self.model(*args, **kwargs)
+
+    def placed(self, batch: torch.Tensor | Mapping) -> torch.Tensor | dict:
+        """A batch where the model is; images and other floating point numbers in its precision."""
+        if isinstance(batch, Mapping):
+            return {name: self.placed(value) for name, value in batch.items()}
+        like = next(self.model.parameters())
+        return batch.to(like) if batch.is_floating_point() else batch.to(like.device)
 
     @property
     def device(self) -> torch.device:

@@ -41,12 +41,12 @@ class _SecondPass:
 
     def see(self, batch: Tensor) -> None:
         """Show a batch first to the teacher, then to the student."""
-        teacher, student = self.weights.teacher.model, self.weights.student.model
+        teacher, student = self.weights.teacher, self.weights.student
         self._taught = {}
-        with ActivationTap(teacher, self._record), self.skipped.watch() as self._layer_outputs:
-            teacher(batch)
-        with ActivationTap(student, self._replace):
-            student(batch)
+        with ActivationTap(teacher.model, self._record), self.skipped.watch() as self._layer_outputs:
+            teacher.run(batch)
+        with ActivationTap(student.model, self._replace):
+            student.run(batch)
 
     def solve(self) -> None:
         """Solve (7) and (10) for all layers that ran."""
@@ -56,6 +56,7 @@ class _SecondPass:
         for key, left_out in self.left_out.items():
             if left_out.count:
                 self.weights.add_skipped(key, left_out.mean[:-1], self.own[key].mean)
+        self.weights.place_constants()
 
     def _record(self, key, x, y):
         if key in self._sources:

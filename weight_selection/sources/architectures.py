@@ -80,6 +80,10 @@ CLASSES = {"attention": r"Attention|Attn", "mlp": r"Mlp$|SwiGLU|^MLP(Block)?$", 
 POS_EMBED = r"(^|\.)(absolute_)?pos_embed"
 NO_KEYS = r"$^"  # matches none
 
+# (mean, std) by channel of images that weights were trained on.
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
 
 def declared_architecture(model: nn.Module) -> Architecture | None:
     """The declaration for the class of one of timm's models, or None."""

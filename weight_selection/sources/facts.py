@@ -33,6 +33,7 @@ class ModelFacts:
             layers that give an output of the model, whose outputs are taken to be tokens or classes.
         position_embeddings: keys of these: (1, tokens, channels) or (tokens, channels), prefix tokens first, or
             (1, height, width, channels).
+        normalization: (mean, std) by channel of the images that its weights were trained on; None: it does not say.
         prefix: what stands before the keys of the base model, such as "vit." in a Hugging Face model with a head.
         spare: pattern of keys that are of use to one task only, such as a pooler; a student for another has none.
     """
@@ -44,6 +45,7 @@ class ModelFacts:
     grid: tuple | None = None
     token_heads: tuple | None = ()
     position_embeddings: tuple = ()
+    normalization: tuple | None = None
     prefix: str = ""
     spare: str | None = None
 

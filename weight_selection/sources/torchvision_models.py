@@ -9,7 +9,7 @@ import re
 import torch
 import torch.nn as nn
 
-from weight_selection.sources.architectures import Architecture, found_components, keys_inside
+from weight_selection.sources.architectures import IMAGENET, Architecture, found_components, keys_inside
 from weight_selection.sources.facts import ModelFacts
 
 IMAGE_SIZE = 224  # pixels; of models that take images of any size
@@ -42,6 +42,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
         first_convolutions={f"{first}.weight": modules[first]} if first else {},
         grid=(size // patch, size // patch) if patch else None,
         position_embeddings=("encoder.pos_embedding",) if patch else (),
+        normalization=IMAGENET,
     )
 
 

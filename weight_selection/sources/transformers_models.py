@@ -4,12 +4,15 @@ Its models say much in their classes and configs: the kind (``model_type``), the
 images. Names of classes say the rest: a base model is a ``...Model``, one for a task a ``...For<Task>``.
 """
 
+import json
 import re
+from pathlib import Path
 
+import huggingface_hub
 import torch.nn as nn
 from transformers import PreTrainedModel
 
-from weight_selection.sources.architectures import NO_KEYS, Architecture, keys_inside
+from weight_selection.sources.architectures import HALVES, NO_KEYS, Architecture, keys_inside
 from weight_selection.sources.facts import ModelFacts, facts_of_any
 from weight_selection.sources.transformers_inputs import example_inputs, image_shape, token_heads
 
@@ -44,9 +47,23 @@ def model_facts(model: nn.Module) -> ModelFacts:
         grid=_grid(model.config, convolution) if name else None,
         token_heads=token_heads(model),
         position_embeddings=_positions_of_patches(model, name) if name else (),
+        normalization=_normalization(model) if name else None,
         prefix=prefix,
         spare=rf"{POOLER}|^(?!{re.escape(prefix)})" if prefix else POOLER,
     )
+
+
+def _normalization(model):
+    """(mean, std) of a model's images, as its preprocessor_config.json says; without one 0.5 and 0.5, as of ViT."""
+    place = model.name_or_path
+    path = Path(place, "preprocessor_config.json") if place else None
+    if place and not path.is_file() and place.count("/") == 1:
+        path = huggingface_hub.try_to_load_from_cache(place, "preprocessor_config.json")
+    if not isinstance(path, (str, Path)) or not Path(path).is_file():
+        return HALVES
+    recorded = json.loads(Path(path).read_text(encoding="utf-8"))
+    known = isinstance(recorded, dict) and recorded.get("image_mean") and recorded.get("image_std")
+    return (tuple(recorded["image_mean"]), tuple(recorded["image_std"])) if known else HALVES
 
 
 def _base_prefix(model):

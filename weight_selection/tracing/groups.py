@@ -62,11 +62,18 @@ class ModelGroups:
         groups: list of ``NeuronGroup``.
         slices: {key: for each dimension a tuple of ``GroupSlice``, or None if the dimension holds positions}.
         unused: keys of tensors that the forward pass does not use; nothing is known about their dimensions.
+        attentions: [(number of the group of queries and keys, number of the group of values, heads, keys of the tensors
+            that only its keys come from)].
+        multiplied: numbers of the groups that a product of two activations joins, or pairs with others.
+        sums: {key of a matrix of weights: the dimension over which a product sums}.
     """
 
     groups: list
     slices: dict
     unused: frozenset
+    attentions: list
+    multiplied: frozenset
+    sums: dict
 
     def fewest_slices(self, number: int) -> int:
         """The number of slices in the dimension that has fewest, of the dimensions made of this group alone."""
@@ -98,7 +105,36 @@ def find_groups(trace: Trace) -> ModelGroups:
             if dim.tobytes() not in known:
                 known[dim.tobytes()] = None if position[dim].all() else _slices(dim, group, rank, groups)
         slices[key] = tuple(known[dim.tobytes()] if key in trace.met else None for dim in dims)
-    return ModelGroups(groups, slices, frozenset(roots) - trace.met)
+    attentions = _attentions(trace, group, rank, groups)
+    multiplied = {int(number) for some in trace.multiplied for number in np.unique(group[find(some).numpy()])} - {-1}
+    return ModelGroups(groups, slices, frozenset(roots) - trace.met, attentions, frozenset(multiplied), trace.sums)
+
+
+def _attentions(trace, group, rank, groups):
+    """As of ``ModelGroups``, of the attentions whose heads are blocks of both groups."""
+    found = []
+    for *matrices, keys in trace.attentions:
+        sides = []
+        for matrix in matrices:
+            rows = np.unique(trace.labels.find(matrix).numpy(), axis=0)
+            number = int(group[rows[0, 0]])
+            whole = number >= 0 and (group[rows] == number).all()
+            length, by_rows = _block_length(rank[rows], groups[number].size) if whole else (None, False)
+            if by_rows and length * len(rows) == groups[number].size:
+                sides.append((number, len(rows)))
+        if len(sides) == 2 and sides[0][1] == sides[1][1]:
+            (queries, heads), (values, _) = sides
+            given = [_tensors_with(trace, queries_or_keys) for queries_or_keys in (matrices[0], keys)]
+            found.append((queries, values, heads, given[1] - given[0]))
+    return list(dict.fromkeys(found))
+
+
+def _tensors_with(trace, labels):
+    """Keys of the tensors that some labels, not their classes, come from."""
+    low, high = labels.min(), labels.max()  # of a dimension they are consecutive
+    return frozenset(
+        key for key, dims in trace.dims.items() if any(len(dim) and dim[0] <= low and high <= dim[-1] for dim in dims)
+    )
 
 
 def _sort(dims, position):

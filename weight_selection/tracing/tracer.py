@@ -74,6 +74,9 @@ class Tracer(TorchDispatchMode):
         constraints: the ``BlockConstraint`` found, in order of execution.
         heights: {id of a convolution's weight: height of its output}.
         met: ids of the tensors that took part in an operation.
+        attentions: of each attention the labels of queries, of values and of keys, each (heads, head_dim).
+        multiplied: tensors of labels of neurons that a product of two activations joins, or pairs with others.
+        sums: {id of a matrix of weights: the dimension over which a product sums}.
     """
 
     def __init__(self):
@@ -82,6 +85,8 @@ class Tracer(TorchDispatchMode):
         self.constraints = []
         self.heights = {}
         self.met = set()
+        self.attentions, self.multiplied, self.sums = [], [], {}
+        self._weights = {}  # id of a parameter's view: (the view, the parameter, is it transposed)
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
         self._uniform = {}  # storage of a tensor that has one value everywhere: the tensor
         self._differing = {}  # storage of a tensor without labels: (it, the dimensions along which its values differ)
@@ -99,6 +104,7 @@ class Tracer(TorchDispatchMode):
         labels = {dim: self.labels.new(size) for dim, size in enumerate(tensor.shape)}
         shapes = {dim: [-1 if other == dim else 1 for other in range(tensor.ndim)] for dim in labels}
         self.put(tensor, [labels[dim].view(shapes[dim]).expand(tensor.shape) for dim in labels])
+        self._weights[id(tensor)] = tensor, tensor, False
         return tuple(labels.values())
 
     def label_channels(self, images):
@@ -146,6 +152,7 @@ class Tracer(TorchDispatchMode):
     # -- rules: each gives the outputs of an operation their labels
 
     def _move(self, func, out, x, *args, **kwargs):
+        self._note_view(func, out, x)
         if func.overloadpacket.__name__ in KEEP:
             if out.shape != x.shape:
                 raise Untraceable(f"{func} changes a tensor's layout")
@@ -416,6 +423,7 @@ class Tracer(TorchDispatchMode):
         """mm, bmm, addmm, baddbmm: (..., i, k) x (..., k, j) -> (..., i, j)."""
         added, (a, b) = args[:-2], args[-2:]
         last = a.ndim - 1
+        self._note_product(a, b)
         ours, theirs = self.get(a), self.get(b)
         alike = self._is_uniform(a) or self._is_uniform(b)
         mine, their = self._sum(ours, last, theirs, last - 1, alike)
@@ -432,6 +440,42 @@ class Tracer(TorchDispatchMode):
         self.put(out, result)
         if added:
             self.put(out, self.meet([out, *added], out.shape))
+
+    def _note_view(self, func, out, x):
+        """Note that a tensor is a view of a parameter."""
+        if id(x) in self._weights and isinstance(out, torch.Tensor):
+            _, weight, transposed = self._weights[id(x)]
+            flips = func is torch.ops.aten.t.default
+            self._weights[id(out)] = out, weight if flips else None, transposed ^ flips
+
+    def _note_product(self, a, b):
+        """Note which dimension of a weight a product sums over, and of two activations what kind of product it is."""
+        last = a.ndim - 1
+        weights = [self._weights.get(id(tensor)) for tensor in (a, b)]
+        for found, dim in zip(weights, (1, 0), strict=True):
+            if found is not None and found[1] is not None and last == 1:
+                self.sums[id(found[1])] = 1 - dim if found[2] else dim
+        if weights != [None, None]:
+            return
+        ours, theirs = self._neurons(a, last, last - 1), self._neurons(b, last - 1, last)
+        summed, left = zip(ours, theirs, strict=True)
+        if None not in summed and left == (None, None):  # scores: queries times keys
+            queries, keys = core(summed[0]).movedim(last, -1), core(summed[1]).movedim(last - 1, -1)
+            rows, others = (unique_rows(some.reshape(-1, some.shape[-1]))[0] for some in (queries, keys))
+            self.attentions.append([rows, None, others])
+        elif summed == (None, None) and None in left:  # attention times values
+            axis, dim = (left[0], last - 1) if left[1] is None else (left[1], last)
+            if axis is not None and self.attentions and self.attentions[-1][1] is None:
+                rows = core(axis).movedim(dim, -1)
+                self.attentions[-1][1] = unique_rows(rows.reshape(-1, rows.shape[-1]))[0]
+                self.multiplied.append(core(axis).flatten())
+            return
+        self.multiplied += [core(axis).flatten() for axis in summed + left if axis is not None]
+
+    def _neurons(self, tensor, *dims):
+        """For each of these dimensions the axis that varies along it, but not of heads alone; or None."""
+        axes = [axis for axis in self.get(tensor) if not self._is_derived(axis)]
+        return [next((axis for axis in axes if dim in varying(axis)), None) for dim in dims]
 
     def _convolution(self, func, out, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
         self.heights[id(weight)] = out.shape[2]
@@ -605,6 +649,8 @@ class Trace:
         heights: {key of a convolution's weight: height of its output}.
         met: keys of the tensors that the forward pass uses.
         output_layers: {name of a linear layer that gives an output of the model: number of its outputs}.
+        attentions, multiplied: as of ``Tracer``, of attentions with values.
+        sums: {key of a matrix of weights: the dimension over which a product sums}.
     """
 
     dims: dict
@@ -613,6 +659,9 @@ class Trace:
     heights: dict
     met: frozenset
     output_layers: dict
+    attentions: list
+    multiplied: list
+    sums: dict
 
 
 def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
@@ -659,6 +708,9 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         heights={key: tracer.heights[id(value)] for key, value in state.items() if id(value) in tracer.heights},
         met=frozenset(key for key, value in state.items() if id(value) in tracer.met),
         output_layers=modules.giving(output),
+        attentions=[found for found in tracer.attentions if found[1] is not None],
+        multiplied=tracer.multiplied,
+        sums={key: tracer.sums[id(value)] for key, value in state.items() if id(value) in tracer.sums},
     )
 
 

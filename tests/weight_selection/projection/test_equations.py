@@ -105,6 +105,30 @@ def test_shared_products_are_the_best_of_their_rank():
     assert error(*exact) < 1e-12 and torch.equal(exact[0], torch.eye(6, dtype=DOUBLE))
 
 
+def test_layers_without_a_bias_keep_constants_that_no_shift_of_the_norm_before_them_could_give_them():
+    z = random(40, 6)
+    z = z - z.mean(1, keepdim=True)
+    weights = [random(5, 6, seed=seed) for seed in (1, 2, 3)]
+    weights = [weight - weight.mean(1, keepdim=True) for weight in weights]
+    constants = [random(5, seed=seed) for seed in (4, 5, 6)]
+    for weight, constant in zip(weights, constants, strict=True):
+        made = equations.with_constant(weight + 1e-9, constant)
+        torch.testing.assert_close((z + 1) @ made.T, z @ weight.T + constant)
+    stacked, wanted = torch.cat(weights), torch.cat(constants)
+    shift = torch.linalg.lstsq(stacked, wanted[:, None], driver="gelsd").solution
+    assert (stacked @ shift - wanted[:, None]).norm() > 0.1 * wanted.norm()
+
+
+def test_a_rotation_for_rms_norms_keeps_the_leading_directions_next_to_its_coordinates():
+    n, frame = random(200, 12), torch.arange(0, 12, 2)
+    write = equations.rotation(n.T @ n, frame, centred=False)
+    torch.testing.assert_close(write @ write.T, torch.eye(6, dtype=DOUBLE))
+    torch.testing.assert_close(((write @ n.T) ** 2).sum(), torch.linalg.eigvalsh(n.T @ n)[-6:].sum())
+    select = torch.eye(12, dtype=DOUBLE)[frame]
+    turned = (torch.linalg.qr(random(6, 6, seed=seed)).Q @ write for seed in range(20))
+    assert all((other - select).norm() > (write - select).norm() for other in turned)
+
+
 def test_a_read_is_least_squares_and_stays_at_its_prior_where_nothing_is_seen(monkeypatch):
     monkeypatch.setattr(equations, "RIDGE", 1e-12)
     z = random(100, 4)

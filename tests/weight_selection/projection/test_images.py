@@ -212,8 +212,8 @@ def test_a_dry_run_says_what_is_done_and_needs_no_images(cli, command, tmp_path,
     without = words[: words.index("--calibration")] + words[words.index("--calibration_images") + 2 :]
     assert cli(select_main, *without) is None
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
-    assert lines["blocks.0.attn.qkv.weight"].endswith("heads, least-squares read")
-    assert lines["blocks.0.mlp.fc2.weight"].endswith("rotated, least-squares read")
+    assert lines["blocks.0.attn.qkv.weight"].endswith("heads, least-squares up map")
+    assert lines["blocks.0.mlp.fc2.weight"].endswith("rotated, least-squares up map")
     assert lines["blocks.0.mlp.fc1.bias"].endswith("strongest")
     assert lines["cls_token"].endswith("rotated") and not list(tmp_path.iterdir())
 

@@ -68,9 +68,9 @@ def test_a_dry_run_names_the_layers_that_are_written_for(cli, capsys):
     words = f"{pair} {kwargs} --output_dir none --element_selection greedy --dry_run --verbose".split()
     for layers, expected in (("first_n", []), ("uniform", ["blocks.0.mlp.fc2.weight"])):
         assert cli(select_main, *words, "--layer_selection", layers) is None
-        lines = [line for line in capsys.readouterr().out.splitlines() if "writes for" in line]
+        lines = [line for line in capsys.readouterr().out.splitlines() if "also gives" in line]
         assert [line.split()[0] for line in lines] == expected
-    assert lines[0].endswith("least-squares read, writes for the layers up to blocks.1 too, if it ends in a sum")
+    assert lines[0].endswith("least-squares up map, also gives what the layers up to blocks.1 add, if it ends in a sum")
 
 
 def test_what_a_layer_writes_for_those_left_out_is_their_ridge_regression():

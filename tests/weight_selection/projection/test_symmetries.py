@@ -13,7 +13,7 @@ from weight_selection.errors import InputError
 from weight_selection.plan import structure_of
 from weight_selection.projection import equations
 from weight_selection.projection.activation_stats import ActivationStats
-from weight_selection.projection.symmetries import ROTATED, UNIFORM, Symmetries
+from weight_selection.projection.symmetries import HEADS, ROTATED, Symmetries
 from weight_selection.projection.symmetry_check import check_streams
 from weight_selection.projection.traced_model import TracedModel
 from weight_selection.sources.timm_models import create_model
@@ -31,8 +31,9 @@ def test_treatments_follow_from_what_touches_the_neurons():
     assert symmetries.treatment(symmetries.slices("cls_token", 2)[0].group, True) == ROTATED
     assert symmetries.treatment(symmetries.slices("blocks.0.mlp.fc2.weight", 1)[0].group, True) == "strongest"
     rotary = symmetries_of("vit_small_patch16_dinov3")
-    assert not rotary.attentions
-    assert rotary.treatment(rotary.slices("blocks.0.attn.qkv.weight", 0)[0].group, True) == UNIFORM
+    assert [(attention.heads, attention.free) for attention in rotary.attentions.values()] == [(6, False)] * 12
+    assert rotary.treatment(rotary.slices("blocks.0.attn.qkv.weight", 0)[0].group, True) == HEADS
+    assert rotary.treatment(rotary.slices("cls_token", 2)[0].group, True) == ROTATED
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,6 @@ def test_treatments_follow_from_what_touches_the_neurons():
     [
         ("convnext_tiny", "conv_dw.weight works on single coordinates"),
         ("resnet18", "no layer normalisation reads it"),
-        ("vit_small_patch16_dinov3", "blocks.0.attn.qkv.weight has no bias to take over"),
     ],
 )
 def test_a_stream_that_is_tied_to_its_coordinates_is_not_rotated(name, reason):
@@ -55,11 +55,11 @@ def test_a_rotation_that_structure_allows_but_the_function_does_not_is_refused()
 
 
 def test_heads_that_are_not_free_are_selected_uniformly_which_is_said(capsys):
-    teacher, student = (lively(model) for model in models("cait"))
-    select_weights(teacher, student, element_selection="greedy", calibration=images_for(teacher))
-    said = capsys.readouterr()
-    assert (said.out + said.err).count("ClassAttn: queries, keys and values are not free inside a head") == 1
-    assert "TalkingHeadAttn" not in said.out + said.err
+    for name, count in (("swin_v2", 1), ("cait", 0)):  # cosines of queries and keys; talking heads are free
+        teacher, student = (lively(model) for model in models(name))
+        select_weights(teacher, student, element_selection="greedy", calibration=images_for(teacher))
+        said = capsys.readouterr()
+        assert (said.out + said.err).count("queries, keys and values are not free inside a head") == count
 
 
 @pytest.mark.parametrize("batch", [1, 5])
