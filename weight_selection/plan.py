@@ -482,7 +482,7 @@ class _Matching:
             pairs.append(SlicePair(our.group, *indices))
         for pair, their in zip(pairs, theirs, strict=True):
             large, small = self.teacher.groups[their.group], self.student.groups[pair.group]
-            _check_blocks(pair, large, small, where, s)
+            _check_blocks(pair, large, small, where, t, s)
             self._note(pair, large, small, key)
             self.sources.setdefault(pair.group, their.group)
         return pairs
@@ -530,13 +530,18 @@ class _Matching:
         return np.ravel_multi_index(np.ix_(*kept), large).reshape(-1)
 
 
-def _check_blocks(pair, large, small, where, s):
+def _check_blocks(pair, large, small, where, t, s):
     """Refuse a student that has more of some neurons, or fewer where their number is fixed."""
     theirs, ours = pair.teacher, pair.student
     if theirs.shape == ours.shape:
         return
-    if theirs.size < ours.size:
+    if theirs.size < ours.size and t < s:
         raise InputError(f"{where} < student's {s}: a teacher must be at least as wide")
+    if theirs.size < ours.size:
+        raise InputError(
+            f"{where}, student's {s}: a part of it has {theirs.size} neurons in the teacher, {ours.size} in the student; "
+            "a teacher must be at least as wide"
+        )
     if small.crossing_blocks or large.crossing_blocks:
         raise InputError(f"{where}, student's {s}: its neurons come in blocks that cross each other")
     for number, (n, m) in enumerate(zip(theirs.shape, ours.shape, strict=True)):
