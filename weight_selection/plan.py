@@ -539,8 +539,8 @@ def _check_blocks(pair, large, small, where, t, s):
         raise InputError(f"{where} < student's {s}: a teacher must be at least as wide")
     if theirs.size < ours.size:
         raise InputError(
-            f"{where}, student's {s}: a part of it has {theirs.size} neurons in the teacher, {ours.size} in the student; "
-            "a teacher must be at least as wide"
+            f"{where}, student's {s}: a part of it has {theirs.size} neurons in the teacher, {ours.size} in the "
+            "student; a teacher must be at least as wide"
         )
     if small.crossing_blocks or large.crossing_blocks:
         raise InputError(f"{where}, student's {s}: its neurons come in blocks that cross each other")
