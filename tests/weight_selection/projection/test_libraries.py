@@ -146,7 +146,7 @@ def in_more_neurons(student, teacher):
     for key, value in small.items():
         layer, _, name = key.removesuffix(".weight").rpartition(".")
         if "norm" in key:
-            large[key].fill_(2**0.5)  # twice the neurons share the same energy
+            large[key].fill_(0.5**0.5)  # twice the neurons, of the same energy
             continue
         norms = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm", "": "model.norm"}
         parent, _, part = layer.rpartition(".")
