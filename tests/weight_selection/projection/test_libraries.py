@@ -161,7 +161,7 @@ def in_more_neurons(student, teacher):
 
 def test_of_rms_norms_a_stream_along_no_coordinates_is_recovered_by_a_rotation(monkeypatch):
     monkeypatch.setattr(equations, "RIDGE", 1e-9)
-    student, teacher = lively(llama(16, 2)), lively(llama(32, 4))
+    student, teacher = lively(llama(16, 4)), lively(llama(32, 8))
     for module in (*teacher.modules(), *student.modules()):
         if hasattr(module, "variance_epsilon"):
             module.variance_epsilon = 1e-12
