@@ -81,7 +81,7 @@ parsed = []
 new_options, commands = json.load(sys.stdin)
 for program, *words in commands:
     if program == "main.py":
-        args = vars(parse_main(words)) | {"config": None}
+        args = vars(parse_main(words)) | {"config": None, "batch_size": None}  # the recipes state micro-batches now
     else:
         args = make_parser().parse_args(words)
         absent = {"pretrained_path": args.pretrained_path}  # files that a dry run does not have

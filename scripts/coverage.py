@@ -42,6 +42,7 @@ REASONS = {
     "the student is deeper": r"at least as deep",
     "layers of other kinds": r"layers are of",
     "another number of prefix tokens": r"prefix tokens",
+    "another vocabulary or number of positions": r"never subsampled",
     "kernels or positions of other sizes": r"positions, not neurons|their positions overlap|can be adapted",
     "sizes that must be the same": r"must be the same",
     "neurons in other parts or blocks": r"made of|blocks|elsewhere in the student",
@@ -210,10 +211,12 @@ def section(library: str, families: list) -> str:
 
 
 def with_sections(text: str, new: list) -> str:
-    """docs/coverage.md with new sections in the place of those of the same libraries."""
+    """docs/coverage.md with new sections in the place of those of the same libraries; the proofs stay last."""
     found = {part.split()[0]: f"## {part}".strip() + "\n" for part in text.split("\n## ")[1:]}
     found |= {part.split()[1]: part for part in new}
-    return "\n".join([INTRODUCTION, *found.values()])
+    last = [name for name in found if name not in LIBRARIES]
+    order = [*(library for library in LIBRARIES if library in found), *last]
+    return "\n".join([INTRODUCTION, *(found[name] for name in order)])
 
 
 def count_library(library: str, chosen: list | None, processes: int) -> list:

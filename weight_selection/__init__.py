@@ -51,9 +51,8 @@ def select_weights(
             unless ``weights`` are given; then it may be on the meta device, or None for a run's of main.py.
         student: a smaller model whose tensors have counterparts in the teacher, or a name. Only its shapes matter: it
             may be on the meta device, but not for a projection.
-        example_inputs: inputs of the forward pass, a tensor, a tuple, or a dict of keyword arguments, as for
-            torch.export. They may be left out for models of timm, torchvision and Hugging Face, which say themselves
-            what they take.
+        example_inputs: inputs of the forward pass, a tensor, a tuple, or a dict of keyword arguments. Models of timm,
+            torchvision and Hugging Face say themselves what they take.
         student_inputs: the student's, where they differ.
         classifier: names of the modules that belong to the task, and keep the student's own initialisation. ``()``
             selects everything, as ``include_head`` does. Default: the classification head that the library knows; of
@@ -63,28 +62,25 @@ def select_weights(
         layer_selection: one of ``LAYER_SELECTION`` (section 3.1), applied to the layers of each stage.
         element_selection: one of ``ELEMENT_SELECTION`` (section 3.2), or of ``PROJECTION``, which runs both models on
             the device of the teacher.
-        exclude: components that keep the student's own initialisation (Table 10): attention, mlp, norm, patch_embed,
-            pos_embed.
+        exclude: what keeps the student's own initialisation: attention, mlp, norm, patch_embed, pos_embed (Table 10).
         include_head: select the classifier too; both models must have the same classes.
         include_head_norm: select the normalisation inside ConvNeXt's head too, which the paper's release leaves out.
         allow_unused: let teacher tensors go that the student has no counterpart of (LayerScale, registers).
         seed: of the random rules, of noise, and of the draw of images.
-        calibration: for a projection: a directory of images, ``"noise"``, or images as the teacher takes them,
-            normalised: a tensor (n, channels, height, width), or an iterable of such batches that can be gone through
-            three times. A model of other inputs takes batches of them: ``[{"input_ids": ids}, ...]``.
+        calibration: for a projection: a directory of images, ``"noise"``, or normalised images: a tensor (n, channels,
+            height, width), or an iterable of such batches that can be gone through three times. A model of other inputs
+            takes batches of them: ``[{"input_ids": ids}, ...]``.
         calibration_images: how many images of the directory or of noise; default: 256, or all if there are fewer.
         calibration_size: side of these images in pixels; default: as the student takes them.
-        fused_qkv: where uniform selection spreads its indices over the rows of fused queries, keys and values: in each
-            of the three ``parts``, or over the ``whole`` as the paper's release does. They differ where the student's
-            width does not divide the teacher's.
+        fused_qkv: uniform selection spreads its indices over each of the ``parts`` of fused queries, keys and values,
+            or over the ``whole``, as the paper's release does.
 
     Returns:
         A state_dict for ``student.load_state_dict(..., strict=False)``, in the student's order and the teacher's dtype,
         without the classifier and the excluded components.
 
     Raises:
-        InputError: an unknown name or option, weights that are not this teacher's, or a student that is no smaller
-            version of it. The message is one line and says what to do.
+        InputError: these cannot be used together. The message is one line and says what to do.
     """
     from weight_selection.selection import Selection, Student, Teacher
 

@@ -26,11 +26,11 @@ def summary(plan: Plan) -> str:
 
 
 def student_line(kwargs: dict, model: nn.Module, facts: ModelFacts) -> str:
-    """What a student is built with, and what it costs: "embed_dim=192: 5,717,416 parameters, 1.08 G multiply-adds"."""
-    words = " ".join(f"{name}={value}" for name, value in kwargs.items()) or "no arguments"
+    """What a student is built with, and its cost: "student with embed_dim=192: 5,717,416 parameters, 1.1 G ..."."""
+    words = " with " * bool(kwargs) + " ".join(f"{name}={value}" for name, value in kwargs.items())
     count = multiply_adds(model, facts.inputs)
     cost = f"{count / 1e9:.3g} G" if count >= 1e8 else f"{count / 1e6:.3g} M"
-    return f"student with {words}: {parameter_count(model):,} parameters, {cost} multiply-adds"
+    return f"student{words}: {parameter_count(model):,} parameters, {cost} multiply-adds"
 
 
 def value_words(state_dict: dict) -> str:
@@ -139,8 +139,8 @@ def _where(keys):
 
 def _fold(name):
     """A module's name with a star for every number, and the numbers."""
-    numbers = tuple(int(number) for number in re.findall(r"(?<=\.)\d+(?=\.|$)", name))
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), numbers
+    number = r"(?<=[._])\d+(?=\.|$)"
+    return re.sub(number, "*", name), tuple(map(int, re.findall(number, name)))
 
 
 def _with_layers(name, layers):

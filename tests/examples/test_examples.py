@@ -11,6 +11,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 PRINTED = {  # what an example says, if it is more than something
     "llama.py": r"75 tensors are selected, 64 of 104 neurons of the stream",
     "own_training_loop.py": r"student, 2 epochs: \d\d\.\d% from selected weights, \d\d\.\d% from random ones",
+    "huggingface_vit.py": r"38 tensors are selected; the student keeps its own classifier\.weight and classifier\.bias",
     "torchvision_resnet.py": r"120 tensors are selected; the student keeps its own fc\.weight and fc\.bias",
 }
 

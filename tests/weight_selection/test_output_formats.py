@@ -3,6 +3,7 @@
 import json
 import resource
 import stat
+from types import SimpleNamespace
 
 import pytest
 import safetensors
@@ -15,8 +16,8 @@ from pairs import CONVNEXT, PAIRS, VIT
 from weight_selection import output
 from weight_selection.cli import main as select_main
 from weight_selection.errors import InputError
-from weight_selection.selection import Student
-from weight_selection.sources import facts
+from weight_selection.selection import Student, Teacher
+from weight_selection.sources import facts, timm_hub
 
 
 @pytest.mark.parametrize("family", PAIRS)
@@ -61,14 +62,11 @@ def test_a_directory_that_cannot_be_written_as_asked_is_refused(more, named, cli
     assert written(tmp_path) == []
 
 
-def test_arguments_that_a_name_fixes_are_refused_for_a_directory(cli, tmp_path):
-    torch.save(timm.create_model("lcnet_100").state_dict(), tmp_path / "teacher.pth")
-    command = ["--pretrained_model", "lcnet_100", "--pretrained_path", tmp_path / "teacher.pth", "--width", "0.5"]
-    message = cli(select_main, *command, "--output_dir", tmp_path / "hub", "--format", "hub")
-    assert "cannot rebuild lcnet_100" in message
-    assert "channel_multiplier" in message
-    assert written(tmp_path) == ["teacher.pth"]
-    assert cli(select_main, *command, "--output_dir", tmp_path / "student.safetensors") is None
+def test_arguments_that_a_name_fixes_are_refused_for_a_directory():
+    student, teacher = Student("lcnet_100", {"channel_multiplier": 0.5}), Teacher("lcnet_100")
+    models = teacher.create("meta"), student.create("meta")
+    with pytest.raises(InputError, match="^--format hub: timm cannot rebuild lcnet_100 .*'channel_multiplier'; leave"):
+        timm_hub.configuration(SimpleNamespace(student=student, teacher=teacher, models=models))
 
 
 @pytest.mark.parametrize("there", ["config.json", "model-00001-of-00002.safetensors"])

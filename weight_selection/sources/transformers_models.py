@@ -33,7 +33,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
     name, convolution = _first_convolution(model) if "pixel_values" in inputs else (None, None)
     first = {f"{name}.weight": convolution} if name else {}
     prefix = _base_prefix(model)
-    classifier = keys_inside(_classifier(model, prefix)) or NO_KEYS
+    classifier = keys_inside(_classifier(model)) or NO_KEYS
     components = {**_components(model), "patch_embed": keys_inside([name] if name else [])}
     components["pos_embed"] = POSITIONS if any(re.search(POSITIONS, key) for key in model.state_dict()) else None
     return ModelFacts(
@@ -80,12 +80,12 @@ def _is_base(module):
     return isinstance(module, PreTrainedModel) and type(module).__name__.endswith("Model")
 
 
-def _classifier(model, prefix):
+def _classifier(model):
     """Names of the modules that belong to a task of classification: all beside the base model."""
     if not re.search(CLASSIFICATION, type(model).__name__):
         return ()
     children = model.named_children()
-    return [name for name, m in children if f"{name}." != prefix and not isinstance(m, PreTrainedModel)]
+    return [name for name, m in children if m is not model.base_model and not isinstance(m, PreTrainedModel)]
 
 
 def _components(model):

@@ -137,7 +137,7 @@ def _scaled_depths(flat, depth):
     A number of stages, beside a list with the depth of each, is no depth.
     """
     depths = _named(flat, DEPTHS)
-    stages = {(_around(name), len(value)) for name, value in depths.items() if isinstance(value, (list, tuple))}
+    stages = [(_around(name), len(value)) for name, value in depths.items() if isinstance(value, (list, tuple))]
     depths = {name: value for name, value in depths.items() if (_around(name), value) not in stages}
     changed = {name: _each(value, lambda layers: math.ceil(layers * depth)) for name, value in depths.items()}
     for name, value in flat.items():

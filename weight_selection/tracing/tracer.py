@@ -19,6 +19,7 @@ from itertools import chain
 
 import torch
 import torch.nn as nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -678,6 +679,8 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise Untraceable("it is a TorchScript program; give the module that it was made from")
+    if empty := next((key for key, value in model.state_dict().items() if is_lazy(value)), None):
+        raise Untraceable(f"{empty} has no shape yet; run the model once on example inputs")
     skeleton = skeleton_of(model).float().eval()
     tracer = Tracer()
     inputs = tree_map_only(torch.Tensor, _on_meta, inputs)

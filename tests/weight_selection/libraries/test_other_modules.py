@@ -189,6 +189,7 @@ class Masked(MLP):
         (MLP(8, 1), MLP(4, 1), {"example_inputs": None}, "does not say what inputs it takes; give example_inputs"),
         (MLP(8, 1), MLP(4, 1), {"classifier": ("tail",)}, "the student has no such module; its named_modules"),
         (MLP(8, 1), MLP(4, 2), {}, "layers: teacher has 1 layers, student 2"),
+        (nn.LazyLinear(3), MLP(4, 1), {}, "weight has no shape yet; run the model once on example inputs"),
         (torch.jit.trace(MLP(8, 1), FEATURES.float()), MLP(4, 1), {}, "a TorchScript program; give the module that it"),
         (Numbered(8, 2, lambda x: x.cumsum(1)), Numbered(4, 2), {}, "apart: aten.cumsum.default is no operation"),
     ],

@@ -25,6 +25,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from proofs import check_consistent, check_hidden, structures, traced
 from weight_selection import select_weights
+from weight_selection.apply import apply_plan
 from weight_selection.errors import InputError
 from weight_selection.plan import make_plan
 from weight_selection.sources.torchvision_models import model_facts
@@ -150,7 +151,7 @@ def test_a_student_hidden_in_a_teacher_is_what_the_teacher_computes_and_is_found
     check_hidden(teacher, student, both, (images,), chain=name == "vgg")
 
 
-@pytest.mark.parametrize("pair", ["resnext", "efficientnet", "swin", "vit", "maxvit", "densenet"], indirect=True)
+@pytest.mark.parametrize("pair", ["resnext", "swin", "vit", "densenet"], indirect=True)
 def test_all_that_meets_in_a_sum_or_a_product_keeps_the_same_neurons(pair):
     _, teacher, student, _, both = pair
     check_consistent(teacher, both, [traced(teacher, both[0]), traced(student, both[1])])
@@ -239,7 +240,7 @@ def test_a_window_of_another_size_keeps_its_own_index_and_takes_a_resampled_tabl
     assert f"{attention}index" in plan.left_out
     table = nn.init.normal_(teacher.get_parameter(f"{attention}bias_table")).detach()
     expected = resize_rel_pos_bias_table(table, (4, 4), (49, 2))[:, ::2]
-    chosen = select_weights(teacher, student)
+    chosen = apply_plan(plan, teacher.state_dict())
     assert torch.equal(chosen[f"{attention}bias_table"], expected)
     student.load_state_dict(chosen, strict=False)
     assert student(torch.zeros(1, 3, 32, 32)).shape == (1, CLASSES)

@@ -7,6 +7,7 @@ import transformers
 
 from proofs import check_consistent, check_hidden, structures, traced
 from weight_selection import InputError, select_weights
+from weight_selection.cost import multiply_adds
 from weight_selection.plan import SelectionOptions, plan_selection
 from weight_selection.report import group_lines, layer_lines, summary
 from weight_selection.sources.transformers_inputs import TOKENS, example_inputs
@@ -90,6 +91,7 @@ MODELS = {
     ),
     "clip": ("CLIPModel", "CLIPConfig", {}, clip, (4, 2), (2, 1), 1),
 }
+VARIANTS = {"roberta", "llama_tied", "llama_queries", "gemma", "gemma2"}  # others have all that meets in them
 
 
 def build(name, both, sizes=None, **changes):
@@ -136,7 +138,8 @@ def test_a_hidden_student_is_what_the_teacher_computes_and_all_that_meets_keeps_
     if name.startswith("gemma"):  # it multiplies its embedding by the square root of its width
         teacher.model.embed_tokens.embed_scale = student.model.embed_tokens.embed_scale
     both = structures(teacher, student)
-    check_consistent(teacher, both, (traced(teacher, both[0]), traced(student, both[1])))
+    if name not in VARIANTS:
+        check_consistent(teacher, both, (traced(teacher, both[0]), traced(student, both[1])))
     request.getfixturevalue("in_double")
     check_hidden(teacher, student, both, inputs_of(student), output=logits, factor=MODELS[name][6])
 
@@ -147,6 +150,13 @@ def test_a_trace_leaves_the_models_own_attention():
     assert before != "eager"
     structures(model, model)
     assert model.config._attn_implementation == before
+
+
+def test_what_a_causal_model_costs_is_counted_without_running_it():
+    model = build("llama", (2, 1))
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    products = 2 * 4 * 8 * TOKENS  # queries with keys and attention with values: 4 heads of 8
+    assert multiply_adds(model, example_inputs(model)) == TOKENS * (linear + products)
 
 
 # ---------------------------------------------------------------------------------------------------------

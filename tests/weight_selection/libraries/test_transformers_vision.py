@@ -235,6 +235,12 @@ def test_positions_of_a_student_for_smaller_images_are_resampled(name, key):
     torch.testing.assert_close(select_weights(teacher, student)[key].reshape(1, 5, 16), expected[..., ::2])
 
 
+def test_pixels_that_a_decoder_gives_are_never_subsampled():
+    teacher, student = build("vit_masked", TEACHER), build("vit_masked", STUDENT, encoder_stride=4)
+    with pytest.raises(InputError, match=r"decoder.0.weight, dimension 0: teacher's size 192, student's 48: these are"):
+        make_plan(teacher, student)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # timm's ViT in transformers' layout
 
