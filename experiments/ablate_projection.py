@@ -29,10 +29,10 @@ from weight_selection.rules import uniform_indices
 ROTATION, GREEDY, STRONGEST = equations.rotation, equations.greedy, equations.strongest
 
 
-def turned(normalised, frame):
+def turned(normalised, frame, centred):
     """The same rotation, followed by a random one of the student's stream."""
-    turn = equations.random_rotation(len(frame), torch.Generator().manual_seed(0))
-    return turn.to(normalised.device) @ ROTATION(normalised, frame)
+    turn = equations.random_rotation(len(frame), torch.Generator().manual_seed(0), centred)
+    return turn.to(normalised.device) @ ROTATION(normalised, frame, centred)
 
 
 def spaced_coordinates(covariance, weight, count):
@@ -58,7 +58,7 @@ PARTS = {
     "coordinates": (equations, "greedy", spaced_coordinates),
     "weights": (equations, "greedy", explaining_coordinates),
     "units": (equations, "strongest", spaced_units),
-    "heads": (Symmetries, "_find_attention", lambda self, name, heads, inside: None),
+    "heads": (Symmetries, "_find_attention", lambda self, name, found, within: None),
 }
 
 

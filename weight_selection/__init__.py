@@ -67,9 +67,8 @@ def select_weights(
         include_head_norm: select the normalisation inside ConvNeXt's head too, which the paper's release leaves out.
         allow_unused: let teacher tensors go that the student has no counterpart of (LayerScale, registers).
         seed: of the random rules, of noise, and of the draw of images.
-        calibration: for a projection: a directory of images, ``"noise"``, or normalised images: a tensor (n, channels,
-            height, width), or an iterable of such batches that can be gone through three times. A model of other inputs
-            takes batches of them: ``[{"input_ids": ids}, ...]``.
+        calibration: for a projection: a directory of images, ``"noise"``, a tensor of normalised images (n, channels,
+            height, width), or a list of batches of these, or of other inputs (``[{"input_ids": ids}, ...]``).
         calibration_images: how many images of the directory or of noise; default: 256, or all if there are fewer.
         calibration_size: side of these images in pixels; default: as the student takes them.
         fused_qkv: uniform selection spreads its indices over each of the ``parts`` of fused queries, keys and values,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+from weight_selection.errors import InputError
 from weight_selection.plan import ModelStructure
 from weight_selection.projection.images import arguments
 from weight_selection.projection.symmetries import Symmetries, weight_of
@@ -92,11 +93,19 @@ def paired_groups(entries: dict, teacher: ModelStructure, student: ModelStructur
 
     Args:
         entries: {student's key: its entry of the plan}, of the selected tensors.
+
+    Raises:
+        InputError: a group occurs in a tensor more often in one model than in the other.
     """
     pairs = {}
     for key, entry in entries.items():
         for dim in entry.slices:
             ours, theirs = student.neurons.slices[key][dim], teacher.neurons.slices[entry.teacher_key][dim]
+            if len(ours) != len(theirs):
+                raise InputError(
+                    f"{key}: the student has other numbers of queries for each key than the teacher; give it the same "
+                    "(--student_kwargs num_key_value_heads=N), or select by another rule"
+                )
             for our, their in zip(ours, theirs, strict=True):
                 pairs.setdefault(our.group, their.group)
     return pairs

@@ -146,7 +146,7 @@ def in_more_neurons(student, teacher):
     for key, value in small.items():
         layer, _, name = key.removesuffix(".weight").rpartition(".")
         if "norm" in key:
-            large[key].fill_(2**0.5)  # twice the neurons share the same energy
+            large[key].fill_(0.5**0.5)  # twice the neurons, of the same energy
             continue
         norms = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm", "": "model.norm"}
         parent, _, part = layer.rpartition(".")
@@ -160,8 +160,8 @@ def in_more_neurons(student, teacher):
 
 
 def test_of_rms_norms_a_stream_along_no_coordinates_is_recovered_by_a_rotation(monkeypatch):
-    monkeypatch.setattr(equations, "RIDGE", 1e-11)
-    student, teacher = lively(llama(16, 2)), lively(llama(32, 4))
+    monkeypatch.setattr(equations, "RIDGE", 1e-9)
+    student, teacher = lively(llama(16, 4)), lively(llama(32, 8))
     for module in (*teacher.modules(), *student.modules()):
         if hasattr(module, "variance_epsilon"):
             module.variance_epsilon = 1e-12
@@ -169,13 +169,13 @@ def test_of_rms_norms_a_stream_along_no_coordinates_is_recovered_by_a_rotation(m
     batch, errors = {"input_ids": TOKENS}, {}
     with torch.no_grad():
         expected = student(**batch).logits
-        torch.testing.assert_close(teacher(**batch).logits, expected)
+        torch.testing.assert_close(teacher(**batch).logits, expected, rtol=1e-5, atol=1e-5)  # norms in float32
         found = copy.deepcopy(student)
         for method in ("project", "greedy"):
             options = {"element_selection": method, "calibration": [batch], "classifier": ()}
             found.load_state_dict(select_weights(teacher, student, **options))
             errors[method] = ((found(**batch).logits - expected).norm() / expected.norm()).item()
-    assert errors["project"] < 1e-6 < 1e-2 < errors["greedy"], errors
+    assert errors["project"] < 1e-4 < 1e-2 < errors["greedy"], errors
 
 
 def test_what_attention_of_pytorch_and_transposed_weights_take_is_seen():
