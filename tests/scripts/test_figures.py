@@ -136,7 +136,10 @@ def test_what_cannot_be_drawn_is_refused(files, tmp_path, cli):
 
     assert "a ConvNeXt has no self-attention" in refusal(*panel("a", "timm", {}, model="convnext_femto"))
     assert "no such model; did you mean" in refusal(*panel("a", "timm", {}, model="vit_tny"))
-    assert refusal(*panel("an a", tmp_path / "x.pth", LARGE)) == f"--panel 'an a' {tmp_path}/x.pth: no such file"
+    assert (
+        refusal(*panel("an a", tmp_path / "x.pth", LARGE))
+        == f"--panel 'an a' {tmp_path}/x.pth: no such file or directory"
+    )
     assert "does not fit this model" in refusal(*panel("a", files / "uniform", LARGE))
     assert "name another or set its kwargs" in refusal(*panel("a", files / "teacher.pth", HALF))
     assert "write LABEL MODEL WEIGHTS" in refusal("--panel", "a", "vit_tiny")
