@@ -38,4 +38,4 @@ done
 
 $python scripts/plot_curves.py --title "Digits: a ViT from random and from selected weights" \
   --output "$out/curves.png" random "$out"/random-? selected "$out"/selected-?
-echo "$((SECONDS / 60)) min $((SECONDS % 60)) s on $(nproc) cores, set-up not counted"
+echo "$((SECONDS / 60)) min $((SECONDS % 60)) s on $(getconf _NPROCESSORS_ONLN) cores, set-up not counted"
