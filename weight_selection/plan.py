@@ -422,6 +422,13 @@ def _selected(teacher, student, matching, key, teacher_key, allow_unused):
             "positions or outputs, which are never subsampled; give the student the teacher's number of them (such as "
             "vocab_size or max_position_embeddings)"
         )
+    for dim in different:
+        if theirs[dim] is not None and teacher_shape[dim] > shape[dim]:  # the keys of one head, from those of several
+            raise InputError(
+                f"{key}, dimension {dim}: teacher's size {teacher_shape[dim]}, student's {shape[dim]}: neurons in the "
+                "teacher, but positions or constants in the student; give it more than one such head or group, or the "
+                "teacher's size"
+            )
     shapes = teacher_shape, shape
     change = resampling(teacher.geometry, student.geometry, teacher_key, key, shapes, different, allow_unused)
     return PlanEntry(key, shape, "selected", teacher_key, teacher_shape, slices, change)

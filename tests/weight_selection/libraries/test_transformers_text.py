@@ -269,6 +269,11 @@ def test_query_heads_are_those_whose_results_are_read(method):
         assert torch.equal(rows[:, 0, 0], columns[0, :, 0])
 
 
+def test_one_key_head_is_not_made_of_several():
+    with pytest.raises(InputError, match=r"k_proj\.weight, dimension 0: .* give it more than one such head"):
+        select_weights(build("llama", (4, 1)), build("llama", (1, 1)))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # A plan of two configs
 
