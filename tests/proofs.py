@@ -4,6 +4,7 @@ A student hidden in a larger teacher: the teacher computes what the student does
 """
 
 import copy
+from unittest import mock
 
 import numpy as np
 import torch
@@ -11,17 +12,33 @@ import torch.nn as nn
 
 from architectures import lively, reads
 from helpers import assert_same
+from weight_selection import plan as plan_module
 from weight_selection.apply import apply_plan
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection, structure_of
 from weight_selection.tied import tied_keys
 from weight_selection.tracing.tracer import trace
 
+TRACES = {}  # id of a structure: it, and the trace that it was made from
+
 
 def structures(teacher, student, inputs=None, student_inputs=None):
     """What plans need to know of both; ``inputs`` as of ``select_weights``."""
-    theirs = structure_of(teacher, "teacher", inputs)
-    return theirs, structure_of(student, "student", inputs if student_inputs is None else student_inputs)
+    theirs = _structure(teacher, "teacher", inputs)
+    return theirs, _structure(student, "student", inputs if student_inputs is None else student_inputs)
+
+
+def _structure(model, name, inputs):
+    traces = []
+
+    def recording(*args):
+        traces.append(trace(*args))
+        return traces[0]
+
+    with mock.patch.object(plan_module, "trace", recording):
+        structure = structure_of(model, name, inputs)
+    TRACES[id(structure)] = structure, traces[0]
+    return structure
 
 
 def plan_all(both, method):
@@ -86,20 +103,15 @@ def check_hidden(teacher, student, both, inputs, chain=False, reads=reads, outpu
     assert_same(apply_plan(plan, teacher.state_dict()), {key: state[key] for key in plan.selected})
 
 
-def check_consistent(teacher, both, traces):
+def check_consistent(teacher, both):
     """All that meets in a sum or a product keeps the same neurons, by every rule that keeps the same in all tensors.
 
     Args:
-        both: structures of the teacher and of the student.
-        traces: of both, of ``traced``.
+        both: of ``structures``.
     """
+    traces = [TRACES[id(structure)][1] for structure in both]
     for method in ("uniform", "random"):
         check_neurons(plan_all(both, method), teacher, *traces)
-
-
-def traced(model, structure):
-    """The trace of a model from its example inputs."""
-    return trace(model, structure.facts.inputs)
 
 
 def check_neurons(plan, teacher, large, small):
