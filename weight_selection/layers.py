@@ -2,9 +2,8 @@
 
 A library may know where layers are: timm does, as its optimisers give them learning rates of their own. Beyond that,
 numbered modules are layers if all in a container are of one class, however they are named: ``0``, ``encoder_layer_0``.
-The rules of layer selection
-choose among the layers of one kind in a stage, as any of these can stand for another. A layer that downsamples, or that
-has another kind of attention, can only stand for its like.
+The rules of layer selection choose among the layers of one kind in a stage, as any of these can stand for another. A
+layer that downsamples, or that has another kind of attention, can only stand for its like.
 """
 
 import re
