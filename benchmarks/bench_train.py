@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 from timm.layers import set_fused_attn
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -41,6 +40,7 @@ from input_pipeline.loader import BadImages, TrainBatchSampler, train_loader  # 
 from input_pipeline.placement import TransformOnDevice, build_pipeline, build_transform  # noqa: E402
 from training.options import parse_args, share_batch  # noqa: E402
 from training.setup import build_model, build_train_state, compile_model, complete_options, set_up_device  # noqa: E402
+from weight_selection.cost import multiply_adds  # noqa: E402
 
 MODELS = ("vit_tiny", "convnext_femto")
 CLASSES = 100
@@ -126,13 +126,6 @@ def our_loop(args, device, steps, real):
     return epoch
 
 
-def multiply_adds(model, size) -> int:
-    """Multiplications and additions in the forward pass of one image."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.zeros(1, 3, size, size))
-    return counter.get_total_flops() // 2
-
-
 def peak(device, dtype, size=2048) -> float:
     """10^12 multiplications and additions per second that a product of large matrices reaches."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -176,7 +169,8 @@ def main():
         }
         speeds = medians(loops, ours.turns)
         for row, speed in speeds.items():
-            work = 3 * multiply_adds(build_model(args, CLASSES), args.input_size) * speed / 1e12
+            image = torch.zeros(1, 3, args.input_size, args.input_size)
+            work = 3 * multiply_adds(build_model(args, CLASSES), (image,)) * speed / 1e12
             limit = peak(device, torch.float32 if row == "plain" else dtype)
             ratios = f"{speed / speeds['ceiling']:10.2f}  {speed / speeds['plain']:8.2f}"
             print(f"{name:14}  {row:7}  {speed:8.1f}  {ratios}  {work:17.3f}  {work / limit:18.2f}", flush=True)

@@ -17,7 +17,7 @@ from weight_selection.apply import apply_plan
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection, structure_of
 from weight_selection.tied import tied_keys
-from weight_selection.tracing.tracer import trace
+from weight_selection.tracing.tracer import run_forward, trace
 
 TRACES = {}  # id of a structure: it, and the trace that it was made from
 
@@ -94,11 +94,10 @@ def check_hidden(teacher, student, both, inputs, chain=False, reads=reads, outpu
     teacher, student = copy.deepcopy(teacher), lively(copy.deepcopy(student))
     plan = plan_all(both, "consecutive")
     teacher.double().eval().load_state_dict(hidden(plan, teacher, student, chain, reads))
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     with torch.no_grad():
-        expected = output(student(*args, **kwargs))
+        expected = output(run_forward(student, inputs))
         assert expected.std() > 1e-3, "this student computes nothing"
-        torch.testing.assert_close(output(teacher(*args, **kwargs)), factor * expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(output(run_forward(teacher, inputs)), factor * expected, rtol=1e-9, atol=1e-9)
     state = student.state_dict()
     assert_same(apply_plan(plan, teacher.state_dict()), {key: state[key] for key in plan.selected})
 

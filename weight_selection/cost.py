@@ -5,7 +5,7 @@ import torch.nn as nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from weight_selection.tracing.tracer import skeleton_of
+from weight_selection.tracing.tracer import run_forward, skeleton_of
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -23,7 +23,6 @@ def multiply_adds(model: nn.Module, inputs: tuple | dict) -> int:
     """
     skeleton = skeleton_of(model).eval()
     inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("meta"), inputs)
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        skeleton(*args, **kwargs)
+        run_forward(skeleton, inputs)
     return counter.get_total_flops() // 2

@@ -30,7 +30,7 @@ from weight_selection.sources.weight_files import (
     write_weights,
 )
 from weight_selection.tied import tied_keys
-from weight_selection.tracing.tracer import skeleton_of
+from weight_selection.tracing.tracer import run_forward, skeleton_of
 
 LARGE = 10**9  # bytes of values, from which a student is written without being built or run
 HUB = {"timm": "timm_hub", "transformers": "transformers_hub"}  # library -> module that writes its directories
@@ -268,10 +268,8 @@ def first_difference(opened: Mapping, state_dict: dict) -> str | None:
 
 def try_forward(student: nn.Module) -> None:
     """Run a student on made-up inputs; raise InputError if an output is not finite."""
-    inputs = _made_up(facts_of(student).inputs)
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     with torch.no_grad():
-        outputs = tree_leaves(student.eval()(*args, **kwargs))
+        outputs = tree_leaves(run_forward(student.eval(), _made_up(facts_of(student).inputs)))
     if not all(value.isfinite().all() for value in outputs if isinstance(value, torch.Tensor)):
         raise InputError("--student: its output with the selected weights is not finite")
 

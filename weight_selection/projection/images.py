@@ -121,8 +121,8 @@ def image_of(inputs: tuple | dict) -> tuple:
     return images[0] if len(tensors) == len(images) == 1 else (None, None)
 
 
-def arguments(inputs: tuple | dict, batch) -> tuple:
-    """(arguments, keyword arguments) of a forward pass of a batch.
+def inputs_with(inputs: tuple | dict, batch) -> tuple | dict:
+    """The inputs of a forward pass of a batch: arguments, or keyword arguments.
 
     Args:
         inputs: example inputs of the model. What is no tensor among them is given to every forward pass.
@@ -130,11 +130,11 @@ def arguments(inputs: tuple | dict, batch) -> tuple:
     """
     if isinstance(batch, Mapping):
         options = inputs if isinstance(inputs, dict) else {}
-        return (), {name: value for name, value in options.items() if not isinstance(value, torch.Tensor)} | batch
+        return {name: value for name, value in options.items() if not isinstance(value, torch.Tensor)} | batch
     place, _ = image_of(inputs)
     if isinstance(inputs, dict):
-        return (), {**inputs, place: batch}
-    return tuple(batch if number == place else value for number, value in enumerate(inputs)), {}
+        return {**inputs, place: batch}
+    return tuple(batch if number == place else value for number, value in enumerate(inputs))
 
 
 def check_batches(images, inputs: tuple | dict, count: int | None, side: int | None) -> Iterable:

@@ -13,6 +13,7 @@ from itertools import takewhile
 import torch
 import torch.nn as nn
 
+from weight_selection.tied import tied_keys
 from weight_selection.tracing.groups import ModelGroups
 from weight_selection.tracing.tracer import skeleton_of
 
@@ -90,10 +91,8 @@ class Symmetries:
             for dim, slices in enumerate(dims):
                 for number, part in enumerate(slices or ()):
                     self.uses.setdefault(part.group, []).append((key, dim, number))
-        keys = {}  # id of a tensor: its keys
-        for key, value in model.state_dict(keep_vars=True).items():
-            keys.setdefault(id(value), []).append(key)
-        self.tied = {key for some in keys.values() if len(some) > 1 for key in some}
+        tied = tied_keys(model)
+        self.tied = {*tied, *tied.values()}
         self._kinds = {}
         self._inside = set()  # groups that only one attention uses
         self.attentions = {}

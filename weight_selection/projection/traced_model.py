@@ -8,8 +8,9 @@ import torch.nn as nn
 
 from weight_selection.errors import InputError
 from weight_selection.plan import ModelStructure
-from weight_selection.projection.images import arguments
+from weight_selection.projection.images import inputs_with
 from weight_selection.projection.symmetries import Symmetries, weight_of
+from weight_selection.tracing.tracer import run_forward
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ class TracedModel:
 
     def run(self, batch: torch.Tensor | Mapping) -> None:
         """Pass a batch forward: images, or a dict of tensors."""
-        args, kwargs = arguments(self.structure.facts.inputs, batch)
-        self.model(*args, **kwargs)
+        run_forward(self.model, inputs_with(self.structure.facts.inputs, batch))
 
     def placed(self, batch: torch.Tensor | Mapping) -> torch.Tensor | dict:
         """A batch where the model is; images and other floating point numbers in its precision."""

@@ -690,11 +690,10 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
     for value in state.values():
         if id(value) not in labelled:
             labelled[id(value)] = tracer.label(value)
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     modules = _Modules(skeleton)
     try:
         with torch.no_grad(), modules, tracer:
-            output = skeleton(*args, **kwargs)
+            output = run_forward(skeleton, inputs)
     except Untraceable as reason:
         raise Untraceable(modules.where() + str(reason)) from reason
     except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
@@ -766,6 +765,11 @@ class _Modules:
         """{name of the layer: number of its outputs}, of the tensors in the model's output."""
         storages = {_storage(tensor) for tensor in tree_leaves(output) if isinstance(tensor, torch.Tensor)}
         return {name: size for given, name, size in self.given if _storage(given) in storages}
+
+
+def run_forward(model: nn.Module, inputs: tuple | dict):
+    """What a model gives for inputs: a tuple of arguments, or a dict of keyword arguments."""
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
