@@ -271,6 +271,10 @@ TABLE = {  # the rows, by their group in --help
 }
 # fmt: on
 
+# What a checkpoint's own options say of its model, and of what it was trained on. The first ones fit its weights.
+RECORDED_MODEL = ("model", "model_kwargs", "input_size", "imagenet_default_mean_and_std")
+RECORDED = (*RECORDED_MODEL, "linear_probe", "crop_pct", "data_set", "data_path", "eval_data_path")
+
 OPTIONS = {option.name: option for rows in TABLE.values() for option in rows}
 MAY_CHANGE_ON_RESUME = frozenset(name for name, option in OPTIONS.items() if option.may_change_on_resume)
 CANNOT_CHANGE_RESULT = frozenset(name for name, option in OPTIONS.items() if option.cannot_change_result)
@@ -324,8 +328,11 @@ def default_options() -> Options:
     return Options(**{name: copy.copy(option.default) for name, option in OPTIONS.items()})
 
 
-def parse_args(argv=None) -> Options:
+def parse_args(argv=None, recorded: dict | None = None) -> Options:
     """Options from the command line over those of ``--config`` over the defaults, checked against each other.
+
+    Args:
+        recorded: options that come over the defaults too, but below all others.
 
     Raises:
         InputError: see ``check_options``; or the words are no options.
@@ -333,9 +340,42 @@ def parse_args(argv=None) -> Options:
     parser = get_args_parser()
     given = _parse_given(parser, argv)
     configured = _parse_given(parser, read_config(given["config"])) if "config" in given else {}
-    options = default_options().replace(**configured | given)
+    options = default_options().replace(**(recorded or {}) | configured | given)
     check_options(options, set(given))
     return options
+
+
+def parse_args_with(recorded: dict, origin: str, argv=None) -> Options:
+    """As ``parse_args``, with options that a checkpoint records; prints which ones are its own and which are not.
+
+    Args:
+        recorded: {name: value}, some of ``RECORDED``.
+        origin: the checkpoint, for errors.
+
+    Raises:
+        InputError: as ``parse_args``; or in an evaluation, another model is given than the checkpoint's.
+    """
+    args = parse_args(argv, recorded)
+    given = {name: value for name, value in args.plain().items() if name in recorded and value != recorded[name]}
+    for name in [name for name in ("model", "model_kwargs") if name in given]:
+        if args.eval:
+            words = _in_words(name, recorded[name])
+            raise InputError(f"{_in_words(name, given[name])}: {origin} is of {words}; leave --{name} out")
+        if name == "model":  # its weights may still fit; nothing else that it says is about this model
+            return parse_args(argv)
+    taken = {name: value for name, value in recorded.items() if name not in given and value != OPTIONS[name].default}
+    _print_if_first(f"{origin} says: {' '.join(_in_words(name, value) for name, value in taken.items())}")
+    for name, value in given.items():
+        if not name.endswith("path"):
+            _print_if_first(f"{_in_words(name, value)}: {origin} was trained with {_in_words(name, recorded[name])}")
+    return args
+
+
+def _in_words(name, value):
+    """An option as the words of a command line."""
+    if isinstance(value, dict):
+        value = " ".join(f"{key}={item}" for key, item in value.items())
+    return f"--{name} {str(value).lower() if isinstance(value, bool) else value}"
 
 
 def _parse_given(parser, argv):
