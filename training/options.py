@@ -222,7 +222,7 @@ TABLE = {  # the rows, by their group in --help
                **FREE),
     ),
     "run": (
-        Option("output_dir", str, None, "checkpoints, log.txt and results.json; nothing is written without it",
+        Option("output_dir", str, None, "of a run, or with --eval of a report; nothing is written without it",
                metavar="DIR", **NEUTRAL),
         Option("log_dir", str, None, "directory of a TensorBoard log", metavar="DIR", **NEUTRAL),
         Option("device", str, None, "cuda where there is one when not given", choices=("cuda", "cpu"), **FREE),
@@ -234,7 +234,7 @@ TABLE = {  # the rows, by their group in --help
         Option("use_amp", bool, False, "mixed precision"),
         Option("amp_dtype", str, None, "float16 on cuda and bfloat16 on cpu when not given",
                choices=("float16", "bfloat16"), needs=(USE_AMP,), **FREE),
-        Option("eval", bool, False, "only evaluate --resume, --initialize or --finetune", **FREE),
+        Option("eval", bool, False, "only evaluate --resume, --initialize or --finetune, as that file says", **FREE),
         # An evaluation draws no random numbers, but which epochs have one decides which epoch is the best.
         Option("disable_eval", bool, False, "evaluate after the last epoch only", **FREE),
         Option("eval_interval", int, 1, "epochs from one evaluation to the next", metavar="EPOCHS", ranges=FROM_1,
@@ -242,10 +242,11 @@ TABLE = {  # the rows, by their group in --help
         Option("eval_batch_size", int, None, "one and a half times --batch_size when not given", metavar="IMAGES",
                ranges=ABOVE_0, **FREE),
         Option("dist_eval", bool, True, "share the test images out among the processes", **FREE),
-        Option("resume", str, None, "checkpoint to continue from", metavar="FILE", **FREE),
+        Option("resume", str, None, "checkpoint to continue from; with --eval also a run's directory", metavar="FILE",
+               **FREE),
         Option("auto_resume", bool, True, "continue the run that --output_dir holds", **NEUTRAL),
-        Option("overwrite", bool, False, "delete the run that --output_dir holds, and start anew", needs=(OUTPUT,),
-               **NEUTRAL),
+        Option("overwrite", bool, False, "replace the run, or with --eval the report, that --output_dir holds",
+               needs=(OUTPUT,), **NEUTRAL),
         Option("save_ckpt", bool, True, "write checkpoints", needs=(OUTPUT,), **NEUTRAL),
         Option("save_ckpt_freq", int, 1, "epochs from one checkpoint to the next", metavar="EPOCHS", ranges=FROM_1,
                needs=(OUTPUT, CHECKPOINTS), **NEUTRAL),
@@ -427,7 +428,7 @@ def check_together(args: Options) -> None:
         raise InputError(f"--drop_path {args.drop_path}: {frozen}; set it to 0")
     if args.linear_probe and args.distillation != "none":
         raise InputError(f"--distillation {args.distillation}: {frozen}; leave it out")
-    if args.overwrite and args.resume:
+    if args.overwrite and args.resume and not args.eval:
         raise InputError(f"--overwrite true: would delete what --resume {args.resume} continues; leave one out")
     if args.enable_wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("--enable_wandb true: the package is not installed; run: python -m pip install wandb")

@@ -1,5 +1,6 @@
 """A model that main.py trained, as its checkpoint describes it: what it is, and how an image is brought to it."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +130,7 @@ class TrainedModel:
 
 
 def open_trained(path: str | Path, option: str, ema: bool = False) -> TrainedModel:
-    """Open the model in a checkpoint, or in the output directory of a run.
+    """Open the model in a checkpoint, or in the output directory of a run; of one that has not finished, say which.
 
     Args:
         option: what named the path, for errors.
@@ -152,6 +153,8 @@ def open_trained(path: str | Path, option: str, ema: bool = False) -> TrainedMod
     if problem := first_mismatch(weights, model):
         raise InputError(f"{origin}: not the weights of {options.model}: {problem}")
     model.load_state_dict(weights)
+    if Path(path).is_dir() and not (file.parent / RESULTS).is_file():
+        print(f"{path}: has not finished; takes {file.name}, of epoch {content.get('epoch')}", file=sys.stderr)
     metrics = content.get("last-ema" if ema else "last")
     if not (isinstance(metrics, dict) and metrics.get("epoch") == content.get("epoch")):
         metrics = None  # of weights before these
