@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from datasets import build_dataset
+from datasets import build_dataset, class_names
 from distributed.program import Launch
 from distributed.stop_coordinator import StopCoordinator
 from engine import TrainState, autocast
@@ -84,8 +84,13 @@ class RunData:
     test_set: Dataset
     train_pipeline: TransformOneByOne | TransformInWorkers | None
     test_pipeline: TransformOneByOne | TransformInWorkers
-    classes: int
+    class_names: list[str]  # in the order of their labels
     steps_per_epoch: int  # optimiser steps in an epoch; 1 in an evaluation
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
 
     @property
     def train_images(self) -> int | None:
@@ -134,7 +139,8 @@ def open_data(options: Options) -> RunData:
     if not options.eval and skip >= len(train_set):
         raise InputError(f"--skip_bad_images {skip}: there are only {len(train_set)} training images")
     train_pipeline = None if options.eval else build_pipeline(options, train=True)
-    return RunData(train_set, test_set, train_pipeline, build_pipeline(options, train=False), classes, steps)
+    names, test_pipeline = class_names(test_set, classes), build_pipeline(options, train=False)
+    return RunData(train_set, test_set, train_pipeline, test_pipeline, names, steps)
 
 
 def build_model(options: Options, classes: int) -> nn.Module:
