@@ -7,6 +7,7 @@ torchrun --nproc_per_node=8 main.py ...
 
 import os
 
+from datasets import find_data
 from distributed.program import find_launch, run_program
 from training.options import check_weights, parse_args, share_batch
 from weight_selection.errors import InputError
@@ -19,7 +20,7 @@ def main(argv=None) -> None:
     launch = find_launch(os.environ, args.dist_on_itp)
     if args.world_size not in (None, launch.world_size):
         raise InputError(f"--world_size {args.world_size}: the launcher started {launch.world_size} processes")
-    args = share_batch(args, launch.world_size)
+    args = find_data(share_batch(args, launch.world_size), lambda line: launch.rank or print(line))
     from training.run import run  # imports torch, which takes seconds: mistakes in options do not wait for it
 
     run(args, launch)
