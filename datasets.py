@@ -110,7 +110,7 @@ def _listed(name, files, *train_splits):
         parts = [cls(root, split=split, download=download) for split in (train_splits if train else ("test",))]
         samples = [sample for part in parts for sample in zip(getattr(part, files), part._labels, strict=True)]
         _check_files([file for file, _ in samples])
-        return ImageFiles(samples, transform)
+        return ImageFiles(samples, transform, getattr(parts[0], "classes", None))
 
     return build
 
@@ -125,9 +125,10 @@ def _check_files(files):
 
 def _eurosat(root, train, transform, download):
     """EuroSAT has no official split. Here the images whose number (10 in Forest_10.jpg) is divisible by 5 test."""
-    samples = _torchvision("EuroSAT")(root, download=download).samples
-    in_test = [int(Path(file).stem.rpartition("_")[2]) % 5 == 0 for file, _ in samples]
-    return ImageFiles([sample for sample, test in zip(samples, in_test, strict=True) if test != train], transform)
+    whole = _torchvision("EuroSAT")(root, download=download)
+    in_test = [int(Path(file).stem.rpartition("_")[2]) % 5 == 0 for file, _ in whole.samples]
+    samples = [sample for sample, test in zip(whole.samples, in_test, strict=True) if test != train]
+    return ImageFiles(samples, transform, whole.classes)
 
 
 def _folder(root, train, transform, download):
@@ -236,6 +237,13 @@ def build_dataset(args, train: bool) -> tuple:
         found = f"{len(dataset):,} {part} images of {args.data_set}, not {complete:,}"
         print_main(f"warning: --data_path {args.data_path}: {found}")
     return dataset, data_set.classes
+
+
+def class_names(dataset, classes: int) -> list[str]:
+    """The names of a data set's classes in the order of their labels; numbers for a set that does not name them all."""
+    first = getattr(dataset, "datasets", [dataset])[0]  # of a set that is joined from parts
+    names = getattr(first, "classes", None) or ()
+    return list(map(str, names if len(names) == classes else range(classes)))
 
 
 def _open_class_folders(args, data_set, train):

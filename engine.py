@@ -217,7 +217,26 @@ def train_one_epoch(state: TrainState, loader: DeviceLoader, metrics: EpochMetri
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DeviceLoader, state: TrainState, shared: bool = True) -> dict[str, float]:
+def predict(
+    model: nn.Module, loader: DeviceLoader, amp_dtype: torch.dtype | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield a model's logits, float32 (images, classes), and the labels (images,) of each batch, on its device."""
+    model.eval()
+    device = next(model.parameters()).device
+    for images, labels in replace(loader, device=device):
+        with autocast(device, amp_dtype):
+            logits = model(images)
+        yield logits.float(), labels
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: DeviceLoader,
+    state: TrainState,
+    shared: bool = True,
+    note: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+) -> dict[str, float]:
     """Compute cross-entropy and accuracy over a test set.
 
     Args:
@@ -225,6 +244,7 @@ def evaluate(model: nn.Module, loader: DeviceLoader, state: TrainState, shared: 
             full precision.
         loader: this process's share of the test set, or the whole set if it is not ``shared`` out.
         state: names device, precision and the other processes.
+        note: is called with logits, float32 (images, classes), and targets (images,) of each of the loader's batches.
 
     Returns:
         loss; acc1 and acc5 in percent (with fewer than five classes, acc5 counts all of them); images, their number.
@@ -233,22 +253,20 @@ def evaluate(model: nn.Module, loader: DeviceLoader, state: TrainState, shared: 
         Stopped: a signal asks the run to stop.
         RunError: an image cannot be read.
     """
-    model.eval()
     device = next(model.parameters()).device
     dtype = state.amp_dtype if device == state.device else None
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    batches, longest = iter(replace(loader, device=device)), loader.sampler.most_batches(loader.batch_size)
+    batches, longest = predict(model, loader, dtype), loader.sampler.most_batches(loader.batch_size)
     with Progress("test", longest, lines=0) as progress:
         for _ in range(longest):  # the same number in every process, though some may lack the last batch
             if (batch := next(batches, None)) is not None:
-                images, targets = batch
-                with autocast(device, dtype):
-                    logits = model(images)
-                logits = logits.float()
+                logits, targets = batch
                 hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
                 loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
                 totals[:3] += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum()])
                 totals[3] += len(targets)
+                if note is not None:
+                    note(logits, targets)
             progress.step(str)
             state.stop_coordinator.poll()
     state.stop_coordinator.settle()

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from datasets import build_dataset
+from datasets import build_dataset, class_names
 from distributed.program import Launch
 from distributed.stop_coordinator import StopCoordinator
 from engine import TrainState, autocast
@@ -23,12 +23,12 @@ from input_pipeline.placement import TransformInWorkers, TransformOneByOne, buil
 from models.distillation import Loss, Teacher, WithProjector
 from models.initialization import initialize, make_linear_probe
 from optim_factory import cosine_schedule, create_optimizer
-from training.checkpoint import numbered
+from training.checkpoint import find, numbered
 from training.options import OPTIONS, Options, default_options, mixes
 from utils import print_main, seed_everything
 from weight_selection.errors import InputError, printable
 from weight_selection.sources.architectures import CONVNEXT, declared_architecture
-from weight_selection.sources.directories import RUN, files_of
+from weight_selection.sources.directories import files_of
 from weight_selection.sources.initial_weights import find_weights, load_finetune, load_initial
 from weight_selection.sources.timm_models import check_input_size, create_model
 from weight_selection.sources.weight_files import NESTED
@@ -73,15 +73,10 @@ def find_checkpoint(path: Path, evaluates: bool) -> Path:
     """The checkpoint that ``--resume`` means: of the directory of a run the best one to evaluate, the newest to train.
 
     Raises:
-        InputError: there is none in the directory.
+        InputError: there is none.
     """
-    if not path.is_dir():
-        return path
-    best, ends = [path / RUN] * (path / RUN).is_file(), numbered(path)
-    found = [*ends, *best] if evaluates else [*best, *ends]
-    if not found:
-        raise InputError(f"--resume {path}: no checkpoint in that directory; name one")
-    return found[-1]
+    newest = numbered(path)[-1:] if path.is_dir() and not evaluates else []
+    return newest[0] if newest else find(path, "--resume")
 
 
 def _check_arithmetic(device, amp_dtype):
@@ -109,8 +104,13 @@ class RunData:
     test_set: Dataset
     train_pipeline: TransformOneByOne | TransformInWorkers | None
     test_pipeline: TransformOneByOne | TransformInWorkers
-    classes: int
+    class_names: list[str]  # in the order of their labels
     steps_per_epoch: int  # optimiser steps in an epoch; 1 in an evaluation
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
 
     @property
     def train_images(self) -> int | None:
@@ -159,7 +159,8 @@ def open_data(options: Options) -> RunData:
     if not options.eval and skip >= len(train_set):
         raise InputError(f"--skip_bad_images {skip}: there are only {len(train_set)} training images")
     train_pipeline = None if options.eval else build_pipeline(options, train=True)
-    return RunData(train_set, test_set, train_pipeline, build_pipeline(options, train=False), classes, steps)
+    names, test_pipeline = class_names(test_set, classes), build_pipeline(options, train=False)
+    return RunData(train_set, test_set, train_pipeline, test_pipeline, names, steps)
 
 
 def build_model(options: Options, classes: int) -> nn.Module:

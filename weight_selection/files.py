@@ -90,9 +90,11 @@ def new_file(path):
     At every moment, even when the power fails, ``path`` is the whole old file or the whole new one.
 
     Raises:
-        InputError: the operating system refused (permissions, full disk, a directory of that name).
+        InputError: the operating system refused (permissions, full disk, a directory of that name), or it is a device.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"cannot write {path}: it is no file but a device or a pipe; name another")
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL, suffix=f"-{path.name}")
