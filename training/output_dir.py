@@ -42,11 +42,21 @@ def reserve(options: Options) -> Iterator[Path | None]:
 
 
 def _lock_and_find_checkpoint(options, directory, stack):
+    before = set(directory.iterdir()) if directory.is_dir() else set()
     _lock(directory, stack)
+    stack.push(lambda kind, error, trace: _forget(directory, before) if isinstance(error, InputError) else None)
     try:
         return _find_checkpoint(options, directory)
     except OSError as error:
         raise InputError(f"--output_dir {directory}: {error}; repair it, or choose another") from error
+
+
+def _forget(directory, before):
+    """Delete what a run that is refused has written: the corrected command is the first of its run."""
+    new = set(directory.iterdir()) - before
+    if {path.name for path in new} <= {".lock", "args.json"}:
+        for path in new:
+            path.unlink()
 
 
 def _lock(directory, stack):

@@ -25,7 +25,8 @@ from training.setup import RunData, build_model, build_train_state, complete_opt
 from training.trained_model import check_classes, describe_model
 from utils import describe, duration, print_main, versions
 from weight_selection.errors import InputError
-from weight_selection.files import check_writable, sha256, write_json
+from weight_selection.files import begin_sha256, check_writable, without_empty_directories, write_json
+from weight_selection.sources.directories import files_of
 from weight_selection.sources.initial_weights import read_provenance
 
 
@@ -40,7 +41,8 @@ def run(options: Options, launch: Launch) -> None:
     options = complete_options(options, launch.local_rank)
     device = set_up_device(options, launch.local_rank)
     init_distributed(launch, device, options.dist_url, options.timeout)
-    with StopCoordinator(options.timeout) as stop_coordinator:
+    new_directories = without_empty_directories(options.output_dir, options.log_dir)
+    with StopCoordinator(options.timeout) as stop_coordinator, new_directories:
         data = open_data(options)
         if options.log_dir:
             check_writable(options.log_dir, "--log_dir")
@@ -110,7 +112,7 @@ def train_and_report(
     print_main(f"{options.model}: " + describe(facts))
     facts["class_names"] = data.class_names
     for option, path in (("initialize", options.initialize), ("teacher", options.teacher_path)):
-        facts[f"{option}_sha256"] = path and sha256(path)
+        facts[f"{option}_sha256"] = path and begin_sha256(*files_of(path, f"--{option}")).result()
     if options.initialize and (provenance := read_provenance(options.initialize, "--initialize")):
         facts["first_weights"] = {name: provenance[name] for name in ("teacher", "student", "options")}
     if progress.epoch == options.epochs - 1:
