@@ -1,6 +1,7 @@
 """Shared by several test files: small real data, the options of a run that takes a second, a program as a call."""
 
 import functools
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when timm is imported; a test that needs the network fails at once
@@ -21,6 +22,9 @@ settings.load_profile("repeatable")
 
 # The models of the tests are so small that threads cost more than they bring; on a busy machine, twenty times more.
 torch.set_num_threads(1)
+
+# The half million objects of the libraries stay until the end: the garbage collector need not look through them again.
+gc.freeze()
 
 # Class folders, each around one colour: learnt in a few epochs, but not in the first. Test images are an odd number,
 # so that two processes cannot share them evenly.
