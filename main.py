@@ -7,6 +7,7 @@ torchrun --nproc_per_node=8 main.py ...
 
 import os
 
+from datasets import find_data
 from distributed.program import find_launch, run_program
 from training.options import check_weights, parse_args, parse_args_with, share_batch
 from weight_selection.errors import InputError
@@ -27,8 +28,8 @@ def main(argv=None) -> None:
     if found := find_recorded(args):
         args = parse_args_with(*found, argv)
         check_weights(args)
-    args = share_batch(args, launch.world_size)
-    run(args, launch)
+    args = find_data(args, lambda line: launch.rank or print(line))
+    run(share_batch(args, launch.world_size), launch)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from distributed.program import find_launch
 from models import SCHEMES
 from weight_selection.arguments import Kwargs, Parser, boolean, check_kwargs
 from weight_selection.errors import InputError
-from weight_selection.files import check_file
+from weight_selection.files import check_no_file
+from weight_selection.sources.directories import files_of
 from weight_selection.sources.names import TIMM, check_name
 from weight_selection.sources.recipe import read_recipe
 
@@ -88,6 +89,9 @@ class Option:
     cannot_change_result: bool = False
 
 
+# What an option names, by its metavar. An empty text, as of a shell's unset variable, is never one of these.
+NAMED = {"DIR": "a directory", "FILE": "a file", "PATH": "a file or directory", "NAME": "a name"}
+
 FREE = {"may_change_on_resume": True}
 NEUTRAL = FREE | {"cannot_change_result": True}
 
@@ -143,7 +147,7 @@ TABLE = {  # the rows, by their group in --help
         Option("head_init_scale", float, 1.0, "factor on the classifier's first weights", needs=(TRAINED_FEATURES,)),
         Option("init", str, "timm", "random initialisation", choices=SCHEMES, needs=(FIRST_WEIGHTS,)),
         Option("initialize", str, None, "weight_selection.py's file, or the directory it is in", metavar="PATH"),
-        Option("finetune", str, None, "weights of a trained model of this architecture", metavar="FILE"),
+        Option("finetune", str, None, "weights of a trained model of this architecture", metavar="PATH"),
         Option("model_key", str, "model|module", "keys of the weights in the --finetune or --initialize file, by |",
                needs=(WEIGHT_FILE,)),
         Option("linear_probe", bool, False, "train only a new classifier, on frozen features"),
@@ -159,7 +163,7 @@ TABLE = {  # the rows, by their group in --help
         Option("distillation_alpha", float, 1.0, "weight of the distillation loss", metavar="A", ranges=FROM_0,
                needs=(DISTILLATION,)),
         Option("teacher", str, None, "as --model: a name that has weights", metavar="NAME", needs=(DISTILLATION,)),
-        Option("teacher_path", str, None, "the teacher's weights on disk; from the hub when not given", metavar="FILE",
+        Option("teacher_path", str, None, "the teacher's weights on disk; from the hub when not given", metavar="PATH",
                needs=(DISTILLATION,)),
         Option("teacher_kwargs", dict, {}, "arguments of the teacher, such as embed_dim=384", needs=(DISTILLATION,),
                set_by={"num_classes": "--data_set", "img_size": "--input_size"}),
@@ -242,8 +246,7 @@ TABLE = {  # the rows, by their group in --help
         Option("eval_batch_size", int, None, "one and a half times --batch_size when not given", metavar="IMAGES",
                ranges=ABOVE_0, **FREE),
         Option("dist_eval", bool, True, "share the test images out among the processes", **FREE),
-        Option("resume", str, None, "checkpoint to continue from; with --eval also a run's directory", metavar="FILE",
-               **FREE),
+        Option("resume", str, None, "checkpoint to continue from, or the run it is of", metavar="PATH", **FREE),
         Option("auto_resume", bool, True, "continue the run that --output_dir holds", **NEUTRAL),
         Option("overwrite", bool, False, "replace the run, or with --eval the report, that --output_dir holds",
                needs=(OUTPUT,), **NEUTRAL),
@@ -396,6 +399,8 @@ def check_options(args: Options, given: set) -> None:
     """
     for name, option in OPTIONS.items():
         value = getattr(args, name)
+        if value == "" and option.metavar in NAMED:
+            raise InputError(f"--{name}: is empty; give {NAMED[option.metavar]}, or leave the option out")
         for allowed in option.ranges:
             if value is not None and not allowed.holds(value):
                 raise InputError(f"--{name} {value}: give {allowed.words}")
@@ -435,15 +440,23 @@ def check_together(args: Options) -> None:
 
 
 def check_weights(args: Options) -> None:
-    """Refuse, with an InputError, files of weights that are not there and names of models that cannot be used."""
+    """Refuse, with an InputError, files that are not there, and names that cannot be used.
+
+    These are the names of models, and of directories that a run would make.
+    """
     check_name(args.model, "--model", TIMM)
     if args.teacher:
         check_name(args.teacher, "--teacher", TIMM)
     if args.initialize and not Path(args.initialize).exists():
         raise InputError(f"--initialize {args.initialize}: no such file or directory")
+    if args.resume and not Path(args.resume).exists():
+        raise InputError(f"--resume {args.resume}: no such file or directory")
     for name in ("finetune", "teacher_path"):
         if getattr(args, name):
-            check_file(getattr(args, name), f"--{name}")
+            files_of(getattr(args, name), f"--{name}")
+    for name in ("output_dir", "log_dir"):
+        if getattr(args, name):
+            check_no_file(getattr(args, name), f"--{name}")
 
 
 def share_batch(args: Options, world_size: int) -> Options:

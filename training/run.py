@@ -17,14 +17,16 @@ from input_pipeline.cache import check_memory
 from input_pipeline.loader import BadImages, DeviceLoader
 from models.distillation import build_teacher
 from training import checkpoint, output_dir
-from training.metric_log import MetricLog
+from training.example_images import example_images
+from training.metric_log import MetricLog, check_wandb
 from training.options import Options
 from training.progress import RunProgress
 from training.setup import RunData, build_model, build_train_state, complete_options, open_data, set_up_device, warm_up
 from training.trained_model import check_classes, describe_model
 from utils import describe, duration, print_main, versions
 from weight_selection.errors import InputError
-from weight_selection.files import check_writable, sha256, write_json
+from weight_selection.files import begin_sha256, check_writable, without_empty_directories, write_json
+from weight_selection.sources.directories import files_of
 from weight_selection.sources.initial_weights import read_provenance
 
 
@@ -39,10 +41,13 @@ def run(options: Options, launch: Launch) -> None:
     options = complete_options(options, launch.local_rank)
     device = set_up_device(options, launch.local_rank)
     init_distributed(launch, device, options.dist_url, options.timeout)
-    with StopCoordinator(options.timeout) as stop_coordinator:
+    new_directories = without_empty_directories(options.output_dir, options.log_dir)
+    with StopCoordinator(options.timeout) as stop_coordinator, new_directories:
         data = open_data(options)
         if options.log_dir:
             check_writable(options.log_dir, "--log_dir")
+        if options.enable_wandb and not options.eval:
+            main_only(check_wandb)
         model = build_model(options, data.classes)
         distills = options.distillation != "none" and not options.eval
         teacher = build_teacher(options, data.classes) if distills else None
@@ -107,14 +112,17 @@ def train_and_report(
     print_main(f"{options.model}: " + describe(facts))
     facts["class_names"] = data.class_names
     for option, path in (("initialize", options.initialize), ("teacher", options.teacher_path)):
-        facts[f"{option}_sha256"] = path and sha256(path)
+        facts[f"{option}_sha256"] = path and begin_sha256(*files_of(path, f"--{option}")).result()
     if options.initialize and (provenance := read_provenance(options.initialize, "--initialize")):
         facts["first_weights"] = {name: provenance[name] for name in ("teacher", "student", "options")}
     if progress.epoch == options.epochs - 1:
         print_main("all epochs are done; nothing left to train")
     bad_images = BadImages(options.skip_bad_images, state.stop_coordinator, progress.bad_images)
     loader = data.train_loader(options, state, bad_images)
-    with MetricLog(options, progress.epoch + 1) as log:
+    first_step = (progress.epoch + 1) * state.steps_per_epoch + (progress.partial.step if progress.partial else 0)
+    with MetricLog(options, progress.epoch + 1, first_step) as log:
+        if log.shows_images:
+            log.add_images(example_images(options, state, loader))
         saver = Saver(options, state, progress, loader.bad_images, describe_model(options, data.class_names))
         train(options, state, loader, test_loader, progress, log, saver)
     if options.output_dir:
@@ -141,7 +149,7 @@ def train(
     if first_epoch < options.epochs:
         warm_up(options, state, test_loader.batch_size)
     for epoch in range(first_epoch, options.epochs):
-        metrics = EpochMetrics(state, epoch, loader.bad_images, progress.partial)
+        metrics = EpochMetrics(state, epoch, loader.bad_images, progress.partial, log.add_step)
         is_last = epoch == options.epochs - 1
         with saver.saving_if_stopped(metrics):
             speed = train_rest_of_epoch(options, state, loader, metrics, saver)
