@@ -162,7 +162,8 @@ TABLE = {  # the rows, by their group in --help
                choices=("none", "logit", "feature")),
         Option("distillation_alpha", float, 1.0, "weight of the distillation loss", metavar="A", ranges=FROM_0,
                needs=(DISTILLATION,)),
-        Option("teacher", str, None, "as --model: a name that has weights", metavar="NAME", needs=(DISTILLATION,)),
+        Option("teacher", str, None, "as --model: a name that has weights; --teacher_path of main.py says its own",
+               metavar="NAME", needs=(DISTILLATION,)),
         Option("teacher_path", str, None, "the teacher's weights on disk; from the hub when not given", metavar="PATH",
                needs=(DISTILLATION,)),
         Option("teacher_kwargs", dict, {}, "arguments of the teacher, such as embed_dim=384", needs=(DISTILLATION,),
@@ -349,29 +350,32 @@ def parse_args(argv=None, recorded: dict | None = None) -> Options:
     return options
 
 
-def parse_args_with(recorded: dict, origin: str, argv=None) -> Options:
-    """As ``parse_args``, with options that a checkpoint records; prints which ones are its own and which are not.
+def parse_args_with(found: list, argv=None) -> Options:
+    """As ``parse_args``, with options that checkpoints record; prints which ones are theirs and which are not.
 
     Args:
-        recorded: {name: value}, some of ``RECORDED``.
-        origin: the checkpoint, for errors.
+        found: [({option: value}, path of the checkpoint that records them)].
 
     Raises:
         InputError: as ``parse_args``; or in an evaluation, another model is given than the checkpoint's.
     """
-    args = parse_args(argv, recorded)
-    given = {name: value for name, value in args.plain().items() if name in recorded and value != recorded[name]}
-    for name in [name for name in ("model", "model_kwargs") if name in given]:
+    args = parse_args(argv, {name: value for recorded, _ in found for name, value in recorded.items()})
+    for recorded, origin in found:
+        given = {name: value for name, value in args.plain().items() if name in recorded and value != recorded[name]}
         if args.eval:
-            words = _in_words(name, recorded[name])
-            raise InputError(f"{_in_words(name, given[name])}: {origin} is of {words}; leave --{name} out")
-        if name == "model":  # its weights may still fit; nothing else that it says is about this model
-            return parse_args(argv)
-    taken = {name: value for name, value in recorded.items() if name not in given and value != OPTIONS[name].default}
-    _print_if_first(f"{origin} says: {' '.join(_in_words(name, value) for name, value in taken.items())}")
-    for name, value in given.items():
-        if not name.endswith("path"):
-            _print_if_first(f"{_in_words(name, value)}: {origin} was trained with {_in_words(name, recorded[name])}")
+            for name in [name for name in ("model", "model_kwargs") if name in given]:
+                words = _in_words(name, recorded[name])
+                raise InputError(f"{_in_words(name, given[name])}: {origin} is of {words}; leave --{name} out")
+        elif "model" in given:  # the weights may still fit; nothing else that their checkpoint says is about this model
+            return parse_args_with([other for other in found if other[1] != origin], argv)
+        taken = {
+            name: value for name, value in recorded.items() if name not in given and value != OPTIONS[name].default
+        }
+        _print_if_first(f"{origin} says: {' '.join(_in_words(name, value) for name, value in taken.items())}")
+        for name, value in given.items():
+            if not name.endswith("path"):
+                words = _in_words(name, recorded[name])
+                _print_if_first(f"{_in_words(name, value)}: {origin} was trained with {words}")
     return args
 
 
@@ -426,7 +430,7 @@ def check_together(args: Options) -> None:
         raise InputError(f"--initialize {args.initialize}: give it or --finetune, not both")
     if args.eval and not (args.resume or args.initialize or args.finetune):
         raise InputError("--eval true: name the weights to evaluate with --resume, --initialize or --finetune")
-    if args.distillation != "none" and args.teacher is None:
+    if args.distillation != "none" and args.teacher is None and args.teacher_path is None:
         raise InputError(f"--distillation {args.distillation}: name the model to learn from with --teacher")
     frozen = "features are frozen under --linear_probe true"
     if args.linear_probe and args.drop_path > 0:
