@@ -54,8 +54,8 @@ class FittedClassifier:
 class RidgeSums:
     """What ridge regression needs of the features (images, channels) and labels, added up batch by batch.
 
-    A fifth of the images is held out, up to ``MOST_HELD_OUT``. Several processes can share the images out: process r of n
-    takes the images r, r + n, ...
+    A fifth of the images is held out, up to ``MOST_HELD_OUT``. Several processes can share them: process r of n
+    takes images r, r + n, ...
 
     Attributes:
         classes: their number.
