@@ -15,10 +15,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import engine
 import main
-from helpers import read_checkpoint, read_log, read_results
+from helpers import read_checkpoint, read_log, read_results, words
 from training.metric_log import WANDB_RUN, MetricLog
 from training.options import default_options, parse_args
 from weight_selection.errors import InputError
+from weight_selection.sources.timm_models import create_model
 
 UNMIXED = "--mixup 0 --cutmix 0"
 
@@ -31,10 +32,18 @@ def scalars(board, tag):
     return [(event.step, event.value) for event in EventAccumulator(str(board)).Reload().Scalars(tag)]
 
 
-def test_class_acc_is_the_share_of_training_images_that_are_right(train, image_folder, tmp_path):
+@pytest.mark.parametrize("distillation", ["none", "feature"])
+def test_class_acc_is_the_share_of_training_images_that_are_right(train, image_folder, tmp_path, distillation):
     """At a learning rate of 0, and without randomness in the images, it is the accuracy of an evaluation on them."""
     same_images = f"--aa none --color_jitter 0 --reprob 0 --hflip 0 --scale 1 1 --crop_pct 1 {UNMIXED}"
     folders = f"--data_path {image_folder}/train --eval_data_path {image_folder}/train"
+    if distillation != "none":
+        size = {"embed_dim": 16, "depth": 1, "num_heads": 1, "patch_size": 4}
+        torch.save(create_model("vit_tiny", img_size=16, **size).state_dict(), tmp_path / "teacher.pth")
+        same_images += (
+            f" --teacher vit_tiny --teacher_path {tmp_path}/teacher.pth --teacher_kwargs {' '.join(words(size))}"
+        )
+    same_images += f" --distillation {distillation}"
     train(f"{same_images} {folders} --epochs 1 --lr 0 --batch_size 8 --update_freq 2 --output_dir {tmp_path}")
     (row,) = read_log(tmp_path)
     assert 0 < row["train_class_acc"] < 1
@@ -186,17 +195,17 @@ def test_overwriting_a_run_starts_another_at_weights_and_biases(wandb, train, tm
 
 def test_longer_run_is_refused_with_the_words_that_make_it(tiny_run, train, tmp_path):
     run = tmp_path / "a run"
-    words = [*tiny_run, "--output_dir", str(run), "--epochs"]
-    main.main([*words, "1"])
+    command = [*tiny_run, "--output_dir", str(run), "--epochs"]
+    main.main([*command, "1"])
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     with pytest.raises(InputError, match="of a run with --epochs 1, not 3; a longer run has another schedule") as error:
-        main.main([*words, "3"])
+        main.main([*command, "3"])
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     more = shlex.split(str(error.value).partition("end the same command with ")[2])
-    main.main([*words, "3", *more])
+    main.main([*command, "3", *more])
     longer = tmp_path / "a run-3-epochs"
     assert more == ["--resume", str(run / "checkpoint-0.pth"), "--output_dir", str(longer)]
     assert [row["epoch"] for row in read_log(longer)] == [1, 2]
     assert read_results(longer)["epochs"] == 3
-    schedule = parse_args([*words, "3"])
+    schedule = parse_args([*command, "3"])
     assert read_log(longer)[-1]["train_lr"] < schedule.lr / 2, "of three epochs"
