@@ -3,8 +3,8 @@
 
 python scripts/tutorial_images.py DIR
 
-DIR/patterns and DIR/photographs are class folders, train/CLASS/IMAGE.png and val/CLASS/IMAGE.png. The photographs come
-with scikit-learn. Everything is grey: colour alone would give most classes away.
+DIR/patterns and DIR/photographs are class folders, train/CLASS/IMAGE.png and val/CLASS/IMAGE.png; DIR/sheet.png shows
+some of each class. The photographs come with scikit-learn. Everything is grey: colour alone would give most classes away.
 """
 
 import sys
@@ -95,6 +95,18 @@ def make_photographs(directory: Path, rng) -> None:
                 save(piece(grey, box, rng), directory / part / name / f"{number:03}.png")
 
 
+def make_sheet(directory: Path, columns: int = 10) -> None:
+    """Write sheet.png: a row of training images of each class of the two sets."""
+    from PIL import Image
+
+    classes = sorted(directory.glob("*/train/*"))
+    sheet = Image.new("L", (columns * SIDE, len(classes) * SIDE))
+    for row, folder in enumerate(classes):
+        for column, path in enumerate(sorted(folder.iterdir())[:columns]):
+            sheet.paste(Image.open(path), (column * SIDE, row * SIDE))
+    sheet.save(directory / "sheet.png")
+
+
 def main(argv=None) -> None:
     parser = Parser("tutorial_images.py", "Make the images of docs/tutorial.md.")
     parser.add_argument("directory", metavar="DIR", type=Path, help="to make")
@@ -105,6 +117,7 @@ def main(argv=None) -> None:
         rng = np.random.default_rng(0)
         make_patterns(new / "patterns", rng)
         make_photographs(new / "photographs", rng)
+        make_sheet(new)
     print(f"images: {directory}/patterns and {directory}/photographs")
 
 

@@ -139,7 +139,7 @@ class EvalReport:
             return None
         names, columns = self.data.class_names, min(6, len(worst))
         lines = -(-len(worst) // columns)
-        figure = Figure(figsize=(2 * columns, 2.6 * lines), layout="constrained")
+        figure = Figure(figsize=(2 * columns, 2.35 * lines), layout="constrained")
         for panel in (panels := figure.subplots(lines, columns, squeeze=False).ravel()):
             panel.axis("off")
         for panel, number in zip(panels, worst, strict=False):
