@@ -4,7 +4,7 @@
 python scripts/tutorial_images.py DIR
 
 DIR/patterns and DIR/photographs are class folders, train/CLASS/IMAGE.png and val/CLASS/IMAGE.png; DIR/sheet.png shows
-some of each class. The photographs come with scikit-learn. Everything is grey: colour alone would give most classes away.
+some of each class. The photographs come with scikit-learn. All is grey: colour alone would give most classes away.
 """
 
 import sys
