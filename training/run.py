@@ -17,7 +17,8 @@ from input_pipeline.cache import check_memory
 from input_pipeline.loader import BadImages, DeviceLoader
 from models.distillation import build_teacher
 from training import checkpoint, output_dir
-from training.metric_log import MetricLog
+from training.example_images import example_images
+from training.metric_log import MetricLog, check_wandb
 from training.options import Options
 from training.progress import RunProgress
 from training.setup import RunData, build_model, build_train_state, complete_options, open_data, set_up_device, warm_up
@@ -47,6 +48,8 @@ def run(options: Options, launch: Launch) -> None:
         data = open_data(options)
         if options.log_dir:
             check_writable(options.log_dir, "--log_dir")
+        if options.enable_wandb and not options.eval:
+            main_only(check_wandb)
         model = build_model(options, data.classes)
         distills = options.distillation != "none" and not options.eval
         teacher = build_teacher(options, data.classes) if distills else None
@@ -121,7 +124,10 @@ def train_and_report(
         print_main("all epochs are done; nothing left to train")
     bad_images = BadImages(options.skip_bad_images, state.stop_coordinator, progress.bad_images)
     loader = data.train_loader(options, state, bad_images)
-    with MetricLog(options, progress.epoch + 1) as log:
+    first_step = (progress.epoch + 1) * state.steps_per_epoch + (progress.partial.step if progress.partial else 0)
+    with MetricLog(options, progress.epoch + 1, first_step) as log:
+        if log.shows_images:
+            log.add_images(example_images(options, state, loader))
         saver = Saver(options, state, progress, loader.bad_images, describe_model(options, data.class_names))
         train(options, state, loader, test_loader, progress, log, saver)
     if options.output_dir:
@@ -148,7 +154,7 @@ def train(
     if first_epoch < options.epochs:
         warm_up(options, state, test_loader.batch_size)
     for epoch in range(first_epoch, options.epochs):
-        metrics = EpochMetrics(state, epoch, loader.bad_images, progress.partial)
+        metrics = EpochMetrics(state, epoch, loader.bad_images, progress.partial, log.add_step)
         is_last = epoch == options.epochs - 1
         with saver.saving_if_stopped(metrics):
             speed = train_rest_of_epoch(options, state, loader, metrics, saver)
