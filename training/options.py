@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from datasets import DATA_SETS
 from distributed.program import find_launch
 from models import SCHEMES
-from weight_selection.arguments import Kwargs, Parser, boolean, check_kwargs
+from weight_selection.arguments import Kwargs, Parser, boolean, check_kwargs, one_of
 from weight_selection.errors import InputError
 from weight_selection.files import check_no_file
 from weight_selection.sources.directories import files_of
@@ -75,7 +75,7 @@ class Option:
     """
 
     name: str  # without dashes
-    type: type  # of its value; on the command line, bool is written true or false, and dict is written NAME=VALUE ...
+    type: type  # of its value; on the command line, dict is written NAME=VALUE ..., and bool true, false or not at all
     default: object  # where neither the command line nor --config gives a value; None: the program decides
     help: str  # a line for --help
     aliases: tuple[str, ...] = ()  # other ways to write it, with dashes
@@ -183,8 +183,9 @@ TABLE = {  # the rows, by their group in --help
         Option("layer_decay", float, 1.0, "factor on the learning rate per layer below the top", ranges=ABOVE_0_UP_TO_1,
                needs=(TRAINED_FEATURES,)),
         Option("min_lr", float, 1e-6, "learning rate the cosine ends at", ranges=FROM_0),
-        Option("warmup_epochs", int, 50, "epochs in which the learning rate rises from 0 to its peak", ranges=FROM_0,
-               needs=(EPOCHS_OF_WARMUP,)),
+        Option("warmup_epochs", int, None,
+               "epochs in which the learning rate rises from 0 to its peak; a sixth, and at most 50, when not given",
+               ranges=FROM_0, needs=(EPOCHS_OF_WARMUP,)),
         Option("warmup_steps", int, -1, "warm-up in steps instead, when not negative"),
     ),
     "augmentation": (
@@ -291,8 +292,10 @@ def get_args_parser() -> Parser:
     for title, rows in TABLE.items():
         group = parser if title is None else parser.add_argument_group(title)
         for option in rows:
-            form = {"choices": option.choices, "nargs": option.nargs, "metavar": option.metavar}
-            form |= {"type": boolean if option.type is bool else option.type}
+            form = {"type": option.type, "nargs": option.nargs, "metavar": option.metavar}
+            form |= one_of(option.choices) if option.choices else {}
+            if option.type is bool:
+                form |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
             if option.type is dict:
                 form = {"action": Kwargs, "nargs": "*", "metavar": "K=V"}
             flags = (f"--{option.name}", *option.aliases)
@@ -422,7 +425,7 @@ def check_options(args: Options, given: set) -> None:
 
 def check_together(args: Options) -> None:
     """Refuse options that contradict each other, or that lack another one."""
-    if args.warmup_steps < 0 and args.warmup_epochs > args.epochs:
+    if args.warmup_steps < 0 and (args.warmup_epochs or 0) > args.epochs:
         raise InputError(f"--warmup_epochs {args.warmup_epochs}: longer than --epochs {args.epochs}; lower it")
     if args.start_epoch >= args.epochs:
         raise InputError(f"--start_epoch {args.start_epoch}: must be less than --epochs {args.epochs}")
@@ -461,6 +464,11 @@ def check_weights(args: Options) -> None:
     for name in ("output_dir", "log_dir"):
         if getattr(args, name):
             check_no_file(getattr(args, name), f"--{name}")
+
+
+def complete_warmup(args: Options) -> Options:
+    """Options with a number of warm-up epochs: if none is given a sixth of all, as 50 of the paper's 300 (Table 13)."""
+    return args if args.warmup_epochs is not None else args.replace(warmup_epochs=min(50, args.epochs // 6))
 
 
 def share_batch(args: Options, world_size: int) -> Options:

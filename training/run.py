@@ -38,9 +38,11 @@ def run(options: Options, launch: Launch) -> None:
         RunError: the run started well and cannot go on.
         Stopped: a signal asked the run to stop.
     """
-    options = complete_options(options, launch.local_rank)
+    given, options = options, complete_options(options, launch.local_rank)
     device = set_up_device(options, launch.local_rank)
     init_distributed(launch, device, options.dist_url, options.timeout)
+    if given.warmup_epochs is None and not options.eval:
+        options = output_dir.keep_warmup(options)
     new_directories = without_empty_directories(options.output_dir, options.log_dir)
     with StopCoordinator(options.timeout) as stop_coordinator, new_directories:
         data = open_data(options)
@@ -73,6 +75,9 @@ def run(options: Options, launch: Launch) -> None:
                 if report:
                     report.write(metrics)
             else:
+                if given.warmup_epochs is None and options.warmup_steps < 0:
+                    counts = f"{options.warmup_epochs} of {options.epochs} epochs"
+                    print_main(f"warm-up: {counts}; --warmup_epochs sets another number")
                 train_and_report(options, state, data, test_loader, progress)
 
 
