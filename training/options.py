@@ -16,7 +16,8 @@ from distributed.program import find_launch
 from models import SCHEMES
 from weight_selection.arguments import Kwargs, Parser, boolean, check_kwargs
 from weight_selection.errors import InputError
-from weight_selection.files import check_file
+from weight_selection.files import check_no_file
+from weight_selection.sources.directories import files_of
 from weight_selection.sources.names import TIMM, check_name
 from weight_selection.sources.recipe import read_recipe
 
@@ -88,6 +89,9 @@ class Option:
     cannot_change_result: bool = False
 
 
+# What an option names, by its metavar. An empty text, as of a shell's unset variable, is never one of these.
+NAMED = {"DIR": "a directory", "FILE": "a file", "PATH": "a file or directory", "NAME": "a name"}
+
 FREE = {"may_change_on_resume": True}
 NEUTRAL = FREE | {"cannot_change_result": True}
 
@@ -143,7 +147,7 @@ TABLE = {  # the rows, by their group in --help
         Option("head_init_scale", float, 1.0, "factor on the classifier's first weights", needs=(TRAINED_FEATURES,)),
         Option("init", str, "timm", "random initialisation", choices=SCHEMES, needs=(FIRST_WEIGHTS,)),
         Option("initialize", str, None, "weight_selection.py's file, or the directory it is in", metavar="PATH"),
-        Option("finetune", str, None, "weights of a trained model of this architecture", metavar="FILE"),
+        Option("finetune", str, None, "weights of a trained model of this architecture", metavar="PATH"),
         Option("model_key", str, "model|module", "keys of the weights in the --finetune or --initialize file, by |",
                needs=(WEIGHT_FILE,)),
         Option("linear_probe", bool, False, "train only a new classifier, on frozen features"),
@@ -159,7 +163,7 @@ TABLE = {  # the rows, by their group in --help
         Option("distillation_alpha", float, 1.0, "weight of the distillation loss", metavar="A", ranges=FROM_0,
                needs=(DISTILLATION,)),
         Option("teacher", str, None, "as --model: a name that has weights", metavar="NAME", needs=(DISTILLATION,)),
-        Option("teacher_path", str, None, "the teacher's weights on disk; from the hub when not given", metavar="FILE",
+        Option("teacher_path", str, None, "the teacher's weights on disk; from the hub when not given", metavar="PATH",
                needs=(DISTILLATION,)),
         Option("teacher_kwargs", dict, {}, "arguments of the teacher, such as embed_dim=384", needs=(DISTILLATION,),
                set_by={"num_classes": "--data_set", "img_size": "--input_size"}),
@@ -222,7 +226,7 @@ TABLE = {  # the rows, by their group in --help
                **FREE),
     ),
     "run": (
-        Option("output_dir", str, None, "checkpoints, log.txt and results.json; nothing is written without it",
+        Option("output_dir", str, None, "of a run, or with --eval of a report; nothing is written without it",
                metavar="DIR", **NEUTRAL),
         Option("log_dir", str, None, "directory of a TensorBoard log", metavar="DIR", **NEUTRAL),
         Option("device", str, None, "cuda where there is one when not given", choices=("cuda", "cpu"), **FREE),
@@ -234,7 +238,7 @@ TABLE = {  # the rows, by their group in --help
         Option("use_amp", bool, False, "mixed precision"),
         Option("amp_dtype", str, None, "float16 on cuda and bfloat16 on cpu when not given",
                choices=("float16", "bfloat16"), needs=(USE_AMP,), **FREE),
-        Option("eval", bool, False, "only evaluate --resume, --initialize or --finetune", **FREE),
+        Option("eval", bool, False, "only evaluate --resume, --initialize or --finetune, as that file says", **FREE),
         # An evaluation draws no random numbers, but which epochs have one decides which epoch is the best.
         Option("disable_eval", bool, False, "evaluate after the last epoch only", **FREE),
         Option("eval_interval", int, 1, "epochs from one evaluation to the next", metavar="EPOCHS", ranges=FROM_1,
@@ -242,10 +246,10 @@ TABLE = {  # the rows, by their group in --help
         Option("eval_batch_size", int, None, "one and a half times --batch_size when not given", metavar="IMAGES",
                ranges=ABOVE_0, **FREE),
         Option("dist_eval", bool, True, "share the test images out among the processes", **FREE),
-        Option("resume", str, None, "checkpoint to continue from", metavar="FILE", **FREE),
+        Option("resume", str, None, "checkpoint to continue from, or the run it is of", metavar="PATH", **FREE),
         Option("auto_resume", bool, True, "continue the run that --output_dir holds", **NEUTRAL),
-        Option("overwrite", bool, False, "delete the run that --output_dir holds, and start anew", needs=(OUTPUT,),
-               **NEUTRAL),
+        Option("overwrite", bool, False, "replace the run, or with --eval the report, that --output_dir holds",
+               needs=(OUTPUT,), **NEUTRAL),
         Option("save_ckpt", bool, True, "write checkpoints", needs=(OUTPUT,), **NEUTRAL),
         Option("save_ckpt_freq", int, 1, "epochs from one checkpoint to the next", metavar="EPOCHS", ranges=FROM_1,
                needs=(OUTPUT, CHECKPOINTS), **NEUTRAL),
@@ -270,6 +274,10 @@ TABLE = {  # the rows, by their group in --help
     ),
 }
 # fmt: on
+
+# What a checkpoint's own options say of its model, and of what it was trained on. The first ones fit its weights.
+RECORDED_MODEL = ("model", "model_kwargs", "input_size", "imagenet_default_mean_and_std")
+RECORDED = (*RECORDED_MODEL, "linear_probe", "crop_pct", "data_set", "data_path", "eval_data_path")
 
 OPTIONS = {option.name: option for rows in TABLE.values() for option in rows}
 MAY_CHANGE_ON_RESUME = frozenset(name for name, option in OPTIONS.items() if option.may_change_on_resume)
@@ -324,8 +332,11 @@ def default_options() -> Options:
     return Options(**{name: copy.copy(option.default) for name, option in OPTIONS.items()})
 
 
-def parse_args(argv=None) -> Options:
+def parse_args(argv=None, recorded: dict | None = None) -> Options:
     """Options from the command line over those of ``--config`` over the defaults, checked against each other.
+
+    Args:
+        recorded: options that come over the defaults too, but below all others.
 
     Raises:
         InputError: see ``check_options``; or the words are no options.
@@ -333,9 +344,42 @@ def parse_args(argv=None) -> Options:
     parser = get_args_parser()
     given = _parse_given(parser, argv)
     configured = _parse_given(parser, read_config(given["config"])) if "config" in given else {}
-    options = default_options().replace(**configured | given)
+    options = default_options().replace(**(recorded or {}) | configured | given)
     check_options(options, set(given))
     return options
+
+
+def parse_args_with(recorded: dict, origin: str, argv=None) -> Options:
+    """As ``parse_args``, with options that a checkpoint records; prints which ones are its own and which are not.
+
+    Args:
+        recorded: {name: value}, some of ``RECORDED``.
+        origin: the checkpoint, for errors.
+
+    Raises:
+        InputError: as ``parse_args``; or in an evaluation, another model is given than the checkpoint's.
+    """
+    args = parse_args(argv, recorded)
+    given = {name: value for name, value in args.plain().items() if name in recorded and value != recorded[name]}
+    for name in [name for name in ("model", "model_kwargs") if name in given]:
+        if args.eval:
+            words = _in_words(name, recorded[name])
+            raise InputError(f"{_in_words(name, given[name])}: {origin} is of {words}; leave --{name} out")
+        if name == "model":  # its weights may still fit; nothing else that it says is about this model
+            return parse_args(argv)
+    taken = {name: value for name, value in recorded.items() if name not in given and value != OPTIONS[name].default}
+    _print_if_first(f"{origin} says: {' '.join(_in_words(name, value) for name, value in taken.items())}")
+    for name, value in given.items():
+        if not name.endswith("path"):
+            _print_if_first(f"{_in_words(name, value)}: {origin} was trained with {_in_words(name, recorded[name])}")
+    return args
+
+
+def _in_words(name, value):
+    """An option as the words of a command line."""
+    if isinstance(value, dict):
+        value = " ".join(f"{key}={item}" for key, item in value.items())
+    return f"--{name} {str(value).lower() if isinstance(value, bool) else value}"
 
 
 def _parse_given(parser, argv):
@@ -355,6 +399,8 @@ def check_options(args: Options, given: set) -> None:
     """
     for name, option in OPTIONS.items():
         value = getattr(args, name)
+        if value == "" and option.metavar in NAMED:
+            raise InputError(f"--{name}: is empty; give {NAMED[option.metavar]}, or leave the option out")
         for allowed in option.ranges:
             if value is not None and not allowed.holds(value):
                 raise InputError(f"--{name} {value}: give {allowed.words}")
@@ -387,22 +433,30 @@ def check_together(args: Options) -> None:
         raise InputError(f"--drop_path {args.drop_path}: {frozen}; set it to 0")
     if args.linear_probe and args.distillation != "none":
         raise InputError(f"--distillation {args.distillation}: {frozen}; leave it out")
-    if args.overwrite and args.resume:
+    if args.overwrite and args.resume and not args.eval:
         raise InputError(f"--overwrite true: would delete what --resume {args.resume} continues; leave one out")
     if args.enable_wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("--enable_wandb true: the package is not installed; run: python -m pip install wandb")
 
 
 def check_weights(args: Options) -> None:
-    """Refuse, with an InputError, files of weights that are not there and names of models that cannot be used."""
+    """Refuse, with an InputError, files that are not there, and names that cannot be used.
+
+    These are the names of models, and of directories that a run would make.
+    """
     check_name(args.model, "--model", TIMM)
     if args.teacher:
         check_name(args.teacher, "--teacher", TIMM)
     if args.initialize and not Path(args.initialize).exists():
         raise InputError(f"--initialize {args.initialize}: no such file or directory")
+    if args.resume and not Path(args.resume).exists():
+        raise InputError(f"--resume {args.resume}: no such file or directory")
     for name in ("finetune", "teacher_path"):
         if getattr(args, name):
-            check_file(getattr(args, name), f"--{name}")
+            files_of(getattr(args, name), f"--{name}")
+    for name in ("output_dir", "log_dir"):
+        if getattr(args, name):
+            check_no_file(getattr(args, name), f"--{name}")
 
 
 def share_batch(args: Options, world_size: int) -> Options:

@@ -11,7 +11,7 @@ from dataclasses import fields
 
 from weight_selection.arguments import Kwargs, Parser, check_kwargs
 from weight_selection.errors import InputError, run_program
-from weight_selection.files import SUFFIXES, begin_sha256
+from weight_selection.files import SUFFIXES, begin_sha256, check_no_file, without_empty_directories
 from weight_selection.options import (
     CALIBRATION_IMAGES,
     DTYPES,
@@ -114,6 +114,8 @@ def check_options(args) -> SelectionOptions:
         raise InputError("--output_dir is missing: name a directory or a file, or add --dry_run to only see the plan")
     if args.format == "hub" and args.output_dir is not None and args.output_dir.endswith(SUFFIXES):
         raise InputError(f"--output_dir {args.output_dir}: --format hub writes a directory; leave the suffix out")
+    if args.output_dir is not None and not args.output_dir.endswith(SUFFIXES):
+        check_no_file(args.output_dir, "--output_dir")
     if args.pretrained_path is not None:
         files_of(args.pretrained_path, "--pretrained_path")
     for option, name in (("--pretrained_model", args.pretrained_model), ("--student", args.student)):
@@ -181,7 +183,8 @@ def main(argv=None) -> None:
     if args.dry_run:
         print_plan(args, selection)
     else:
-        select(args, selection, name, digest)
+        with without_empty_directories(args.output_dir):
+            select(args, selection, name, digest)
 
 
 def _take_after(teacher, args) -> None:

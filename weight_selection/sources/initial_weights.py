@@ -7,12 +7,15 @@ import torch.nn as nn
 
 from weight_selection.errors import InputError
 from weight_selection.files import SUFFIXES, Damaged, parse_json, provenance_path, read_text, sha256
+from weight_selection.sources.directories import WEIGHTS, Directory
 from weight_selection.sources.facts import facts_of
 from weight_selection.sources.weight_files import NESTED, first_mismatch, read_weights
 
 
 def find_weights(path, model: nn.Module, option: str) -> Path:
     """``path`` itself, or the file that ``weight_selection.py`` wrote into that directory for the model.
+
+    Of a directory without such a file, the one that a library or a run of main.py saved its weights in.
 
     Raises:
         InputError: there is no such file in the directory.
@@ -21,10 +24,14 @@ def find_weights(path, model: nn.Module, option: str) -> Path:
     if not path.is_dir():
         return path
     name = facts_of(model).architecture.name
-    found = [path / f"{name}{suffix}" for suffix in SUFFIXES if (path / f"{name}{suffix}").is_file()]
-    if not found:
+    for suffix in SUFFIXES:
+        if (path / f"{name}{suffix}").is_file():
+            return path / f"{name}{suffix}"
+    place = Directory(path, f"{option} {path}")
+    saved = next((place.file(file) for file in WEIGHTS if place.file(file)), None)
+    if saved is None or saved.suffix == ".json":  # of several shards, whose origin nothing records
         raise InputError(f"{option} {path}: no {name}.pth in that directory; name the file")
-    return found[0]
+    return saved
 
 
 def load_initial(model: nn.Module, path, option: str, nested=NESTED) -> list:
