@@ -90,7 +90,7 @@ def open_report(options: Options, data: RunData, state: TrainState) -> "EvalRepo
 
 def resume(options: Options, state: TrainState, path: Path, data: RunData) -> RunProgress:
     """Restore a checkpoint, which must be of the same run unless ``--resume`` names it; returns its progress."""
-    named = options.resume is not None and path in (Path(options.resume), Path(options.resume) / checkpoint.BEST)
+    named = options.resume is not None and path == Path(options.resume)
     origin = f"{'--resume' if named else '--output_dir'} {path}"
     content = checkpoint.read(path, origin)
     if not named:
