@@ -43,6 +43,7 @@ NEW_OPTIONS = (
     "dtype",
     "fused_qkv",
     "baseline",
+    "classifier_init",
 )  # of weight_selection.py, the last of plot_curves.py; since 3bea770
 NEW_KEYS = {  # since 3bea770
     "first_weights",  # of results.json

@@ -108,6 +108,7 @@ TRAINING = Need(lambda args: not args.eval, "--eval true")
 FIRST_WEIGHTS = Need(lambda args: args.eval or not (args.finetune or args.resume), "--finetune or --resume")
 WEIGHT_FILE = Need(lambda args: args.finetune or args.initialize, "no --finetune or --initialize")
 TRAINED_FEATURES = Need(lambda args: not args.linear_probe, "--linear_probe true")
+NO_SCALE = Need(lambda args: args.head_init_scale == 1, "--head_init_scale {head_init_scale}")
 MODEL_EMA = Need(lambda args: args.model_ema, "--model_ema false")
 DISTILLATION = Need(lambda args: args.distillation != "none", "--distillation none")
 WEIGHT_DECAY = Need(lambda args: args.weight_decay != 0, "--weight_decay 0")
@@ -146,6 +147,9 @@ TABLE = {  # the rows, by their group in --help
         Option("layer_scale_init_value", float, 1e-6, "LayerScale of ConvNeXt at random init"),
         Option("head_init_scale", float, 1.0, "factor on the classifier's first weights", needs=(TRAINED_FEATURES,)),
         Option("init", str, "timm", "random initialisation", choices=SCHEMES, needs=(FIRST_WEIGHTS,)),
+        Option("classifier_init", str, "random",
+               "first weights of the classifier; ridge: regression from the features of the training images",
+               choices=("random", "ridge"), needs=(TRAINING, TRAINED_FEATURES, NO_SCALE)),
         Option("initialize", str, None, "weight_selection.py's file, or the directory it is in", metavar="PATH"),
         Option("finetune", str, None, "weights of a trained model of this architecture", metavar="PATH"),
         Option("model_key", str, "model|module", "keys of the weights in the --finetune or --initialize file, by |",
