@@ -7,6 +7,11 @@ torchrun --nproc_per_node=8 main.py ...
 
 import os
 
+from distributed.parent import end_with_launcher
+
+if __name__ == "__main__":
+    end_with_launcher(os.environ)  # before the other imports: the launcher may end while they last
+
 from datasets import find_data
 from distributed.program import find_launch, run_program
 from training.options import check_weights, parse_args, parse_args_with, share_batch

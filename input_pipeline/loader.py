@@ -4,6 +4,7 @@ A sampler chooses the images of this process. A worker reads them, replaces thos
 pipeline of ``placement``. The order of the images depends only on seed, epoch and total batch size.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from distributed.parent import end_with_parent
 from distributed.stop_coordinator import SIGNALS, StopCoordinator
 from input_pipeline.cache import CachedDataset
 from input_pipeline.placement import Batch, TransformInWorkers, TransformOnDevice, TransformOneByOne
@@ -117,11 +119,12 @@ class TrainDataset(EvalDataset):
 
 
 def _obey_only_the_parent(worker):
-    """Let a loader worker end only at a signal from its parent.
+    """Let a loader worker end only with its parent, or at a signal from it.
 
     Launchers, schedulers and Ctrl-C send their signals to every process, but the parent needs batches until it stops.
     """
-    parent = os.getppid()
+    parent = multiprocessing.parent_process().pid
+    end_with_parent(parent)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def wait():

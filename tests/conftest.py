@@ -1,26 +1,24 @@
-"""Shared by several test files: small real data, the options of a run that takes a second, a program as a call."""
+"""Shared by several test files: small real data, the options of a run that takes a second, a program as a call.
+
+The process of pytest-xdist that only hands out the tests reads this file too, so it imports torch inside its functions.
+"""
 
 import functools
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when timm is imported; a test that needs the network fails at once
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import settings
 from PIL import Image
 
 import main
-import training.run
-from helpers import TEST_IMAGES, TRAIN_IMAGES
 from weight_selection.errors import InputError
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("repeatable")
-
-# The models of the tests are so small that threads cost more than they bring; on a busy machine, twenty times more.
-torch.set_num_threads(1)
 
 # Class folders, each around one colour: learnt in a few epochs, but not in the first. Test images are an odd number,
 # so that two processes cannot share them evenly.
@@ -43,6 +41,16 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes seconds; left out by --quick")
     config.left_out = 0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """The test files import the libraries. The garbage collector need not look through their half million objects."""
+    gc.disable()
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
 
 
 def pytest_collection_modifyitems(config, items):
@@ -70,9 +78,19 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"--quick left out {config.left_out} tests; all must pass: bash scripts/test.sh")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The tests' models are so small that threads cost more than they bring; on a busy machine, twenty times more."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
     """Directory of train/CLASS/IMAGE.png (48 images) and val/CLASS/IMAGE.png (13), three classes. Copy it to change."""
+    from helpers import TEST_IMAGES, TRAIN_IMAGES
+
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for part, images in (("train", TRAIN_IMAGES), ("val", TEST_IMAGES)):
@@ -109,6 +127,7 @@ class Interrupted(Exception):
 @pytest.fixture
 def interrupted(train, monkeypatch):
     """Run main.py with further options until it would begin ``epoch``."""
+    import training.run
 
     def run(epoch, *options):
         train_one_epoch = training.run.train_one_epoch
