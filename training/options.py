@@ -330,9 +330,9 @@ def read_config(path: str) -> list[str]:
     return [word for key, words in recipe.items() for word in (f"--{key}", *words)]
 
 
-def _print_if_first(line):
+def _print_if_first(line, file=None):
     if find_launch(os.environ).rank == 0:
-        print(line, file=sys.stderr)
+        print(line, file=file or sys.stderr)
 
 
 def default_options() -> Options:
@@ -374,15 +374,16 @@ def parse_args_with(found: list, argv=None) -> Options:
                 words = _in_words(name, recorded[name])
                 raise InputError(f"{_in_words(name, given[name])}: {origin} is of {words}; leave --{name} out")
         elif "model" in given:  # the weights may still fit; nothing else that their checkpoint says is about this model
-            return parse_args_with([other for other in found if other[1] != origin], argv)
+            return parse_args_with([other for other in found if other[0] is not recorded], argv)
         taken = {
             name: value for name, value in recorded.items() if name not in given and value != OPTIONS[name].default
         }
-        _print_if_first(f"{origin} says: {' '.join(_in_words(name, value) for name, value in taken.items())}")
+        words = [_in_words(name, value) for name, value in taken.items()]
+        _print_if_first(f"{origin} says: {' '.join(words)}", sys.stdout)
         for name, value in given.items():
             if not name.endswith("path"):
                 words = _in_words(name, recorded[name])
-                _print_if_first(f"{_in_words(name, value)}: {origin} was trained with {words}")
+                _print_if_first(f"{_in_words(name, value)}: {origin} was trained with {words}", sys.stdout)
     return args
 
 
