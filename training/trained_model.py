@@ -77,8 +77,9 @@ def _read_recorded(option, path, wanted):
 def _recorded(args, origin, names):
     recorded = {name: args[name] for name in names if args.get(name) is not None}
     for name, value in recorded.items():
-        kind = OPTIONS[name].type
-        if type(value) is not kind and not (kind is float and type(value) is int):
+        kind, choices = OPTIONS[name].type, OPTIONS[name].choices
+        typed = type(value) is kind or (kind is float and type(value) is int)
+        if not typed or (choices and value not in choices):
             raise InputError(f"{origin}: not a checkpoint of main.py: its --{name} is {value!r:.80}")
     return recorded
 
@@ -111,6 +112,8 @@ class TrainedModel:
     Attributes:
         path: of the checkpoint.
         options: those that say what the model is; the others have their defaults.
+        args: all options that it was trained with.
+        ema: its weights are the moving average.
         class_names: in the order of the labels; numbers in a checkpoint that does not name them.
         model: on the CPU, in evaluation mode.
         epoch: after which the checkpoint was written, counted from 0; -1 within the first.
@@ -119,6 +122,8 @@ class TrainedModel:
 
     path: Path
     options: Options
+    args: dict
+    ema: bool
     class_names: list[str]
     model: nn.Module
     epoch: int
@@ -165,6 +170,7 @@ def open_trained(path: str | Path, option: str, ema: bool = False) -> TrainedMod
     if Path(path).is_dir() and not (file.parent / RESULTS).is_file():
         print(f"{path}: has not finished; takes {file.name}, of epoch {content.get('epoch')}", file=sys.stderr)
     metrics = content.get("last-ema" if ema else "last")
-    if not (isinstance(metrics, dict) and metrics.get("epoch") == content.get("epoch")):
+    if not isinstance(metrics, dict) or metrics.get("epoch") != content.get("epoch") or content.get("partial"):
         metrics = None  # of weights before these
-    return TrainedModel(file, options, names, model.eval(), content.get("epoch", -1), metrics)
+    epoch = content.get("epoch", -1)
+    return TrainedModel(file, options, content["args"], ema, names, model.eval(), epoch, metrics)
