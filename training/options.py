@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from datasets import DATA_SETS
 from distributed.program import find_launch
 from models import SCHEMES
-from weight_selection.arguments import Kwargs, Parser, boolean, check_kwargs
+from weight_selection.arguments import Kwargs, Parser, boolean, check_kwargs, one_of
 from weight_selection.errors import InputError
 from weight_selection.files import check_no_file
 from weight_selection.sources.directories import files_of
@@ -75,7 +75,7 @@ class Option:
     """
 
     name: str  # without dashes
-    type: type  # of its value; on the command line, bool is written true or false, and dict is written NAME=VALUE ...
+    type: type  # of its value; on the command line, dict is written NAME=VALUE ..., and bool true, false or not at all
     default: object  # where neither the command line nor --config gives a value; None: the program decides
     help: str  # a line for --help
     aliases: tuple[str, ...] = ()  # other ways to write it, with dashes
@@ -108,6 +108,7 @@ TRAINING = Need(lambda args: not args.eval, "--eval true")
 FIRST_WEIGHTS = Need(lambda args: args.eval or not (args.finetune or args.resume), "--finetune or --resume")
 WEIGHT_FILE = Need(lambda args: args.finetune or args.initialize, "no --finetune or --initialize")
 TRAINED_FEATURES = Need(lambda args: not args.linear_probe, "--linear_probe true")
+NO_SCALE = Need(lambda args: args.head_init_scale == 1, "--head_init_scale {head_init_scale}")
 MODEL_EMA = Need(lambda args: args.model_ema, "--model_ema false")
 DISTILLATION = Need(lambda args: args.distillation != "none", "--distillation none")
 WEIGHT_DECAY = Need(lambda args: args.weight_decay != 0, "--weight_decay 0")
@@ -146,6 +147,9 @@ TABLE = {  # the rows, by their group in --help
         Option("layer_scale_init_value", float, 1e-6, "LayerScale of ConvNeXt at random init"),
         Option("head_init_scale", float, 1.0, "factor on the classifier's first weights", needs=(TRAINED_FEATURES,)),
         Option("init", str, "timm", "random initialisation", choices=SCHEMES, needs=(FIRST_WEIGHTS,)),
+        Option("classifier_init", str, "random",
+               "first weights of the classifier; ridge: regression from the features of the training images",
+               choices=("random", "ridge"), needs=(TRAINING, TRAINED_FEATURES, NO_SCALE)),
         Option("initialize", str, None, "weight_selection.py's file, or the directory it is in", metavar="PATH"),
         Option("finetune", str, None, "weights of a trained model of this architecture", metavar="PATH"),
         Option("model_key", str, "model|module", "keys of the weights in the --finetune or --initialize file, by |",
@@ -162,7 +166,8 @@ TABLE = {  # the rows, by their group in --help
                choices=("none", "logit", "feature")),
         Option("distillation_alpha", float, 1.0, "weight of the distillation loss", metavar="A", ranges=FROM_0,
                needs=(DISTILLATION,)),
-        Option("teacher", str, None, "as --model: a name that has weights", metavar="NAME", needs=(DISTILLATION,)),
+        Option("teacher", str, None, "as --model: a name that has weights; --teacher_path of main.py says its own",
+               metavar="NAME", needs=(DISTILLATION,)),
         Option("teacher_path", str, None, "the teacher's weights on disk; from the hub when not given", metavar="PATH",
                needs=(DISTILLATION,)),
         Option("teacher_kwargs", dict, {}, "arguments of the teacher, such as embed_dim=384", needs=(DISTILLATION,),
@@ -182,8 +187,9 @@ TABLE = {  # the rows, by their group in --help
         Option("layer_decay", float, 1.0, "factor on the learning rate per layer below the top", ranges=ABOVE_0_UP_TO_1,
                needs=(TRAINED_FEATURES,)),
         Option("min_lr", float, 1e-6, "learning rate the cosine ends at", ranges=FROM_0),
-        Option("warmup_epochs", int, 50, "epochs in which the learning rate rises from 0 to its peak", ranges=FROM_0,
-               needs=(EPOCHS_OF_WARMUP,)),
+        Option("warmup_epochs", int, None,
+               "epochs in which the learning rate rises from 0 to its peak; a sixth, and at most 50, when not given",
+               ranges=FROM_0, needs=(EPOCHS_OF_WARMUP,)),
         Option("warmup_steps", int, -1, "warm-up in steps instead, when not negative"),
     ),
     "augmentation": (
@@ -290,8 +296,10 @@ def get_args_parser() -> Parser:
     for title, rows in TABLE.items():
         group = parser if title is None else parser.add_argument_group(title)
         for option in rows:
-            form = {"choices": option.choices, "nargs": option.nargs, "metavar": option.metavar}
-            form |= {"type": boolean if option.type is bool else option.type}
+            form = {"type": option.type, "nargs": option.nargs, "metavar": option.metavar}
+            form |= one_of(option.choices) if option.choices else {}
+            if option.type is bool:
+                form |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
             if option.type is dict:
                 form = {"action": Kwargs, "nargs": "*", "metavar": "K=V"}
             flags = (f"--{option.name}", *option.aliases)
@@ -322,9 +330,9 @@ def read_config(path: str) -> list[str]:
     return [word for key, words in recipe.items() for word in (f"--{key}", *words)]
 
 
-def _print_if_first(line):
+def _print_if_first(line, file=None):
     if find_launch(os.environ).rank == 0:
-        print(line, file=sys.stderr)
+        print(line, file=file or sys.stderr)
 
 
 def default_options() -> Options:
@@ -349,29 +357,33 @@ def parse_args(argv=None, recorded: dict | None = None) -> Options:
     return options
 
 
-def parse_args_with(recorded: dict, origin: str, argv=None) -> Options:
-    """As ``parse_args``, with options that a checkpoint records; prints which ones are its own and which are not.
+def parse_args_with(found: list, argv=None) -> Options:
+    """As ``parse_args``, with options that checkpoints record; prints which ones are theirs and which are not.
 
     Args:
-        recorded: {name: value}, some of ``RECORDED``.
-        origin: the checkpoint, for errors.
+        found: [({option: value}, path of the checkpoint that records them)].
 
     Raises:
         InputError: as ``parse_args``; or in an evaluation, another model is given than the checkpoint's.
     """
-    args = parse_args(argv, recorded)
-    given = {name: value for name, value in args.plain().items() if name in recorded and value != recorded[name]}
-    for name in [name for name in ("model", "model_kwargs") if name in given]:
+    args = parse_args(argv, {name: value for recorded, _ in found for name, value in recorded.items()})
+    for recorded, origin in found:
+        given = {name: value for name, value in args.plain().items() if name in recorded and value != recorded[name]}
         if args.eval:
-            words = _in_words(name, recorded[name])
-            raise InputError(f"{_in_words(name, given[name])}: {origin} is of {words}; leave --{name} out")
-        if name == "model":  # its weights may still fit; nothing else that it says is about this model
-            return parse_args(argv)
-    taken = {name: value for name, value in recorded.items() if name not in given and value != OPTIONS[name].default}
-    _print_if_first(f"{origin} says: {' '.join(_in_words(name, value) for name, value in taken.items())}")
-    for name, value in given.items():
-        if not name.endswith("path"):
-            _print_if_first(f"{_in_words(name, value)}: {origin} was trained with {_in_words(name, recorded[name])}")
+            for name in [name for name in ("model", "model_kwargs") if name in given]:
+                words = _in_words(name, recorded[name])
+                raise InputError(f"{_in_words(name, given[name])}: {origin} is of {words}; leave --{name} out")
+        elif "model" in given:  # the weights may still fit; nothing else that their checkpoint says is about this model
+            return parse_args_with([other for other in found if other[0] is not recorded], argv)
+        taken = {
+            name: value for name, value in recorded.items() if name not in given and value != OPTIONS[name].default
+        }
+        words = [_in_words(name, value) for name, value in taken.items()]
+        _print_if_first(f"{origin} says: {' '.join(words)}", sys.stdout)
+        for name, value in given.items():
+            if not name.endswith("path"):
+                words = _in_words(name, recorded[name])
+                _print_if_first(f"{_in_words(name, value)}: {origin} was trained with {words}", sys.stdout)
     return args
 
 
@@ -418,7 +430,7 @@ def check_options(args: Options, given: set) -> None:
 
 def check_together(args: Options) -> None:
     """Refuse options that contradict each other, or that lack another one."""
-    if args.warmup_steps < 0 and args.warmup_epochs > args.epochs:
+    if args.warmup_steps < 0 and (args.warmup_epochs or 0) > args.epochs:
         raise InputError(f"--warmup_epochs {args.warmup_epochs}: longer than --epochs {args.epochs}; lower it")
     if args.start_epoch >= args.epochs:
         raise InputError(f"--start_epoch {args.start_epoch}: must be less than --epochs {args.epochs}")
@@ -426,7 +438,7 @@ def check_together(args: Options) -> None:
         raise InputError(f"--initialize {args.initialize}: give it or --finetune, not both")
     if args.eval and not (args.resume or args.initialize or args.finetune):
         raise InputError("--eval true: name the weights to evaluate with --resume, --initialize or --finetune")
-    if args.distillation != "none" and args.teacher is None:
+    if args.distillation != "none" and args.teacher is None and args.teacher_path is None:
         raise InputError(f"--distillation {args.distillation}: name the model to learn from with --teacher")
     frozen = "features are frozen under --linear_probe true"
     if args.linear_probe and args.drop_path > 0:
@@ -457,6 +469,11 @@ def check_weights(args: Options) -> None:
     for name in ("output_dir", "log_dir"):
         if getattr(args, name):
             check_no_file(getattr(args, name), f"--{name}")
+
+
+def complete_warmup(args: Options) -> Options:
+    """Options with a number of warm-up epochs: if none is given a sixth of all, as 50 of the paper's 300 (Table 13)."""
+    return args if args.warmup_epochs is not None else args.replace(warmup_epochs=min(50, args.epochs // 6))
 
 
 def share_batch(args: Options, world_size: int) -> Options:

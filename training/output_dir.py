@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distributed.process_group import main_only
 from distributed.program import RunError
-from training.checkpoint import find, numbered, position
+from training.checkpoint import numbered, position, read
 from training.metric_log import WANDB_RUN, read_log
 from training.options import MAY_CHANGE_ON_RESUME, Options, default_options
 from utils import print_main
@@ -35,7 +35,7 @@ def reserve(options: Options) -> Iterator[Path | None]:
             on with these options.
     """
     if options.eval or options.output_dir is None:
-        yield find(options.resume, "--resume") if options.resume else None
+        yield Path(options.resume) if options.resume else None
         return
     with contextlib.ExitStack() as stack:
         yield main_only(_lock_and_find_checkpoint, options, Path(options.output_dir), stack)
@@ -184,6 +184,24 @@ def check_same_run(options: Options, other: dict, name: str) -> None:
                 f"--output_dir {options.output_dir}: {name} is of a run with --{key} {theirs}, not {mine[key]}; "
                 f"{way_out}"
             )
+
+
+def keep_warmup(options: Options) -> Options:
+    """Options with the warm-up of the run that goes on: versions before 0.2 took 50 epochs if none was given.
+
+    Raises:
+        InputError: what records the options of that run is damaged.
+    """
+    recorded = main_only(_recorded_options, options).get("warmup_epochs")
+    return options.replace(warmup_epochs=recorded) if type(recorded) is int else options
+
+
+def _recorded_options(options):
+    """The options of the run that goes on, from ``--output_dir`` or else from ``--resume``; {} for a new run."""
+    path = Path(options.output_dir or "") / "args.json"
+    if options.output_dir and path.exists() and (not options.overwrite or _restarted_by_its_launcher()):
+        return _read_options(path)
+    return read(Path(options.resume), f"--resume {options.resume}")["args"] if options.resume else {}
 
 
 def _longer(options, epochs):

@@ -24,8 +24,9 @@ from models.distillation import Loss, Teacher, WithProjector
 from models.initialization import initialize, make_linear_probe
 from optim_factory import cosine_schedule, create_optimizer
 from training.checkpoint import find, numbered
-from training.options import OPTIONS, Options, default_options, mixes
+from training.options import OPTIONS, Options, complete_warmup, default_options, mixes
 from utils import print_main, seed_everything
+from weight_selection.commands import student_words
 from weight_selection.errors import InputError, printable
 from weight_selection.sources.architectures import CONVNEXT, declared_architecture
 from weight_selection.sources.directories import files_of
@@ -35,7 +36,7 @@ from weight_selection.sources.weight_files import NESTED
 
 
 def complete_options(options: Options, local_rank: int) -> Options:
-    """Fill in what depends on the machine (device, loader workers, dtype) and the files that paths mean.
+    """Fill in the warm-up, what depends on the machine (device, loader workers, dtype), and the files that paths mean.
 
     Raises:
         InputError: the machine has no such device or arithmetic, or a directory has no weights that fit.
@@ -59,8 +60,10 @@ def complete_options(options: Options, local_rank: int) -> Options:
     initial_weights = initial_weights and str(Path(initial_weights))
     if initial_weights and Path(initial_weights).is_dir():  # the model says which file in it is meant
         model = create_model(options.model, input_size=options.input_size, device="meta", **options.model_kwargs)
-        initial_weights = str(find_weights(initial_weights, model, "--initialize"))
-    return options.replace(device=device, num_workers=workers, amp_dtype=amp_dtype, initialize=initial_weights, **named)
+        initial_weights = str(find_weights(initial_weights, model, "--initialize", _as_student(options, model)))
+    return complete_warmup(options).replace(
+        device=device, num_workers=workers, amp_dtype=amp_dtype, initialize=initial_weights, **named
+    )
 
 
 def only_file(path: str | None, option: str) -> str | None:
@@ -187,7 +190,7 @@ def build_model(options: Options, classes: int) -> nn.Module:
                 parameter.mul_(options.head_init_scale)
     if options.initialize:
         keys = NESTED if options.model_key == OPTIONS["model_key"].default else options.model_key.split("|")
-        kept = load_initial(model, options.initialize, "--initialize", keys)
+        kept = load_initial(model, options.initialize, "--initialize", keys, _as_student(options, model))
         print_main(f"initialised from {options.initialize}; random: {', '.join(kept) or 'nothing'}")
     elif options.finetune:
         kept = load_finetune(model, options.finetune, "--finetune", options.model_key.split("|"))
@@ -195,6 +198,12 @@ def build_model(options: Options, classes: int) -> nn.Module:
     if options.linear_probe:
         make_linear_probe(model, options.model)
     return model
+
+
+def _as_student(options, model):
+    """The model that the options name, as options of weight_selection.py."""
+    size = {"img_size": options.input_size} if model.pretrained_cfg.get("fixed_input_size") else {}
+    return student_words(options.model, options.model_kwargs | size)
 
 
 def build_train_state(

@@ -41,28 +41,37 @@ def describe_model(options: Options, class_names: list[str]) -> dict:
     }
 
 
-def find_recorded(options: Options) -> tuple[dict, str] | None:
-    """What the checkpoint that options name as weights records: ({option: value}, the checkpoint for errors).
+def find_recorded(options: Options) -> list:
+    """What the checkpoints of main.py that options name as weights record: [({option: value}, path)].
 
     An evaluation takes all that says what the model is and what it was tested on. Training that starts from the weights
-    takes what fits them. None if options name no checkpoint of main.py.
+    takes what fits them; a teacher that is not named is the model of its checkpoint.
 
     Raises:
-        InputError: the file cannot be read, or a value is not of its option's type.
+        InputError: a file cannot be read, a value is not of its option's type, or nothing says what the teacher is.
     """
-    if options.resume and not options.eval:
-        return None  # the run itself, whose options must be given anew
-    named = {name: getattr(options, name) for name in ("resume", "initialize", "finetune") if getattr(options, name)}
-    if not named:
-        return None
-    option, path = next(iter(named.items()))
-    if option == "resume" or (Path(path) / checkpoint.BEST).is_file():
+    found = []
+    names = ["resume"] * options.eval + ["initialize", "finetune"]  # in training --resume names the run itself
+    if option := next((name for name in names if getattr(options, name)), None):
+        wanted = RECORDED if options.eval else RECORDED_MODEL
+        recorded, path = _read_recorded(option, getattr(options, option), wanted)
+        found += [(recorded, path)] if recorded else []
+    if options.teacher_path and options.teacher is None and not options.eval:
+        recorded, path = _read_recorded("teacher_path", options.teacher_path, ("model", "model_kwargs"))
+        if not recorded:
+            raise InputError(f"--teacher_path {path}: does not say what model its weights are of; give --teacher too")
+        found.append(({"teacher": recorded["model"], "teacher_kwargs": recorded["model_kwargs"]}, path))
+    return found
+
+
+def _read_recorded(option, path, wanted):
+    """The options that a checkpoint records, none for weights from elsewhere; and the path of the file."""
+    path = Path(path)
+    if option == "resume" or (path / checkpoint.BEST).is_file():
         path = checkpoint.find(path, f"--{option}")
-    if not Path(path).is_file():  # a directory of weight_selection.py
-        return None
-    args = training_options(path, f"--{option}")
-    recorded = _recorded(args, f"--{option} {path}", RECORDED if options.eval else RECORDED_MODEL)
-    return (recorded, str(path)) if recorded else None
+    if not path.is_file():  # a directory of weight_selection.py
+        return {}, str(path)
+    return _recorded(training_options(path, f"--{option}"), f"--{option} {path}", wanted), str(path)
 
 
 def _recorded(args, origin, names):

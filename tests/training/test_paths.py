@@ -106,7 +106,7 @@ def test_refused_command_leaves_no_directory_and_the_corrected_one_is_not_refuse
 
 def test_refused_selection_leaves_no_directory(tmp_path, cli):
     (tmp_path / "teacher.pth").write_text("none")
-    command = [*"--pretrained_model vit_tiny --width 1/3 --teacher_kwargs depth=1 --pretrained_path".split()]
+    command = ["--pretrained_model", "vit_tiny", "--width", "1/3", "--teacher_kwargs", "depth=1", "--pretrained_path"]
     message = cli(select_main, *command, tmp_path / "teacher.pth", "--output_dir", tmp_path / "a" / "b")
     assert message.startswith(f"--pretrained_path {tmp_path}/teacher.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["teacher.pth"]
