@@ -31,7 +31,7 @@ def main(argv=None) -> None:
     from training.trained_model import find_recorded
 
     if found := find_recorded(args):
-        args = parse_args_with(*found, argv)
+        args = parse_args_with(found, argv)
         check_weights(args)
     args = find_data(args, lambda line: launch.rank or print(line))
     run(share_batch(args, launch.world_size), launch)

@@ -211,6 +211,19 @@ def train_loader(dataset, pipeline, sampler: TrainBatchSampler, args, device, ba
     return DeviceLoader(workers, pipeline, sampler, sampler.batch_size, bad_images, device)
 
 
+def plain_train_loader(dataset, pipeline, sampler: EvalSampler, args, device, bad_images: BadImages) -> DeviceLoader:
+    """The loader of this process's share of the training images in their order, brought to the model like test images.
+
+    ``pipeline`` is from ``build_pipeline`` for the test, and is not shared with another loader. The other arguments are
+    those of ``train_loader``.
+    """
+    batch_size = args.eval_batch_size or int(1.5 * args.batch_size)
+    items = TrainDataset(dataset, pipeline, args.seed, args.skip_bad_images)
+    first_epoch = [(index, 0) for index in sampler]
+    workers = _workers(items, args, device, sampler=first_epoch, batch_size=batch_size, generator=torch.Generator())
+    return DeviceLoader(workers, pipeline, sampler, batch_size, bad_images, device)
+
+
 def eval_loader(dataset, pipeline, sampler: EvalSampler, args, device, bad_images: BadTestImages) -> DeviceLoader:
     """The loader of this process's share of the test images; arguments as for ``train_loader``."""
     batch_size = args.eval_batch_size or int(1.5 * args.batch_size)

@@ -43,9 +43,12 @@ NEW_OPTIONS = (
     "dtype",
     "fused_qkv",
     "baseline",
+    "classifier_init",
 )  # of weight_selection.py, the last of plot_curves.py; since 3bea770
 NEW_KEYS = {  # since 3bea770
     "first_weights",  # of results.json
+    "class_names",
+    "description",  # of a checkpoint
     "train_class_acc",  # of log.txt
     "train_min_lr",
     "class_acc",  # of the sums of an epoch in a checkpoint

@@ -1,7 +1,6 @@
-"""Processes that train together, started in milliseconds: a server that has imported everything forks them."""
+"""Processes that train together, started in milliseconds: forks of this one, which has imported everything."""
 
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import resource
 import socket
@@ -15,9 +14,7 @@ import main
 from distributed.program import run_program
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "GROUP_", "TORCHELASTIC_")
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["training.run"])
-ROOT = Path(main.__file__).parent
+FORK = multiprocessing.get_context("fork")
 
 
 def environment(**more):
@@ -73,16 +70,8 @@ def start_launcher(number, words, directory, restarts=100) -> Together:
 
 def start(target, environs, directory, *args) -> Together:
     """Start ``target(*args)`` in one process for each environment, working in a directory."""
-    before = Path.cwd()
-    os.chdir(
-        ROOT
-    )  # from elsewhere, the server could not import what it is to have ready, and would silently go without
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        os.chdir(before)
     processes = [
-        SERVER.Process(target=_enter, args=(target, str(directory), rank, environ, *args))
+        FORK.Process(target=_enter, args=(target, str(directory), rank, environ, *args))
         for rank, environ in enumerate(environs)
     ]
     for process in processes:
@@ -94,9 +83,10 @@ def _enter(target, directory, rank, environ, *args):
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environ)
-    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+    for number, name in ((1, "out"), (2, "err")):
         handle = os.open(f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(handle, stream.fileno())
+        os.dup2(handle, number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # and not pytest's
     multiprocessing.current_process()._config["daemon"] = False  # it has children of its own: loader workers
     torch.set_num_threads(1)
     target(*args)

@@ -4,13 +4,14 @@ A student hidden in a larger teacher: the teacher computes what the student does
 """
 
 import copy
+from functools import cache
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn as nn
 
-from architectures import lively, reads
+from architectures import lively, models, reads
 from helpers import assert_same
 from weight_selection import plan as plan_module
 from weight_selection.apply import apply_plan
@@ -26,6 +27,12 @@ def structures(teacher, student, inputs=None, student_inputs=None):
     """What plans need to know of both; ``inputs`` as of ``select_weights``."""
     theirs = _structure(teacher, "teacher", inputs)
     return theirs, _structure(student, "student", inputs if student_inputs is None else student_inputs)
+
+
+@cache
+def structures_of_pair(name):
+    """Of a pair of ``architectures.MODELS``, traced once for all test files."""
+    return structures(*models(name))
 
 
 def _structure(model, name, inputs):

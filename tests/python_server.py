@@ -1,28 +1,25 @@
 """A Python that starts in milliseconds, for scripts that call Python many times.
 
 ``make_python`` writes an executable that stands in for the interpreter. It hands its arguments, environment, directory
-and standard streams to a server, which has imported the libraries; the server forks a process, which runs the script
-as ``python SCRIPT`` does. Each process imports the repository's own modules for itself.
+and standard streams to a server, a fork of this process, which has imported everything; the server forks a process,
+which runs what ``python SCRIPT``, ``python -m MODULE`` or ``python -c PROGRAM`` would run.
 """
 
 import contextlib
-import importlib
 import json
 import os
 import runpy
-import selectors
+import signal
 import socket
-import subprocess
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
-LIBRARIES = ("timm", "torchvision", "matplotlib.pyplot", "scipy")  # and what these import, such as torch
+import torch
 
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
-if sys.argv[1].startswith("-"):
-    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     call = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)])
@@ -40,57 +37,54 @@ def make_python(directory: Path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(address))
         listener.listen()
-        command = [sys.executable, __file__, str(listener.fileno())]
-        server = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
-    with server:  # it ends with its standard input
+        server = os.fork()
+        if server == 0:
+            serve(listener)
+    try:
         yield python
+    finally:
+        os.kill(server, signal.SIGKILL)
+        os.waitpid(server, 0)
 
 
-def serve(listener: socket.socket) -> None:
-    """Answer calls until standard input ends."""
-    for library in LIBRARIES:
-        importlib.import_module(library)
-    with selectors.DefaultSelector() as selector:
-        selector.register(sys.stdin, selectors.EVENT_READ)
-        selector.register(listener, selectors.EVENT_READ)
-        while all(key.fileobj is listener for key, _ in selector.select()):
-            client, _ = listener.accept()
-            if os.fork() == 0:
-                answer(client)
-            client.close()
-            with contextlib.suppress(ChildProcessError):  # those that have answered
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
+def serve(listener: socket.socket) -> NoReturn:
+    """Answer calls until the process is killed."""
+    while True:
+        client, _ = listener.accept()
+        if os.fork() == 0:
+            answer(client)
+        client.close()
+        with contextlib.suppress(ChildProcessError):  # those that have answered
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
 
-def answer(client: socket.socket) -> None:
-    """Run the script that a client asks for in a process of its own, and send the client its exit status."""
+def answer(client: socket.socket) -> NoReturn:
+    """Run what a client asks for in a process of its own, and send the client its exit status."""
     call, streams, _, _ = socket.recv_fds(client, 1 << 16, 3)
     while not call.endswith(b"\n"):
         call += client.recv(1 << 16)
     process = os.fork()
     if process == 0:
-        run_script(*json.loads(call), streams)
+        run(*json.loads(call), streams)
     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     client.sendall(f"{status if status >= 0 else 128 - status}\n".encode())
     os._exit(0)
 
 
-def run_script(words: list, directory: str, environ: dict, streams: list) -> None:
+def run(words: list, directory: str, environ: dict, streams: list) -> NoReturn:
     """Become ``python *words``, started there with this environment and these standard streams."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # and not pytest's
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environ)
-    sys.argv = words
-    sys.path[0] = str(Path(words[0]).resolve().parent)
-    if "OMP_NUM_THREADS" in environ:
-        sys.modules["torch"].set_num_threads(int(environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(int(environ.get("OMP_NUM_THREADS", 1)))
     status = 0
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        run_as_python_does(words)
     except SystemExit as end:
         status = end.code or 0
     except BaseException:
@@ -101,6 +95,19 @@ def run_script(words: list, directory: str, environ: dict, streams: list) -> Non
     os._exit(status)
 
 
-if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
-    os._exit(0)  # to unload the libraries would take a second
+def run_as_python_does(words: list) -> None:
+    """Run what the words of a command line name: a script, ``-m`` a module, or ``-c`` a program."""
+    if words[0] == "-u":  # write at once: output is written line by line anyway
+        words = words[1:]
+    if words[0] not in ("-c", "-m"):
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        runpy.run_path(words[0], run_name="__main__")
+        return
+    option, what, *rest = words
+    sys.argv = [option, *rest]
+    sys.path.insert(0, str(Path.cwd()))
+    if option == "-c":
+        exec(what, {"__name__": "__main__"})
+    else:
+        runpy.run_module(what, run_name="__main__", alter_sys=True)

@@ -17,7 +17,6 @@ from sklearn.metrics import confusion_matrix
 
 from distributed.process_group import main_only
 from engine import TrainState
-from training.checkpoint import find
 from training.options import Options
 from training.setup import RunData
 from utils import print_main
@@ -41,7 +40,6 @@ class EvalReport:
         self.options, self.data, self.state = options, data, state
         self.directory, self.batches = Path(options.output_dir), []
         self.image_files = [str(path) for path, _ in getattr(data.test_set, "samples", ())]  # none: not in files
-        self.weights = find(options.resume, "--resume") if options.resume else options.initialize or options.finetune
         main_only(self._check)
 
     def _check(self):
@@ -101,7 +99,7 @@ class EvalReport:
         pairs = sorted(zip(*wrong.nonzero(), strict=True), key=lambda pair: -wrong[pair])[:CONFUSIONS]
         return {
             "model": options.model,
-            "weights": str(self.weights),
+            "weights": options.resume or options.initialize or options.finetune,
             "data_set": options.data_set,
             **metrics,
             "classes": {
@@ -139,7 +137,7 @@ class EvalReport:
             return None
         names, columns = self.data.class_names, min(6, len(worst))
         lines = -(-len(worst) // columns)
-        figure = Figure(figsize=(2 * columns, 2.6 * lines), layout="constrained")
+        figure = Figure(figsize=(2 * columns, 2.35 * lines), layout="constrained")
         for panel in (panels := figure.subplots(lines, columns, squeeze=False).ravel()):
             panel.axis("off")
         for panel, number in zip(panels, worst, strict=False):

@@ -108,6 +108,7 @@ TRAINING = Need(lambda args: not args.eval, "--eval true")
 FIRST_WEIGHTS = Need(lambda args: args.eval or not (args.finetune or args.resume), "--finetune or --resume")
 WEIGHT_FILE = Need(lambda args: args.finetune or args.initialize, "no --finetune or --initialize")
 TRAINED_FEATURES = Need(lambda args: not args.linear_probe, "--linear_probe true")
+NO_SCALE = Need(lambda args: args.head_init_scale == 1, "--head_init_scale {head_init_scale}")
 MODEL_EMA = Need(lambda args: args.model_ema, "--model_ema false")
 DISTILLATION = Need(lambda args: args.distillation != "none", "--distillation none")
 WEIGHT_DECAY = Need(lambda args: args.weight_decay != 0, "--weight_decay 0")
@@ -146,6 +147,9 @@ TABLE = {  # the rows, by their group in --help
         Option("layer_scale_init_value", float, 1e-6, "LayerScale of ConvNeXt at random init"),
         Option("head_init_scale", float, 1.0, "factor on the classifier's first weights", needs=(TRAINED_FEATURES,)),
         Option("init", str, "timm", "random initialisation", choices=SCHEMES, needs=(FIRST_WEIGHTS,)),
+        Option("classifier_init", str, "random",
+               "first weights of the classifier; ridge: regression from the features of the training images",
+               choices=("random", "ridge"), needs=(TRAINING, TRAINED_FEATURES, NO_SCALE)),
         Option("initialize", str, None, "weight_selection.py's file, or the directory it is in", metavar="PATH"),
         Option("finetune", str, None, "weights of a trained model of this architecture", metavar="PATH"),
         Option("model_key", str, "model|module", "keys of the weights in the --finetune or --initialize file, by |",
@@ -162,7 +166,8 @@ TABLE = {  # the rows, by their group in --help
                choices=("none", "logit", "feature")),
         Option("distillation_alpha", float, 1.0, "weight of the distillation loss", metavar="A", ranges=FROM_0,
                needs=(DISTILLATION,)),
-        Option("teacher", str, None, "as --model: a name that has weights", metavar="NAME", needs=(DISTILLATION,)),
+        Option("teacher", str, None, "as --model: a name that has weights; --teacher_path of main.py says its own",
+               metavar="NAME", needs=(DISTILLATION,)),
         Option("teacher_path", str, None, "the teacher's weights on disk; from the hub when not given", metavar="PATH",
                needs=(DISTILLATION,)),
         Option("teacher_kwargs", dict, {}, "arguments of the teacher, such as embed_dim=384", needs=(DISTILLATION,),
@@ -325,9 +330,9 @@ def read_config(path: str) -> list[str]:
     return [word for key, words in recipe.items() for word in (f"--{key}", *words)]
 
 
-def _print_if_first(line):
+def _print_if_first(line, file=None):
     if find_launch(os.environ).rank == 0:
-        print(line, file=sys.stderr)
+        print(line, file=file or sys.stderr)
 
 
 def default_options() -> Options:
@@ -347,34 +352,44 @@ def parse_args(argv=None, recorded: dict | None = None) -> Options:
     parser = get_args_parser()
     given = _parse_given(parser, argv)
     configured = _parse_given(parser, read_config(given["config"])) if "config" in given else {}
-    options = default_options().replace(**(recorded or {}) | configured | given)
+    options = default_options().replace(**_fitting(recorded or {}, configured | given) | configured | given)
     check_options(options, set(given))
     return options
 
 
-def parse_args_with(recorded: dict, origin: str, argv=None) -> Options:
-    """As ``parse_args``, with options that a checkpoint records; prints which ones are its own and which are not.
+def _fitting(recorded, given):
+    """Recorded options that go with those given: recorded paths are of the recorded data set, and go together."""
+    same = given.get("data_set", recorded.get("data_set")) == recorded.get("data_set") and "data_path" not in given
+    return {name: value for name, value in recorded.items() if same or name not in ("data_path", "eval_data_path")}
+
+
+def parse_args_with(found: list, argv=None) -> Options:
+    """As ``parse_args``, with options that checkpoints record; prints which ones are theirs and which are not.
 
     Args:
-        recorded: {name: value}, some of ``RECORDED``.
-        origin: the checkpoint, for errors.
+        found: [({option: value}, path of the checkpoint that records them)].
 
     Raises:
         InputError: as ``parse_args``; or in an evaluation, another model is given than the checkpoint's.
     """
-    args = parse_args(argv, recorded)
-    given = {name: value for name, value in args.plain().items() if name in recorded and value != recorded[name]}
-    for name in [name for name in ("model", "model_kwargs") if name in given]:
+    args = parse_args(argv, {name: value for recorded, _ in found for name, value in recorded.items()})
+    for recorded, origin in found:
+        given = {name: value for name, value in args.plain().items() if name in recorded and value != recorded[name]}
         if args.eval:
-            words = _in_words(name, recorded[name])
-            raise InputError(f"{_in_words(name, given[name])}: {origin} is of {words}; leave --{name} out")
-        if name == "model":  # its weights may still fit; nothing else that it says is about this model
-            return parse_args(argv)
-    taken = {name: value for name, value in recorded.items() if name not in given and value != OPTIONS[name].default}
-    _print_if_first(f"{origin} says: {' '.join(_in_words(name, value) for name, value in taken.items())}")
-    for name, value in given.items():
-        if not name.endswith("path"):
-            _print_if_first(f"{_in_words(name, value)}: {origin} was trained with {_in_words(name, recorded[name])}")
+            for name in [name for name in ("model", "model_kwargs") if name in given]:
+                words = _in_words(name, recorded[name])
+                raise InputError(f"{_in_words(name, given[name])}: {origin} is of {words}; leave --{name} out")
+        elif "model" in given:  # the weights may still fit; nothing else that their checkpoint says is about this model
+            return parse_args_with([other for other in found if other[0] is not recorded], argv)
+        taken = {
+            name: value for name, value in recorded.items() if name not in given and value != OPTIONS[name].default
+        }
+        words = [_in_words(name, value) for name, value in taken.items()]
+        _print_if_first(f"{origin} says: {' '.join(words)}", sys.stdout)
+        for name, value in given.items():
+            if not name.endswith("path"):
+                words = _in_words(name, recorded[name])
+                _print_if_first(f"{_in_words(name, value)}: {origin} was trained with {words}", sys.stdout)
     return args
 
 
@@ -429,7 +444,7 @@ def check_together(args: Options) -> None:
         raise InputError(f"--initialize {args.initialize}: give it or --finetune, not both")
     if args.eval and not (args.resume or args.initialize or args.finetune):
         raise InputError("--eval true: name the weights to evaluate with --resume, --initialize or --finetune")
-    if args.distillation != "none" and args.teacher is None:
+    if args.distillation != "none" and args.teacher is None and args.teacher_path is None:
         raise InputError(f"--distillation {args.distillation}: name the model to learn from with --teacher")
     frozen = "features are frozen under --linear_probe true"
     if args.linear_probe and args.drop_path > 0:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distributed.process_group import main_only
 from distributed.program import RunError
-from training.checkpoint import find, numbered, position, read
+from training.checkpoint import numbered, position, read
 from training.metric_log import WANDB_RUN, read_log
 from training.options import MAY_CHANGE_ON_RESUME, Options, default_options
 from utils import print_main
@@ -35,7 +35,7 @@ def reserve(options: Options) -> Iterator[Path | None]:
             on with these options.
     """
     if options.eval or options.output_dir is None:
-        yield find(options.resume, "--resume") if options.resume else None
+        yield Path(options.resume) if options.resume else None
         return
     with contextlib.ExitStack() as stack:
         yield main_only(_lock_and_find_checkpoint, options, Path(options.output_dir), stack)

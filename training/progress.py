@@ -32,6 +32,7 @@ class RunProgress:
     last_ema: EvalMetrics | None = None  # the same of the moving average; the checkpoint's keys are last-ema, best-ema
     best_ema: EvalMetrics | None = None
     partial: EpochSums | None = None  # of the steps of the next epoch that are done; None between epochs
+    classifier_init: dict | None = None  # how the first classifier was fitted: ``FittedClassifier.facts``
     bad_images: list[str] = field(default_factory=list)  # messages about the training images that could not be read
 
     @classmethod

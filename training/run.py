@@ -18,6 +18,7 @@ from input_pipeline.loader import BadImages, DeviceLoader
 from models.distillation import build_teacher
 from training import checkpoint, output_dir
 from training.example_images import example_images
+from training.first_classifier import fit_first_classifier
 from training.metric_log import MetricLog, check_wandb
 from training.options import Options
 from training.progress import RunProgress
@@ -68,6 +69,8 @@ def run(options: Options, launch: Launch) -> None:
             if options.cache_images:
                 data.keep_in_memory()
             test_loader = data.test_loader(options, state)
+            if options.classifier_init == "ridge" and not found and not options.eval:
+                progress.classifier_init = fit_first_classifier(options, state, data)
             stop_coordinator.defer_signals = True
             if options.eval:
                 metrics = evaluate_with_ema(options, state, test_loader, report and report.note)
@@ -90,7 +93,7 @@ def open_report(options: Options, data: RunData, state: TrainState) -> "EvalRepo
 
 def resume(options: Options, state: TrainState, path: Path, data: RunData) -> RunProgress:
     """Restore a checkpoint, which must be of the same run unless ``--resume`` names it; returns its progress."""
-    named = options.resume is not None and path in (Path(options.resume), Path(options.resume) / checkpoint.BEST)
+    named = options.resume is not None and path == Path(options.resume)
     origin = f"{'--resume' if named else '--output_dir'} {path}"
     content = checkpoint.read(path, origin)
     if not named:
@@ -122,6 +125,8 @@ def train_and_report(
         facts["first_weights"] = {name: provenance[name] for name in ("teacher", "student", "options")}
     if progress.epoch == options.epochs - 1:
         print_main("all epochs are done; nothing left to train")
+    if progress.classifier_init:
+        facts["classifier_init"] = progress.classifier_init
     bad_images = BadImages(options.skip_bad_images, state.stop_coordinator, progress.bad_images)
     loader = data.train_loader(options, state, bad_images)
     first_step = (progress.epoch + 1) * state.steps_per_epoch + (progress.partial.step if progress.partial else 0)

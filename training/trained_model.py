@@ -41,35 +41,45 @@ def describe_model(options: Options, class_names: list[str]) -> dict:
     }
 
 
-def find_recorded(options: Options) -> tuple[dict, str] | None:
-    """What the checkpoint that options name as weights records: ({option: value}, the checkpoint for errors).
+def find_recorded(options: Options) -> list:
+    """What the checkpoints of main.py that options name as weights record: [({option: value}, path)].
 
     An evaluation takes all that says what the model is and what it was tested on. Training that starts from the weights
-    takes what fits them. None if options name no checkpoint of main.py.
+    takes what fits them; a teacher that is not named is the model of its checkpoint.
 
     Raises:
-        InputError: the file cannot be read, or a value is not of its option's type.
+        InputError: a file cannot be read, a value is not of its option's type, or nothing says what the teacher is.
     """
-    if options.resume and not options.eval:
-        return None  # the run itself, whose options must be given anew
-    named = {name: getattr(options, name) for name in ("resume", "initialize", "finetune") if getattr(options, name)}
-    if not named:
-        return None
-    option, path = next(iter(named.items()))
-    if option == "resume" or (Path(path) / checkpoint.BEST).is_file():
+    found = []
+    names = ["resume"] * options.eval + ["initialize", "finetune"]  # in training --resume names the run itself
+    if option := next((name for name in names if getattr(options, name)), None):
+        wanted = RECORDED if options.eval else RECORDED_MODEL
+        recorded, path = _read_recorded(option, getattr(options, option), wanted)
+        found += [(recorded, path)] if recorded else []
+    if options.teacher_path and options.teacher is None and not options.eval:
+        recorded, path = _read_recorded("teacher_path", options.teacher_path, ("model", "model_kwargs"))
+        if not recorded:
+            raise InputError(f"--teacher_path {path}: does not say what model its weights are of; give --teacher too")
+        found.append(({"teacher": recorded["model"], "teacher_kwargs": recorded["model_kwargs"]}, path))
+    return found
+
+
+def _read_recorded(option, path, wanted):
+    """The options that a checkpoint records, none for weights from elsewhere; and the path of the file."""
+    path = Path(path)
+    if option == "resume" or (path / checkpoint.BEST).is_file():
         path = checkpoint.find(path, f"--{option}")
-    if not Path(path).is_file():  # a directory of weight_selection.py
-        return None
-    args = training_options(path, f"--{option}")
-    recorded = _recorded(args, f"--{option} {path}", RECORDED if options.eval else RECORDED_MODEL)
-    return (recorded, str(path)) if recorded else None
+    if not path.is_file():  # a directory of weight_selection.py
+        return {}, str(path)
+    return _recorded(training_options(path, f"--{option}"), f"--{option} {path}", wanted), str(path)
 
 
 def _recorded(args, origin, names):
     recorded = {name: args[name] for name in names if args.get(name) is not None}
     for name, value in recorded.items():
-        kind = OPTIONS[name].type
-        if type(value) is not kind and not (kind is float and type(value) is int):
+        kind, choices = OPTIONS[name].type, OPTIONS[name].choices
+        typed = type(value) is kind or (kind is float and type(value) is int)
+        if not typed or (choices and value not in choices):
             raise InputError(f"{origin}: not a checkpoint of main.py: its --{name} is {value!r:.80}")
     return recorded
 
@@ -102,6 +112,8 @@ class TrainedModel:
     Attributes:
         path: of the checkpoint.
         options: those that say what the model is; the others have their defaults.
+        args: all options that it was trained with.
+        ema: its weights are the moving average.
         class_names: in the order of the labels; numbers in a checkpoint that does not name them.
         model: on the CPU, in evaluation mode.
         epoch: after which the checkpoint was written, counted from 0; -1 within the first.
@@ -110,6 +122,8 @@ class TrainedModel:
 
     path: Path
     options: Options
+    args: dict
+    ema: bool
     class_names: list[str]
     model: nn.Module
     epoch: int
@@ -156,6 +170,7 @@ def open_trained(path: str | Path, option: str, ema: bool = False) -> TrainedMod
     if Path(path).is_dir() and not (file.parent / RESULTS).is_file():
         print(f"{path}: has not finished; takes {file.name}, of epoch {content.get('epoch')}", file=sys.stderr)
     metrics = content.get("last-ema" if ema else "last")
-    if not (isinstance(metrics, dict) and metrics.get("epoch") == content.get("epoch")):
+    if not isinstance(metrics, dict) or metrics.get("epoch") != content.get("epoch") or content.get("partial"):
         metrics = None  # of weights before these
-    return TrainedModel(file, options, names, model.eval(), content.get("epoch", -1), metrics)
+    epoch = content.get("epoch", -1)
+    return TrainedModel(file, options, content["args"], ema, names, model.eval(), epoch, metrics)

@@ -3,7 +3,6 @@
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from distributed import process_group
 from distributed.program import Launch, find_launch, run_program
 from helpers import TEST_IMAGES, assert_same, read_checkpoint, read_log, read_results
 from processes import environment, run_main, start, start_launcher, start_together
+from python_server import make_python
 from training.options import parse_args
 from weight_selection.errors import InputError
 
@@ -128,9 +128,11 @@ def assert_same_run(ours, theirs, last):
 def test_two_processes_train_as_one_does_with_mixup_and_accumulation(tiny_run, train, tmp_path):
     """Momentum instead of AdamW, which would blow up the rounding of gradients that are nearly zero."""
     options = "--total_batch_size 16 --batch_size 4 --drop_path 0.2 --opt momentum --lr 0.1"
-    command = [sys.executable, "-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2"]
-    command += [ROOT / "main.py", *tiny_run, *options.split(), "--output_dir", tmp_path / "two"]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment())
+    with make_python(tmp_path) as python:
+        command = [python, "-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2"]
+        command += [ROOT / "main.py", *tiny_run, *options.split(), "--output_dir", tmp_path / "two"]
+        shared = environment(PYTHON_EXEC=str(python))  # what the launcher starts the processes with
+        ended = subprocess.run(command, capture_output=True, text=True, env=shared)
     assert ended.returncode == 0, ended.stderr
     train(options, "--output_dir", tmp_path / "one")
     assert_same_run(tmp_path / "two", tmp_path / "one", last=1)

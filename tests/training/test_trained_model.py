@@ -12,7 +12,7 @@ from PIL import Image
 import main
 import predict as predict_script
 from helpers import TEST_IMAGES, read_checkpoint, read_results
-from training.options import parse_args, parse_args_with
+from training.options import OPTIONS, parse_args, parse_args_with
 from training.trained_model import find_recorded, open_trained
 from weight_selection.errors import InputError
 
@@ -70,6 +70,13 @@ def test_an_evaluation_takes_its_options_from_the_checkpoint(run, tmp_path, caps
         line, printed = evaluate(capsys, *named)
         assert line == expected
         assert "--model_kwargs depth=2 embed_dim=32 num_heads=2 patch_size=4 --input_size 16" in printed
+    recorded = {"data_set": "image_folder", "data_path": "a", "eval_data_path": "b", "input_size": 16}
+    words = ["--eval", "true", "--resume", str(run)]
+    args = parse_args_with([(recorded, "checkpoint")], [*words, "--data_path", "c"])
+    assert (args.data_path, args.eval_data_path, args.input_size) == ("c", None, 16), "paths go together"
+    args = parse_args_with([(recorded, "checkpoint")], [*words, "--data_set", "digits"])
+    assert (args.data_path, args.eval_data_path) == (None, None), "they are of the recorded data set"
+    capsys.readouterr()
     _, printed = evaluate(capsys, "--resume", run, "--crop_pct", "0.5")
     assert f"--crop_pct 0.5: {run}/checkpoint-best.pth was trained with --crop_pct 1.0" in printed
 
@@ -87,12 +94,21 @@ def test_an_evaluation_refuses_another_model_or_classes(run, image_folder, tmp_p
 
 def test_training_from_a_checkpoint_takes_what_fits_its_weights(run):
     words = f"--initialize {run}/checkpoint-best.pth --data_set digits".split()
-    recorded, origin = find_recorded(parse_args(words))
-    args = parse_args_with(recorded, origin, words)
+    found = find_recorded(parse_args(words))
+    args = parse_args_with(found, words)
     assert (args.model_kwargs, args.input_size, args.data_set) == (KWARGS, 16, "digits")
     assert args.crop_pct is None  # says nothing about the weights
-    other = parse_args_with(recorded, origin, [*words, "--model", "vit_small"])
+    other = parse_args_with(found, [*words, "--model", "vit_small"])
     assert (other.model, other.model_kwargs, other.input_size) == ("vit_small", {}, 224)
+
+
+def test_a_teacher_that_is_not_named_is_the_model_of_its_checkpoint(run, tmp_path):
+    words = f"--distillation logit --teacher_path {run} --data_set digits".split()
+    args = parse_args_with(find_recorded(parse_args(words)), words)
+    assert (args.teacher, args.teacher_kwargs, args.model) == ("vit_tiny", KWARGS, OPTIONS["model"].default)
+    torch.save({"model": read_checkpoint(run, "best")["model"]}, tmp_path / "bare.pth")
+    with pytest.raises(InputError, match="bare.pth: does not say what model its weights are of; give --teacher too"):
+        find_recorded(parse_args([*words[:-4], "--teacher_path", str(tmp_path / "bare.pth")]))
 
 
 @pytest.mark.parametrize("key, value", [("model", 3), ("input_size", "16"), ("model_kwargs", [1])])

@@ -11,6 +11,7 @@ from timm.layers import StdConv2d
 
 from architectures import MODELS, lively, models, reads
 from helpers import images_for, random
+from proofs import structures_of_pair
 from weight_selection import select_weights
 from weight_selection.apply import apply_plan
 from weight_selection.errors import InputError
@@ -43,16 +44,10 @@ SMALL_IMAGES = {name: 32 for name in MODELS if "img_size" not in MODELS[name][1]
 
 
 @cache
-def structures(name):
-    """Both models of a pair, traced once for all tests."""
-    return [structure_of(model, name) for model in models(name)]
-
-
-@cache
 def large(name):
     """A teacher with random values, traced, and images that it takes."""
     model = lively(models(name)[0])
-    return TracedModel.of(model, structures(name)[0]), images_for(model, 3, SMALL_IMAGES.get(name))
+    return TracedModel.of(model, structures_of_pair(name)[0]), images_for(model, 3, SMALL_IMAGES.get(name))
 
 
 def first_weights(plan, teacher, student, images, method):
@@ -144,7 +139,7 @@ def test_a_teacher_that_uses_only_a_part_of_its_neurons_is_recovered(method, nam
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-12  # a part of the variance of another size
-    whole, small = structures(name)
+    whole, small = structures_of_pair(name)
     plan = plan_selection(whole, small, SelectionOptions(include_head=True))
     teacher.double().eval().load_state_dict(disguised(plan, teacher, whole, student))
     images = images_for(student, 24, SMALL_IMAGES.get(name))
