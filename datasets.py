@@ -1,5 +1,8 @@
 """The data sets: a table, and how each is opened. Imports no torch: main.py checks its options before it loads it."""
 
+import contextlib
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -67,6 +70,11 @@ class DataSet:
     images: tuple[int, int] | None = None  # for training and test in a complete copy; None where they are not checked
     folders: bool = False  # class folders; --eval_data_path may then name the directory of the test images
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The paths below ``--data_path`` by which a copy is recognised: those of class folders, or the first."""
+        return ("train", "val") if self.folders else (self.layout.split()[0],)
+
 
 def _torchvision(name):
     import torchvision.datasets
@@ -102,7 +110,7 @@ def _listed(name, files, *train_splits):
         parts = [cls(root, split=split, download=download) for split in (train_splits if train else ("test",))]
         samples = [sample for part in parts for sample in zip(getattr(part, files), part._labels, strict=True)]
         _check_files([file for file, _ in samples])
-        return ImageFiles(samples, transform)
+        return ImageFiles(samples, transform, getattr(parts[0], "classes", None))
 
     return build
 
@@ -117,9 +125,10 @@ def _check_files(files):
 
 def _eurosat(root, train, transform, download):
     """EuroSAT has no official split. Here the images whose number (10 in Forest_10.jpg) is divisible by 5 test."""
-    samples = _torchvision("EuroSAT")(root, download=download).samples
-    in_test = [int(Path(file).stem.rpartition("_")[2]) % 5 == 0 for file, _ in samples]
-    return ImageFiles([sample for sample, test in zip(samples, in_test, strict=True) if test != train], transform)
+    whole = _torchvision("EuroSAT")(root, download=download)
+    in_test = [int(Path(file).stem.rpartition("_")[2]) % 5 == 0 for file, _ in whole.samples]
+    samples = [sample for sample, test in zip(whole.samples, in_test, strict=True) if test != train]
+    return ImageFiles(samples, transform, whole.classes)
 
 
 def _folder(root, train, transform, download):
@@ -150,6 +159,47 @@ DATA_SETS = {
     "digits": DataSet(lambda root, train, transform, download: Digits(train, transform), None, 10),
 }
 # fmt: on
+
+
+def find_data(args, say: Callable[[str], object] = print):
+    """Options whose ``--data_path`` holds the data set, if it lies there, one level higher or one level deeper.
+
+    Args:
+        args: options of main.py.
+        say: is called with a line of text if it lies higher or deeper.
+
+    Raises:
+        InputError: it lies in several directories below, or higher than a directory that does not exist.
+    """
+    data_set = DATA_SETS[args.data_set]
+    if data_set.layout is None or args.data_path is None or args.eval_data_path is not None:
+        return args
+    given = Path(args.data_path)
+    if any(os.path.exists(given / place) for place in data_set.places):
+        return args
+    found = [path for path in _nearby(given, data_set) if all(os.path.exists(path / name) for name in data_set.places)]
+    if not found:
+        return args
+    name = f"--data_path {given}: {args.data_set}"
+    if not given.is_dir():
+        raise InputError(f"--data_path {given}: no such directory; {args.data_set} is in {found[0]}")
+    if len(found) > 1 and found[0].parent == found[1].parent:
+        raise InputError(f"{name} is in {found[0]} and in {found[1]}; name one of them")
+    say(f"{name} is in {found[0]}, which is read")
+    return args.replace(data_path=str(found[0]))
+
+
+def _nearby(given, data_set):
+    """Where else a data set may be: above, as far as its own directories go, then in the directories below."""
+    whole = given.absolute()
+    above = list(whole.parents[:2])
+    if data_set.folders:  # all class folders look alike: only from one of its own directories
+        above = above[: whole.name in data_set.places]
+    try:
+        below = sorted(Path(entry) for entry in os.scandir(given) if entry.is_dir())
+    except OSError:  # no such directory, or not a readable one, which whoever opens the data set says
+        below = []
+    return above + below
 
 
 def to_pixels(image) -> "torch.Tensor":  # noqa: F821
@@ -187,6 +237,13 @@ def build_dataset(args, train: bool) -> tuple:
         found = f"{len(dataset):,} {part} images of {args.data_set}, not {complete:,}"
         print_main(f"warning: --data_path {args.data_path}: {found}")
     return dataset, data_set.classes
+
+
+def class_names(dataset, classes: int) -> list[str]:
+    """The names of a data set's classes in the order of their labels; numbers for a set that does not name them all."""
+    first = getattr(dataset, "datasets", [dataset])[0]  # of a set that is joined from parts
+    names = getattr(first, "classes", None) or ()
+    return list(map(str, names if len(names) == classes else range(classes)))
 
 
 def _open_class_folders(args, data_set, train):
@@ -232,9 +289,28 @@ def _open_or_download(args, data_set, train):
             "if it is incomplete, unpack it again, or remove it to have it downloaded"
         ) from error
     try:
-        return data_set.build(args.data_path, train, to_pixels, True)
+        with _undone_if_it_fails(Path(args.data_path), data_set):
+            return data_set.build(args.data_path, train, to_pixels, True)
     except UNREADABLE as error:
         raise InputError(
             f"--data_path {args.data_path}: holds no complete {data_set.layout} of {args.data_set}, and downloading "
             f"and reading it failed ({error})"
         ) from error
+
+
+@contextlib.contextmanager
+def _undone_if_it_fails(root, data_set):
+    """Remove what a download has left, if it fails: half a file, or a directory that would pass for the data set."""
+    own = root / Path(data_set.places[0]).parts[0]
+    before = {*root.iterdir(), *own.rglob("*")}
+    try:
+        yield
+    except ImportError:  # all files are there, and what reads them is not installed
+        raise
+    except BaseException:
+        for path in {*root.iterdir(), *own.rglob("*")} - before:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        raise

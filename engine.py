@@ -56,17 +56,23 @@ class TrainState:
     def backward(self, images: torch.Tensor, targets: torch.Tensor, exchange: bool) -> torch.Tensor:
         """Add the gradient of a micro-batch, (images, 3, size, size) and (images,), to the parameters' gradients.
 
-        The processes ``exchange`` their gradients only at the last micro-batch of a step. Returns (2,) on the device:
-        the loss, and the distillation distance in it.
+        The processes ``exchange`` their gradients only at the last micro-batch of a step. Returns (3,) on the device:
+        the loss, the distillation distance in it, and the share of the images that are classified right. With mixup an
+        image has no one class, and the share is 0.
         """
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
         keep_local = isinstance(self.ddp_model, DistributedDataParallel) and not exchange
         with self.ddp_model.no_sync() if keep_local else contextlib.nullcontext():
             with autocast(self.device, self.amp_dtype):
-                loss, distance = self.criterion(images, self.ddp_model(images), targets)
+                outputs = self.ddp_model(images)
+                loss, distance = self.criterion(images, outputs, targets)
             self.scaler.scale(loss / self.update_freq).backward()
-        return torch.stack([loss.detach(), distance.detach()])
+        right = torch.zeros_like(distance)
+        if self.mixup is None:
+            logits = outputs[0] if isinstance(outputs, tuple) else outputs
+            right = (logits.argmax(1) == targets).float().mean()
+        return torch.stack([loss.detach(), distance.detach(), right])
 
     def update(self) -> torch.Tensor:
         """Take an optimiser step; returns the norm of the gradient before clipping, on the device."""
@@ -95,6 +101,9 @@ class EpochSums:
     distance: float = 0.0  # the same of the distillation distance
     grad_norm: float = 0.0  # sum over the steps that were taken
     skipped: int = 0  # steps that the loss scaler skipped
+    # Sum of the shares of images classified right. None with mixup, and when the epoch was begun by a version that did
+    # not compute it.
+    class_acc: float | None = 0.0
     # In a checkpoint only: {name: tensor} for each process, the buffers of its moving average.
     statistics: list = field(default_factory=list)
 
@@ -104,12 +113,22 @@ class EpochMetrics:
 
     A step leaves its metrics on the device. ``synchronize`` adds them up on the host, one by one in the order of steps
     and processes. So the sums are the same wherever a run was interrupted, and the same in all processes. ``epoch``
-    counts from 0; ``sums`` are of the steps that were done before an interruption.
+    counts from 0; ``sums`` are of the steps that were done before an interruption. ``on_step`` gets the number in the
+    run, counted from 0, and the metrics of the steps after which the metrics come to the host anyway.
     """
 
-    def __init__(self, state: TrainState, epoch: int, bad_images: BadImages, sums: EpochSums | None = None):
-        self.state, self.epoch, self.bad_images = state, epoch, bad_images
+    def __init__(
+        self,
+        state: TrainState,
+        epoch: int,
+        bad_images: BadImages,
+        sums: EpochSums | None = None,
+        on_step: Callable[[int, dict[str, float]], None] | None = None,
+    ):
+        self.state, self.epoch, self.bad_images, self.on_step = state, epoch, bad_images, on_step
         self.sums = replace(sums) if sums is not None else EpochSums()
+        if state.mixup is not None:
+            self.sums.class_acc = None
         self.pending = []
 
     @property
@@ -118,12 +137,20 @@ class EpochMetrics:
         return self.sums.step + len(self.pending)
 
     def add(self, losses: torch.Tensor, norm: torch.Tensor) -> None:
-        """Note a step's loss and distance, (2,), and its gradient norm, both on the device, without waiting for it."""
+        """Note what ``TrainState.backward`` and ``update`` returned for a step, without waiting for the device."""
         self.pending.append(torch.cat([losses, norm[None]]))
 
+    def is_due(self, step: int) -> bool:
+        """Whether ``synchronize`` must be called after this step, counted from 1."""
+        return step % SYNCHRONIZE_INTERVAL == 0 or step == self.state.steps_per_epoch
+
     def learning_rate(self, step: int) -> float:
-        """The learning rate of a step of this epoch, counted from 1."""
-        return float(self.state.lr_schedule[self.epoch * self.state.steps_per_epoch + step - 1])
+        """The learning rate of a step of this epoch, counted from 1. No group of parameters has a larger one."""
+        return float(self.state.lr_schedule[self._index(step)])
+
+    def _index(self, step):
+        """The number in the run, counted from 0, of a step of this epoch, counted from 1."""
+        return self.epoch * self.state.steps_per_epoch + step - 1
 
     def running_loss(self) -> float:
         """Mean loss of the epoch so far; steps since the last ``synchronize`` count with this process's loss only."""
@@ -142,9 +169,10 @@ class EpochMetrics:
             return
         rows = torch.stack(self.pending).double().cpu()
         self.pending = []
-        shares = self.state.stop_coordinator.gather_objects(rows[:, :2])
+        shares = self.state.stop_coordinator.gather_objects(rows[:, :3])
         scaler = self.state.scaler
-        for (loss, distance), norm in zip((sum(shares) / len(shares)).tolist(), rows[:, 2].tolist(), strict=True):
+        for losses, norm in zip((sum(shares) / len(shares)).tolist(), rows[:, 3].tolist(), strict=True):
+            loss, distance, right = losses
             self.sums.step += 1
             skipped = scaler.is_enabled() and not math.isfinite(norm)
             if not math.isfinite(loss) or not (skipped or math.isfinite(norm)):
@@ -157,6 +185,10 @@ class EpochMetrics:
             self.sums.distance += distance
             self.sums.grad_norm += 0.0 if skipped else norm
             self.sums.skipped += skipped
+            if self.sums.class_acc is not None:
+                self.sums.class_acc += right
+            if self.on_step is not None and self.is_due(self.sums.step):
+                self.on_step(self._index(self.sums.step), self._row(loss, distance, right, norm))
         if skipped and scaler.get_scale() < MIN_LOSS_SCALE:
             raise RunError(
                 f"loss scale is {scaler.get_scale():.3g} by step {self.step} of epoch {self.epoch}, and "
@@ -167,19 +199,28 @@ class EpochMetrics:
         """The metrics of the epoch.
 
         Returns:
-            loss; distance, in a distillation; lr and weight_decay of the last step; grad_norm, over the steps that were
-            taken; in float16 also skipped_steps and loss_scale.
+            loss; without mixup class_acc, the share of images classified right; distance, in a distillation; lr, the
+            smallest rate of a group of parameters (min_lr) and weight_decay of the last step; grad_norm, over the steps
+            that were taken; in float16 also skipped_steps and loss_scale.
         """
-        sums, state = self.sums, self.state
-        row = {"loss": sums.loss / sums.step}
-        if state.criterion.teacher is not None:
-            row["distance"] = sums.distance / sums.step
-        row["lr"] = self.learning_rate(sums.step)
-        row["weight_decay"] = float(state.weight_decay_schedule[self.epoch * state.steps_per_epoch + sums.step - 1])
-        row["grad_norm"] = sums.grad_norm / max(1, sums.step - sums.skipped)
-        if state.scaler.is_enabled():
-            row |= {"skipped_steps": sums.skipped, "loss_scale": state.scaler.get_scale()}
+        sums, scaler = self.sums, self.state.scaler
+        norm = sums.grad_norm / max(1, sums.step - sums.skipped)
+        row = self._row(sums.loss / sums.step, sums.distance / sums.step, (sums.class_acc or 0) / sums.step, norm)
+        if scaler.is_enabled():
+            row |= {"skipped_steps": sums.skipped, "loss_scale": scaler.get_scale()}
         return row
+
+    def _row(self, loss, distance, class_acc, grad_norm):
+        """Metrics by their names, with the rates of the last step."""
+        state, lr = self.state, self.learning_rate(self.sums.step)
+        row = {"loss": loss}
+        if self.sums.class_acc is not None:
+            row["class_acc"] = class_acc
+        if state.criterion.teacher is not None:
+            row["distance"] = distance
+        scales = (group.get("lr_scale", 1.0) for group in state.optimizer.param_groups)
+        weight_decay = float(state.weight_decay_schedule[self._index(self.sums.step)])
+        return row | {"lr": lr, "min_lr": lr * min(scales), "weight_decay": weight_decay, "grad_norm": grad_norm}
 
 
 def train_one_epoch(state: TrainState, loader: DeviceLoader, metrics: EpochMetrics) -> Iterator[None]:
@@ -211,13 +252,32 @@ def train_one_epoch(state: TrainState, loader: DeviceLoader, metrics: EpochMetri
                 losses += state.backward(images, targets, exchange=part == state.update_freq - 1)
             metrics.add(losses / state.update_freq, state.update())
             progress.step(describe)
-            if (step + 1) % SYNCHRONIZE_INTERVAL == 0 or step + 1 == state.steps_per_epoch:
+            if metrics.is_due(step + 1):
                 metrics.synchronize()
             yield
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DeviceLoader, state: TrainState, shared: bool = True) -> dict[str, float]:
+def predict(
+    model: nn.Module, loader: DeviceLoader, amp_dtype: torch.dtype | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield a model's logits, float32 (images, classes), and the labels (images,) of each batch, on its device."""
+    model.eval()
+    device = next(model.parameters()).device
+    for images, labels in replace(loader, device=device):
+        with autocast(device, amp_dtype):
+            logits = model(images)
+        yield logits.float(), labels
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: DeviceLoader,
+    state: TrainState,
+    shared: bool = True,
+    note: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+) -> dict[str, float]:
     """Compute cross-entropy and accuracy over a test set.
 
     Args:
@@ -225,6 +285,7 @@ def evaluate(model: nn.Module, loader: DeviceLoader, state: TrainState, shared: 
             full precision.
         loader: this process's share of the test set, or the whole set if it is not ``shared`` out.
         state: names device, precision and the other processes.
+        note: is called with logits, float32 (images, classes), and targets (images,) of each of the loader's batches.
 
     Returns:
         loss; acc1 and acc5 in percent (with fewer than five classes, acc5 counts all of them); images, their number.
@@ -233,22 +294,20 @@ def evaluate(model: nn.Module, loader: DeviceLoader, state: TrainState, shared: 
         Stopped: a signal asks the run to stop.
         RunError: an image cannot be read.
     """
-    model.eval()
     device = next(model.parameters()).device
     dtype = state.amp_dtype if device == state.device else None
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    batches, longest = iter(replace(loader, device=device)), loader.sampler.most_batches(loader.batch_size)
+    batches, longest = predict(model, loader, dtype), loader.sampler.most_batches(loader.batch_size)
     with Progress("test", longest, lines=0) as progress:
         for _ in range(longest):  # the same number in every process, though some may lack the last batch
             if (batch := next(batches, None)) is not None:
-                images, targets = batch
-                with autocast(device, dtype):
-                    logits = model(images)
-                logits = logits.float()
+                logits, targets = batch
                 hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
                 loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
                 totals[:3] += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum()])
                 totals[3] += len(targets)
+                if note is not None:
+                    note(logits, targets)
             progress.step(str)
             state.stop_coordinator.poll()
     state.stop_coordinator.settle()

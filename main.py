@@ -7,8 +7,14 @@ torchrun --nproc_per_node=8 main.py ...
 
 import os
 
+from distributed.parent import end_with_launcher
+
+if __name__ == "__main__":
+    end_with_launcher(os.environ)  # before the other imports: the launcher may end while they last
+
+from datasets import find_data
 from distributed.program import find_launch, run_program
-from training.options import check_weights, parse_args, share_batch
+from training.options import check_weights, parse_args, parse_args_with, share_batch
 from weight_selection.errors import InputError
 
 
@@ -19,10 +25,16 @@ def main(argv=None) -> None:
     launch = find_launch(os.environ, args.dist_on_itp)
     if args.world_size not in (None, launch.world_size):
         raise InputError(f"--world_size {args.world_size}: the launcher started {launch.world_size} processes")
-    args = share_batch(args, launch.world_size)
-    from training.run import run  # imports torch, which takes seconds: mistakes in options do not wait for it
+    share_batch(args, launch.world_size)
+    # These import torch, which takes seconds: mistakes in options do not wait for it.
+    from training.run import run
+    from training.trained_model import find_recorded
 
-    run(args, launch)
+    if found := find_recorded(args):
+        args = parse_args_with(found, argv)
+        check_weights(args)
+    args = find_data(args, lambda line: launch.rank or print(line))
+    run(share_batch(args, launch.world_size), launch)
 
 
 if __name__ == "__main__":

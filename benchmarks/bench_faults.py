@@ -3,10 +3,14 @@
 
     python benchmarks/bench_faults.py --kills 50
 
-Half of the kills are aimed at a moment at which a checkpoint is being written. With several processes, about half of
-the kills hit one process only, and torchrun restarts the run; the other kills hit every process, and the benchmark
-gives the same command again. The run uses everything whose state could be lost: accumulation, mixed precision, a moving
-average, mixup, drop path, loader workers and checkpoints within an epoch.
+With several processes, a kill hits one of three victims, chosen at random: one process, which torchrun starts again
+with the others; all processes and torchrun; or torchrun alone, at any moment from its start on. Its processes must then
+be gone within seconds. After the last two the benchmark gives the same command again at once, with the same
+--master_port. The first two only hit runs that train, and half of these kills are aimed at a moment at which a
+checkpoint is being written. A run that takes longer than five minutes counts as hanging, and ends the benchmark.
+
+The run uses everything whose state could be lost: accumulation, mixed precision, a moving average, mixup, drop path,
+loader workers and checkpoints within an epoch.
 
 The benchmark compares all that the last and the best checkpoint hold (weights, moving average, optimiser, accuracies),
 log.txt byte by byte, and results.json without its times (seconds, wall_time). "while writing" counts the kills at which
@@ -14,11 +18,15 @@ a checkpoint was half written. The exit status is 1 if anything differs.
 """
 
 import argparse
+import contextlib
+import functools
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,7 +46,10 @@ OPTIONS = (
     f"--epochs {EPOCHS} --warmup_epochs 1 --total_batch_size 48 --batch_size 8 --save_ckpt_steps 3 "
     "--model_ema true --model_ema_decay 0.9 --model_ema_eval true"
 ).split()
+COLUMNS = "processes  kills  while writing  of one process  of launcher  runs  bit-equal  values that differ"
 CLOCK = {"seconds", "wall_time"}
+VICTIMS = ("one", "all", "launcher")
+LIMIT = 300  # seconds that a run, or a wait for something in it, may take
 
 
 def make_images(root: Path) -> None:
@@ -55,10 +66,10 @@ def make_images(root: Path) -> None:
 class Launched:
     """A run of main.py in one process or in several, and what it has printed."""
 
-    def __init__(self, directory: Path, processes: int, options: list):
+    def __init__(self, directory: Path, processes: int, port: int, options: list):
         launcher = [sys.executable]
         if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            launcher += ["-m", "torch.distributed.run", f"--master_port={port}", f"--nproc_per_node={processes}"]
             launcher += ["--max_restarts=100", "--monitor_interval=0.1"]
         self.processes = processes
         self.output = open(directory / "output.txt", "a")
@@ -88,17 +99,20 @@ class Launched:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return [int(child) for child in children]
 
-    def kill(self, rank: int | None) -> None:
-        """Kill one of the processes that train, or all and the launcher."""
+    def kill(self, victim: str, rng) -> list:
+        """Kill one of the processes that train, all and the launcher, or the launcher; returns their numbers."""
         ranks = self.ranks()
-        if rank is not None and rank < len(ranks):
-            os.kill(ranks[rank], signal.SIGKILL)
-            return
-        for number in {self.process.pid, *ranks}:
-            os.kill(number, signal.SIGKILL)
+        if victim == "one" and ranks:
+            os.kill(rng.choice(ranks), signal.SIGKILL)
+            return ranks
+        os.kill(self.process.pid, signal.SIGKILL)
+        for rank in ranks if victim != "launcher" else []:
+            with contextlib.suppress(ProcessLookupError):  # it has ended with the launcher
+                os.kill(rank, signal.SIGKILL)
         self.process.wait()
+        return ranks
 
-    def wait_for(self, condition, interval=0.0005, limit=300) -> bool:
+    def wait_for(self, condition, interval=0.0005, limit=LIMIT) -> bool:
         """Wait until a condition holds (True) or the run has ended (False)."""
         start = time.monotonic()
         while not condition():
@@ -118,6 +132,7 @@ class Count:
     aimed: int = 0
     hits: int = 0  # left a checkpoint behind that was being written
     alone: int = 0  # one process of several
+    launchers: int = 0  # the launcher, but none of its processes
     runs: int = 0
     equal: int = 0
     differences: list = field(default_factory=list)
@@ -128,8 +143,8 @@ def partial_files(directory: Path) -> set:
     return {path.name for path in (directory / "run").glob(".partial-*checkpoint*")}
 
 
-def strike(launched: Launched, directory: Path, aimed: bool, alone: bool, seconds: float, rng) -> bool | None:
-    """Kill a run that trains: at some moment, or while it writes a checkpoint.
+def strike(launched: Launched, directory: Path, victim: str, aimed: bool, seconds: float, rng) -> bool | None:
+    """Kill a run at some moment of the next ``seconds``, or while it writes a checkpoint.
 
     Returns:
         Whether it was writing one; None if it ended before it could be killed.
@@ -141,44 +156,66 @@ def strike(launched: Launched, directory: Path, aimed: bool, alone: bool, second
                 return None
         time.sleep(rng.random() * 0.01)
     else:
-        moment = time.monotonic() + rng.random() * 0.6 * seconds
+        moment = time.monotonic() + rng.random() * seconds
         if not launched.wait_for(lambda: time.monotonic() > moment, 0.01):
             return None
     starts = launched.starts()
-    launched.kill(rng.randrange(launched.processes) if alone else None)
+    ranks = launched.kill(victim, rng)
     writing = bool(partial_files(directory))
-    if alone:  # wait until the launcher has started them again
+    if victim == "one":  # wait until the launcher has started them again
         launched.wait_for(lambda: launched.starts() > starts, 0.05)
+    else:
+        check_gone(ranks)
     return writing
 
 
-def survive(directory, reference, processes, kills, seconds, options, rng) -> Count:
-    """Kill runs until there were ``kills``, each time letting them go on, and compare each that ends."""
+def check_gone(numbers: list) -> None:
+    """Wait until none of these processes runs; a TimeoutError if one does after seconds."""
+    start = time.monotonic()
+    while any(is_running(number) for number in numbers):
+        if time.monotonic() - start > 5:
+            raise TimeoutError(f"orphans: {[number for number in numbers if is_running(number)]}")
+        time.sleep(0.001)
+
+
+def is_running(number: int) -> bool:
+    """Whether there is a process with this number that has not ended (a zombie has)."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def survive(directory, reference, launch, victims, kills, seconds, rng) -> Count:
+    """Kill runs until there were ``kills``, each time letting them go on, and compare each that ends.
+
+    ``launch(directory)`` starts a run. One that nobody kills prepares for ``seconds[0]`` and trains for ``seconds[1]``.
+    """
     count = Count()
     while count.kills < kills:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
-        launched = Launched(directory, processes, options)
+        launched = launch(directory)
         while count.kills < kills:
-            launched.wait_for(lambda running=launched: running.starts() > 0, 0.05)
-            alone, aimed = processes > 1 and rng.random() < 0.5, count.aimed <= count.kills // 2
-            hit = strike(launched, directory, aimed, alone, seconds, rng)
+            victim = rng.choice(victims)
+            aimed = victim != "launcher" and count.aimed <= count.kills // 2
+            if victim != "launcher":
+                launched.wait_for(lambda running=launched: running.starts() > 0, 0.05)
+            until = 0.6 * seconds[1] + (seconds[0] if victim == "launcher" else 0)
+            hit = strike(launched, directory, victim, aimed, until, rng)
             if hit is None:
                 break
-            count.kills, count.aimed, count.alone = count.kills + 1, count.aimed + aimed, count.alone + alone
-            count.hits += hit
-            if not alone:
-                launched = Launched(directory, processes, options)
-        status = launched.process.wait()
+            count.kills, count.aimed, count.hits = count.kills + 1, count.aimed + aimed, count.hits + hit
+            count.alone, count.launchers = count.alone + (victim == "one"), count.launchers + (victim == "launcher")
+            if victim != "one":
+                launched = launch(directory)
+        status = launched.process.wait(LIMIT)
         count.runs += 1
         found = [f"exit status {status}"] if status else differences(directory / "run", reference / "run")
         count.equal += not found
         count.differences += found
         if found:
-            print(
-                f"processes {processes}, run {count.runs}: {', '.join(found[:3])}; {launched.printed()[-500:]}",
-                flush=True,
-            )
+            print(f"run {count.runs}: {', '.join(found[:3])}; {launched.printed()[-500:]}", flush=True)
     return count
 
 
@@ -216,6 +253,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="in all")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes to train in")
+    parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=VICTIMS, help="of several processes")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -224,25 +262,34 @@ def main():
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
         make_images(root / "data")
-        print("processes  kills  while writing  of one process  runs  bit-equal  values that differ", flush=True)
+        print(COLUMNS, flush=True)
         for number, processes in enumerate(args.processes):
             share = args.kills * (number + 1) // len(args.processes) - args.kills * number // len(args.processes)
+            launch = functools.partial(Launched, processes=processes, port=free_port(), options=OPTIONS + amp)
             reference = root / f"whole-{processes}"
             reference.mkdir()
-            launched = Launched(reference, processes, OPTIONS + amp)
+            times = [time.monotonic()]
+            launched = launch(reference)
             launched.wait_for(lambda running=launched: running.starts() > 0, 0.05)
-            start = time.monotonic()
-            if launched.process.wait():
+            times.append(time.monotonic())
+            if launched.process.wait(LIMIT):
                 sys.exit(f"the uninterrupted run failed:\n{launched.printed()[-2000:]}")
-            seconds = time.monotonic() - start
-            count = survive(root / "killed", reference, processes, share, seconds, OPTIONS + amp, rng)
+            times.append(time.monotonic())
+            seconds = [end - start for start, end in itertools.pairwise(times)]
+            victims = args.victims if processes > 1 else ["all"]
+            count = survive(root / "killed", reference, launch, victims, share, seconds, rng)
             failed |= count.equal < count.runs
-            print(
-                f"{processes:9}  {count.kills:5}  {count.hits:13}  {count.alone:14}  {count.runs:4}  "
-                f"{count.equal:9}  {len(count.differences):18}",
-                flush=True,
-            )
+            row = (processes, count.kills, count.hits, count.alone, count.launchers, count.runs, count.equal)
+            row = zip(COLUMNS.split("  "), (*row, len(count.differences)), strict=True)
+            print("  ".join(f"{value:{len(name)}}" for name, value in row), flush=True)
     sys.exit(failed)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -45,33 +45,42 @@ def init_distributed(launch: Launch, device: torch.device, url: str, timeout: fl
         torch.cuda.set_device(device)
     wait = datetime.timedelta(seconds=timeout + (60 if device.type == "cuda" else 0))
     store, *_ = next(dist.rendezvous(url, launch.rank, launch.world_size, timeout=wait))
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        store = store_of_attempt(store, launch, timeout)
+    store = store_of_start(store, launch, timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=wait, store=store, rank=launch.rank, world_size=launch.world_size)
 
 
-def store_of_attempt(store: dist.Store, launch: Launch, timeout: float) -> dist.Store:
-    """The part of a store that only the processes of this attempt use.
+def store_of_start(store: dist.Store, launch: Launch, timeout: float) -> dist.Store:
+    """The part of a store that only the processes of this start use.
 
-    torchrun keeps one store when it restarts the processes. The addresses of the killed processes are still in it, and
-    a process that reads them waits for ever. So the first process names the attempt, and the others write names of
-    their own under it. When the first process lists a process's name, that process has found the right attempt.
+    A store can hold what the processes of an earlier start wrote: torchrun keeps one store when it restarts them, and a
+    file (``--dist_url file://``) outlives them. A process that reads the address of a killed one waits for ever.
+
+    So all processes of a start need a name that no other start has. The environment gives none: the address, the port
+    and torchrun's run id are the same in every start of the same command; the number of restarts differs between nodes;
+    what one launcher alone knows (its process id) the launchers of other nodes do not. So the first process makes up
+    the start's name and writes it to the store. The others may still read the name of an earlier start there. So they
+    write names of their own under it. When the first process lists a process's name, that process has found the right
+    start.
+
+    A process of an earlier start that still ran could be listed in place of the right one. ``distributed.parent``
+    prevents this: processes end with their launcher. Only the processes of a launcher that somebody left running on
+    another node can get in.
 
     Raises:
         LocalError: the first process has not come in time.
     """
     name, end = uuid.uuid4().hex, time.monotonic() + timeout
     if launch.rank == 0:
-        store.set("attempt", name)
+        store.set("start", name)
         others = [store.get(f"{name}/{rank}").decode() for rank in range(1, launch.world_size)]
         store.set(f"{name}/all", " ".join(others))
         return dist.PrefixStore(name, store)
     while time.monotonic() < end:
-        attempt = store.get("attempt").decode()
-        store.set(f"{attempt}/{launch.rank}", name)
-        if store.check([f"{attempt}/all"]) and name in store.get(f"{attempt}/all").decode().split():
-            return dist.PrefixStore(attempt, store)
+        start = store.get("start").decode()
+        store.set(f"{start}/{launch.rank}", name)
+        if store.check([f"{start}/all"]) and name in store.get(f"{start}/all").decode().split():
+            return dist.PrefixStore(start, store)
         time.sleep(0.05)
     raise LocalError(f"--timeout {timeout}: the first process has not come")
 

@@ -4,6 +4,7 @@ A sampler chooses the images of this process. A worker reads them, replaces thos
 pipeline of ``placement``. The order of the images depends only on seed, epoch and total batch size.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from distributed.parent import end_with_parent
 from distributed.stop_coordinator import SIGNALS, StopCoordinator
 from input_pipeline.cache import CachedDataset
 from input_pipeline.placement import Batch, TransformInWorkers, TransformOnDevice, TransformOneByOne
@@ -117,11 +119,12 @@ class TrainDataset(EvalDataset):
 
 
 def _obey_only_the_parent(worker):
-    """Let a loader worker end only at a signal from its parent.
+    """Let a loader worker end only with its parent, or at a signal from it.
 
     Launchers, schedulers and Ctrl-C send their signals to every process, but the parent needs batches until it stops.
     """
-    parent = os.getppid()
+    parent = multiprocessing.parent_process().pid
+    end_with_parent(parent)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def wait():
@@ -206,6 +209,19 @@ def train_loader(dataset, pipeline, sampler: TrainBatchSampler, args, device, ba
     items = TrainDataset(dataset, pipeline, args.seed, args.skip_bad_images)
     workers = _workers(items, args, device, batch_sampler=sampler, persistent_workers=args.num_workers > 0)
     return DeviceLoader(workers, pipeline, sampler, sampler.batch_size, bad_images, device)
+
+
+def plain_train_loader(dataset, pipeline, sampler: EvalSampler, args, device, bad_images: BadImages) -> DeviceLoader:
+    """The loader of this process's share of the training images in their order, brought to the model like test images.
+
+    ``pipeline`` is from ``build_pipeline`` for the test, and is not shared with another loader. The other arguments are
+    those of ``train_loader``.
+    """
+    batch_size = args.eval_batch_size or int(1.5 * args.batch_size)
+    items = TrainDataset(dataset, pipeline, args.seed, args.skip_bad_images)
+    first_epoch = [(index, 0) for index in sampler]
+    workers = _workers(items, args, device, sampler=first_epoch, batch_size=batch_size, generator=torch.Generator())
+    return DeviceLoader(workers, pipeline, sampler, batch_size, bad_images, device)
 
 
 def eval_loader(dataset, pipeline, sampler: EvalSampler, args, device, bad_images: BadTestImages) -> DeviceLoader:

@@ -124,9 +124,14 @@ def build_transform(args, train: bool):
         except (AssertionError, ValueError, KeyError) as error:  # timm refuses a policy with any of these
             raise InputError(f"--aa {args.aa}: no policy of timm's; such as rand-m9-mstd0.5-inc1, or none") from error
         return _with_posterize_to_black(transform)
+    return create_transform(**common, is_training=False, **test_crop(args))
+
+
+def test_crop(args) -> dict:
+    """How a test image becomes a square, as arguments of timm's ``create_transform``."""
     squash = args.crop_pct is None and args.input_size >= 384
-    crop = {"crop_pct": 1.0 if squash else args.crop_pct or 224 / 256, "crop_mode": "squash" if squash else "center"}
-    return create_transform(**common, is_training=False, interpolation="bicubic", **crop)
+    pct, mode = (1.0, "squash") if squash else (args.crop_pct or 224 / 256, "center")
+    return {"crop_pct": pct, "crop_mode": mode, "interpolation": "bicubic"}
 
 
 def _with_posterize_to_black(transform):

@@ -1,5 +1,7 @@
 """First weights: random initialisations (paper, Tables 3 and 12), and the classifier of a linear probe (Table 9)."""
 
+import copy
+
 import timm.layers
 import torch
 import torch.nn as nn
@@ -103,3 +105,21 @@ def make_linear_probe(model: nn.Module, name: str) -> None:
     nn.init.zeros_(linear.bias)
     path = model.pretrained_cfg["classifier"]
     model.set_submodule(path, nn.Sequential(nn.BatchNorm1d(classifier.in_features, affine=False, eps=1e-6), linear))
+
+
+def fold_linear_probe(model: nn.Module) -> nn.Module:
+    """A copy of a model of ``make_linear_probe`` whose classifier is one linear layer again.
+
+    In evaluation the normalisation and the linear layer together are linear: W (x - mean) / std + b. The outputs are
+    the same up to rounding.
+    """
+    model = copy.deepcopy(model)
+    path = model.pretrained_cfg["classifier"]
+    norm, linear = model.get_submodule(path)
+    folded = nn.Linear(linear.in_features, linear.out_features)
+    with torch.no_grad():
+        weight = linear.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        folded.weight.copy_(weight)
+        folded.bias.copy_(linear.bias - weight @ norm.running_mean.double())
+    model.set_submodule(path, folded)
+    return model

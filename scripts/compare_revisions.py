@@ -42,8 +42,17 @@ NEW_OPTIONS = (
     "format",
     "dtype",
     "fused_qkv",
-)  # of weight_selection.py, since 3bea770
-NEW_KEYS = {"first_weights"}  # of results.json, since 3bea770
+    "baseline",
+    "classifier_init",
+)  # of weight_selection.py, the last of plot_curves.py; since 3bea770
+NEW_KEYS = {  # since 3bea770
+    "first_weights",  # of results.json
+    "class_names",
+    "description",  # of a checkpoint
+    "train_class_acc",  # of log.txt
+    "train_min_lr",
+    "class_acc",  # of the sums of an epoch in a checkpoint
+}
 IGNORED = {"seconds", "wall_time", "versions"}  # keys whose values depend on clocks and installed packages
 
 # Runs the commands on stdin in one process, as if each started alone: importing torch takes longer than a command.

@@ -11,6 +11,7 @@ from planned import planned_runs
 from runs import Run
 from training.options import CANNOT_CHANGE_RESULT, OPTIONS
 from weight_selection.errors import InputError
+from weight_selection.options import KEEP, PARTS
 
 SEEDS_OF_A_MEDIAN = 3
 IMAGENET_IMAGES = (1_281_167, 50_000)  # to train, to test
@@ -149,15 +150,12 @@ def _first_weights(run, planned):
         return ["first weights of unknown origin (no provenance beside --initialize)"]
     teacher = made["teacher"]
     name = "model" if teacher.get("model") == wanted["pretrained_model"] else "name"  # an old name of the same model
-    mine = made["options"] | {"pretrained_model": teacher.get(name), "student": made["student"]["name"]}
+    mine = {"fused_qkv": PARTS, "dtype": KEEP} | made["options"]
+    mine |= {"pretrained_model": teacher.get(name), "student": made["student"]["name"]}
     mine |= {f"{who}_kwargs": made[who].get("kwargs", {}) for who in ("teacher", "student")}
-    if wanted["seed"] is not None:  # each seed draws a selection of its own
-        wanted["seed"] = run.seed
-    names = ("element_selection", "layer_selection", "exclude", "include_head", "include_head_norm", "pretrained_model",
-             "student", "teacher_kwargs", "student_kwargs")  # fmt: skip
-    names += ("seed",) * (wanted["seed"] is not None)
-    mine.setdefault("fused_qkv", "parts")
-    return [*filter(None, (_difference(name, mine.get(name), wanted[name], "recipe") for name in names))]
+    # Each seed draws a selection of its own; of a rule that draws nothing, the seed does not count.
+    wanted["seed"] = mine["seed"] if wanted["seed"] is None else run.seed
+    return [*filter(None, (_difference(name, mine[name], wanted.get(name), "recipe") for name in sorted(mine)))]
 
 
 def _difference(name, mine, value, whose):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from training.options import Options, parse_args, share_batch
+from training.options import Options, complete_warmup, parse_args, share_batch
 from weight_selection.cli import get_args_parser
 from weight_selection.errors import InputError
 
@@ -51,7 +51,7 @@ def planned_runs(script: str, **environment: str) -> dict:
             selection = get_args_parser().parse_args(words)
             selections[selection.output_dir] = selection
         elif program == "main.py":
-            options = share_batch(parse_args([_from_root(word) for word in words]), 1)
+            options = complete_warmup(share_batch(parse_args([_from_root(word) for word in words]), 1))
             path = Path(options.output_dir).relative_to(OUT).parent
             runs.setdefault(str(path), Planned(options, selections.get(options.initialize)))
     return runs

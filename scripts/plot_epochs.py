@@ -22,15 +22,17 @@ from weight_selection.errors import InputError, run_program
 RANDOM, SELECTED, TUNED = "random init", "weight selection", "pretraining and fine-tuning"
 NEVER = "none of these runs does"
 SCRIPT = "scripts/figure04.sh"
-DIRECTORY = "vit_tiny/cifar100"
+DIRECTORY, IMAGENET = "vit_tiny/cifar100", "vit_tiny/imagenet"
 RECIPE = paper.recipe(*DIRECTORY.split("/"))
 # The paper shortens the warm-up with the training, and does not say to how many whole epochs.
-FIXED = {name: value for name, value in RECIPE.items() if name not in ("epochs", "warmup_epochs")}
+SHORTENED = ("epochs", "warmup_epochs")
+FIXED = {name: value for name, value in RECIPE.items() if name not in SHORTENED}
+PRETRAINED = {name: value for name, value in paper.recipe(*IMAGENET.split("/")).items() if name not in SHORTENED}
 
 
-def find(out: Path, name: str, options: dict, strange: list) -> list:
+def find(out: Path, name: str, options: dict, strange: list, directory: str = DIRECTORY) -> list:
     """The finished runs of a name. Each that deviates from the paper's ``options`` adds a line to ``strange``."""
-    path, epochs = f"{DIRECTORY}/{name}", trained(out)
+    path, epochs = f"{directory}/{name}", trained(out)
     runs = [read_run(directory) for directory in seed_directories(out / path)]
     for run in runs:
         if differs := paper.deviations(path, run, SCRIPT, options, **epochs):
@@ -67,6 +69,8 @@ def pretraining(out: Path, strange: list) -> dict:
     """The data of panel (b): {number of epochs of pretraining: accuracies after fine-tuning, over the seeds}."""
     options = {"epochs": RECIPE["epochs"]}  # all that the paper says of fine-tuning
     lengths = trained_epochs(out / DIRECTORY, "finetuned")
+    for epochs in lengths:  # a run that another pretraining began is strange too
+        find(out, f"pretrained_{epochs}", PRETRAINED | {"epochs": epochs}, strange, IMAGENET)
     runs = {epochs: find(out, f"finetuned_{epochs}", options, strange) for epochs in lengths}
     return {epochs: accuracies(found) for epochs, found in runs.items() if found}
 

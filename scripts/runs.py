@@ -91,19 +91,22 @@ def figure_parser(program: str, description: str) -> Parser:
     return parser
 
 
-def read_curve(directory: Path) -> dict:
-    """Read ``log.txt``: {epoch, from 1: top-1 accuracy on the test set in percent} of the epochs that were evaluated.
+def read_curves(directory: Path) -> dict[str, dict[int, float]]:
+    """Read ``log.txt``: {column: {epoch, from 1: value}}; a column has only the epochs that have such a value.
 
     Raises:
         InputError: the file cannot be read, or is not one of main.py's.
     """
     path = Path(directory) / "log.txt"
     try:
-        rows = [parse_json(line) for line in path.read_text().splitlines()]
-        return {row["epoch"] + 1: row["test_acc1"] for row in rows if "test_acc1" in row}
+        curves = {}
+        for row in map(parse_json, path.read_text().splitlines()):
+            for column, value in row.items():
+                curves.setdefault(column, {})[row["epoch"] + 1] = value
+        return curves
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not a log.txt of main.py ({error})") from error
 
 

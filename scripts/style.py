@@ -19,6 +19,11 @@ ACCURACY = "test accuracy, %"
 LEGEND = "mean, and range over seeds"
 
 
+def look(number: int) -> dict[str, str]:
+    """The colour and the marker of a line of this number, as arguments of ``draw_seeds``."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
 def new_figure(panels: int = 1) -> tuple:
     """A figure, and the list of its axes, which are side by side."""
     cycle = plt.cycler(color=COLOURS) + plt.cycler(marker=MARKERS)

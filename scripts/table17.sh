@@ -3,7 +3,7 @@
 # Environment and arguments: scripts/experiment.sh.
 source "$(dirname "$0")/experiment.sh" "$@"
 
-# Each with q, k and v cut one by one, and as a whole like in the release, which the paper's numbers are of.
+# Each with q, k and v cut one by one, and as a whole like in today's release. Which way the paper's numbers are of is not known.
 teacher=vit_large_patch16_224.augreg_in21k
 selected vit_tiny cifar100 selected_vit_large_whole --fused_qkv whole
 selected vit_tiny cifar100 selected_vit_large

@@ -14,7 +14,7 @@ import torch
 import torchvision.datasets as tv
 from PIL import Image
 
-from datasets import DATA_SETS, Digits, build_dataset
+from datasets import DATA_SETS, Digits, build_dataset, find_data
 from fabricate import FABRICATE, number_of
 from training.options import parse_args
 from weight_selection.errors import InputError
@@ -285,3 +285,54 @@ def test_empty_class_folder_is_named(folders, part):
         image.unlink()
     with pytest.raises(InputError, match=f"--data_path.*{folders}/{part}.*red"):
         build_both(folders)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# --data_path one level off, and downloads that fail
+
+
+def found(name, path):
+    said = []
+    return find_data(options(f"--data_set {name}", path), said.append).data_path, said
+
+
+@pytest.mark.parametrize("name", FABRICATE)
+def test_data_set_a_level_higher_or_deeper_is_found(tmp_path, name):
+    root = tmp_path / "data"
+    root.mkdir()
+    FABRICATE[name](root)
+    assert found(name, root) == (str(root), [])
+    own = root / DATA_SETS[name].places[0]
+    off = [tmp_path, *(path for path in (own, own.parent) if path.is_dir() and path != root)]
+    assert len(off) == {"svhn": 1, "dtd": 3, "eurosat": 3}.get(name, 2)
+    for path in off:
+        said = f"--data_path {path}: {name} is in {root}, which is read"
+        assert found(name, path) == (str(root), [said])
+
+
+def test_data_set_in_two_places_or_above_a_directory_that_is_not_there_is_named(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "cifar-10-batches-py").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"CIFAR10 is in {tmp_path}/a and in {tmp_path}/b; name one of them"):
+        found("CIFAR10", tmp_path)
+    with pytest.raises(InputError, match=f"^--data_path .*/a/CIFAR: no such directory; CIFAR10 is in {tmp_path}/a$"):
+        found("CIFAR10", tmp_path / "a" / "CIFAR")
+    assert found("CIFAR100", tmp_path) == (str(tmp_path), []), "it is downloaded there"
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    assert found("image_folder", tmp_path / "a") == (str(tmp_path / "a"), []), "other class folders are another set"
+
+
+@pytest.mark.parametrize("error", [URLError("no route"), KeyboardInterrupt()])
+def test_download_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, error):
+    def download(url, root, filename=None, **kwargs):
+        (Path(root) / "half.tar.gz").write_text("half")
+        (Path(root) / "flowers-102" / "jpg").mkdir(parents=True)
+        raise error
+
+    monkeypatch.setattr(tv.flowers102, "download_and_extract_archive", download)
+    (tmp_path / "flowers-102").mkdir()
+    (tmp_path / "flowers-102" / "setid.mat").write_text("mine")
+    with pytest.raises((InputError, KeyboardInterrupt)):
+        build_dataset(options("--data_set flowers", tmp_path), train=True)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["flowers-102", "setid.mat"]

@@ -22,6 +22,7 @@ from weight_selection.sources.weight_files import first_mismatch, save_torch
 VERSION = 2  # of the content. Version 1 has no key "version", and was never written within an epoch.
 REQUIRED = ("model", "optimizer", "scaler", "args")  # the keys of its dicts
 DEVICE_SETTINGS = ("fused", "foreach")  # settings of an optimiser that belong to the device, not to the run
+BEST = "checkpoint-best.pth"
 NAME = re.compile(r"checkpoint-(\d+)(?:-step-(\d+))?\.pth")
 
 
@@ -42,10 +43,33 @@ def numbered(directory: Path) -> list[Path]:
     return sorted(filter(position, paths), key=position)
 
 
-def save(options: Options, state: TrainState, progress: RunProgress, name: str | None = None) -> Path:
+def find(path: str | Path, option: str) -> Path:
+    """The checkpoint that a path means: a file itself; of the output directory of a run its best one, or the newest.
+
+    Raises:
+        InputError: there is none; the message names the option.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        files.check_file(path, option)
+        return path
+    found = [path / BEST] if (path / BEST).is_file() else numbered(path)[-1:]
+    if not found:
+        raise InputError(f"{option} {path}: holds no checkpoint of main.py; name the --output_dir of a run, or a file")
+    return found[0]
+
+
+def save(
+    options: Options, state: TrainState, progress: RunProgress, description: dict, name: str | None = None
+) -> Path:
     """Write a checkpoint of plain types: ``torch.load(weights_only=True)`` reads it. All processes must call it.
 
-    A checkpoint without a ``name``, such as best, gets one from its position. Returns the path.
+    Args:
+        description: of the model, see ``trained_model.describe``.
+        name: such as best; a checkpoint without one gets it from its position.
+
+    Returns:
+        The path.
 
     Raises:
         RunError: it cannot be written; the earlier checkpoints are as they were.
@@ -55,11 +79,11 @@ def save(options: Options, state: TrainState, progress: RunProgress, name: str |
         default = f"{progress.epoch + 1}-step-{progress.partial.step}"
         progress = replace(progress, partial=replace(progress.partial, statistics=_gather_statistics(state)))
     path = Path(options.output_dir) / f"checkpoint-{default if name is None else name}.pth"
-    main_only(_write, path, options, state, progress)
+    main_only(_write, path, options, state, progress, description)
     return path
 
 
-def _write(path, options, state, progress):
+def _write(path, options, state, progress, description):
     content = {
         "version": VERSION,
         "model": state.model.state_dict(),
@@ -68,6 +92,7 @@ def _write(path, options, state, progress):
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "args": options.plain(),
+        "description": description,
         **progress.to_checkpoint(),
     }
     try:

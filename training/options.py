@@ -14,9 +14,10 @@ from types import SimpleNamespace
 from datasets import DATA_SETS
 from distributed.program import find_launch
 from models import SCHEMES
-from weight_selection.arguments import Kwargs, Parser, boolean, check_kwargs
+from weight_selection.arguments import Kwargs, Parser, boolean, check_kwargs, one_of
 from weight_selection.errors import InputError
-from weight_selection.files import check_file
+from weight_selection.files import check_no_file
+from weight_selection.sources.directories import files_of
 from weight_selection.sources.names import TIMM, check_name
 from weight_selection.sources.recipe import read_recipe
 
@@ -74,7 +75,7 @@ class Option:
     """
 
     name: str  # without dashes
-    type: type  # of its value; on the command line, bool is written true or false, and dict is written NAME=VALUE ...
+    type: type  # of its value; on the command line, dict is written NAME=VALUE ..., and bool true, false or not at all
     default: object  # where neither the command line nor --config gives a value; None: the program decides
     help: str  # a line for --help
     aliases: tuple[str, ...] = ()  # other ways to write it, with dashes
@@ -87,6 +88,9 @@ class Option:
     may_change_on_resume: bool = False
     cannot_change_result: bool = False
 
+
+# What an option names, by its metavar. An empty text, as of a shell's unset variable, is never one of these.
+NAMED = {"DIR": "a directory", "FILE": "a file", "PATH": "a file or directory", "NAME": "a name"}
 
 FREE = {"may_change_on_resume": True}
 NEUTRAL = FREE | {"cannot_change_result": True}
@@ -104,6 +108,7 @@ TRAINING = Need(lambda args: not args.eval, "--eval true")
 FIRST_WEIGHTS = Need(lambda args: args.eval or not (args.finetune or args.resume), "--finetune or --resume")
 WEIGHT_FILE = Need(lambda args: args.finetune or args.initialize, "no --finetune or --initialize")
 TRAINED_FEATURES = Need(lambda args: not args.linear_probe, "--linear_probe true")
+NO_SCALE = Need(lambda args: args.head_init_scale == 1, "--head_init_scale {head_init_scale}")
 MODEL_EMA = Need(lambda args: args.model_ema, "--model_ema false")
 DISTILLATION = Need(lambda args: args.distillation != "none", "--distillation none")
 WEIGHT_DECAY = Need(lambda args: args.weight_decay != 0, "--weight_decay 0")
@@ -142,8 +147,11 @@ TABLE = {  # the rows, by their group in --help
         Option("layer_scale_init_value", float, 1e-6, "LayerScale of ConvNeXt at random init"),
         Option("head_init_scale", float, 1.0, "factor on the classifier's first weights", needs=(TRAINED_FEATURES,)),
         Option("init", str, "timm", "random initialisation", choices=SCHEMES, needs=(FIRST_WEIGHTS,)),
+        Option("classifier_init", str, "random",
+               "first weights of the classifier; ridge: regression from the features of the training images",
+               choices=("random", "ridge"), needs=(TRAINING, TRAINED_FEATURES, NO_SCALE)),
         Option("initialize", str, None, "weight_selection.py's file, or the directory it is in", metavar="PATH"),
-        Option("finetune", str, None, "weights of a trained model of this architecture", metavar="FILE"),
+        Option("finetune", str, None, "weights of a trained model of this architecture", metavar="PATH"),
         Option("model_key", str, "model|module", "keys of the weights in the --finetune or --initialize file, by |",
                needs=(WEIGHT_FILE,)),
         Option("linear_probe", bool, False, "train only a new classifier, on frozen features"),
@@ -158,8 +166,9 @@ TABLE = {  # the rows, by their group in --help
                choices=("none", "logit", "feature")),
         Option("distillation_alpha", float, 1.0, "weight of the distillation loss", metavar="A", ranges=FROM_0,
                needs=(DISTILLATION,)),
-        Option("teacher", str, None, "as --model: a name that has weights", metavar="NAME", needs=(DISTILLATION,)),
-        Option("teacher_path", str, None, "the teacher's weights on disk; from the hub when not given", metavar="FILE",
+        Option("teacher", str, None, "as --model: a name that has weights; --teacher_path of main.py says its own",
+               metavar="NAME", needs=(DISTILLATION,)),
+        Option("teacher_path", str, None, "the teacher's weights on disk; from the hub when not given", metavar="PATH",
                needs=(DISTILLATION,)),
         Option("teacher_kwargs", dict, {}, "arguments of the teacher, such as embed_dim=384", needs=(DISTILLATION,),
                set_by={"num_classes": "--data_set", "img_size": "--input_size"}),
@@ -178,8 +187,9 @@ TABLE = {  # the rows, by their group in --help
         Option("layer_decay", float, 1.0, "factor on the learning rate per layer below the top", ranges=ABOVE_0_UP_TO_1,
                needs=(TRAINED_FEATURES,)),
         Option("min_lr", float, 1e-6, "learning rate the cosine ends at", ranges=FROM_0),
-        Option("warmup_epochs", int, 50, "epochs in which the learning rate rises from 0 to its peak", ranges=FROM_0,
-               needs=(EPOCHS_OF_WARMUP,)),
+        Option("warmup_epochs", int, None,
+               "epochs in which the learning rate rises from 0 to its peak; a sixth, and at most 50, when not given",
+               ranges=FROM_0, needs=(EPOCHS_OF_WARMUP,)),
         Option("warmup_steps", int, -1, "warm-up in steps instead, when not negative"),
     ),
     "augmentation": (
@@ -222,7 +232,7 @@ TABLE = {  # the rows, by their group in --help
                **FREE),
     ),
     "run": (
-        Option("output_dir", str, None, "checkpoints, log.txt and results.json; nothing is written without it",
+        Option("output_dir", str, None, "of a run, or with --eval of a report; nothing is written without it",
                metavar="DIR", **NEUTRAL),
         Option("log_dir", str, None, "directory of a TensorBoard log", metavar="DIR", **NEUTRAL),
         Option("device", str, None, "cuda where there is one when not given", choices=("cuda", "cpu"), **FREE),
@@ -234,7 +244,7 @@ TABLE = {  # the rows, by their group in --help
         Option("use_amp", bool, False, "mixed precision"),
         Option("amp_dtype", str, None, "float16 on cuda and bfloat16 on cpu when not given",
                choices=("float16", "bfloat16"), needs=(USE_AMP,), **FREE),
-        Option("eval", bool, False, "only evaluate --resume, --initialize or --finetune", **FREE),
+        Option("eval", bool, False, "only evaluate --resume, --initialize or --finetune, as that file says", **FREE),
         # An evaluation draws no random numbers, but which epochs have one decides which epoch is the best.
         Option("disable_eval", bool, False, "evaluate after the last epoch only", **FREE),
         Option("eval_interval", int, 1, "epochs from one evaluation to the next", metavar="EPOCHS", ranges=FROM_1,
@@ -242,10 +252,10 @@ TABLE = {  # the rows, by their group in --help
         Option("eval_batch_size", int, None, "one and a half times --batch_size when not given", metavar="IMAGES",
                ranges=ABOVE_0, **FREE),
         Option("dist_eval", bool, True, "share the test images out among the processes", **FREE),
-        Option("resume", str, None, "checkpoint to continue from", metavar="FILE", **FREE),
+        Option("resume", str, None, "checkpoint to continue from, or the run it is of", metavar="PATH", **FREE),
         Option("auto_resume", bool, True, "continue the run that --output_dir holds", **NEUTRAL),
-        Option("overwrite", bool, False, "delete the run that --output_dir holds, and start anew", needs=(OUTPUT,),
-               **NEUTRAL),
+        Option("overwrite", bool, False, "replace the run, or with --eval the report, that --output_dir holds",
+               needs=(OUTPUT,), **NEUTRAL),
         Option("save_ckpt", bool, True, "write checkpoints", needs=(OUTPUT,), **NEUTRAL),
         Option("save_ckpt_freq", int, 1, "epochs from one checkpoint to the next", metavar="EPOCHS", ranges=FROM_1,
                needs=(OUTPUT, CHECKPOINTS), **NEUTRAL),
@@ -271,6 +281,10 @@ TABLE = {  # the rows, by their group in --help
 }
 # fmt: on
 
+# What a checkpoint's own options say of its model, and of what it was trained on. The first ones fit its weights.
+RECORDED_MODEL = ("model", "model_kwargs", "input_size", "imagenet_default_mean_and_std")
+RECORDED = (*RECORDED_MODEL, "linear_probe", "crop_pct", "data_set", "data_path", "eval_data_path")
+
 OPTIONS = {option.name: option for rows in TABLE.values() for option in rows}
 MAY_CHANGE_ON_RESUME = frozenset(name for name, option in OPTIONS.items() if option.may_change_on_resume)
 CANNOT_CHANGE_RESULT = frozenset(name for name, option in OPTIONS.items() if option.cannot_change_result)
@@ -282,8 +296,10 @@ def get_args_parser() -> Parser:
     for title, rows in TABLE.items():
         group = parser if title is None else parser.add_argument_group(title)
         for option in rows:
-            form = {"choices": option.choices, "nargs": option.nargs, "metavar": option.metavar}
-            form |= {"type": boolean if option.type is bool else option.type}
+            form = {"type": option.type, "nargs": option.nargs, "metavar": option.metavar}
+            form |= one_of(option.choices) if option.choices else {}
+            if option.type is bool:
+                form |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
             if option.type is dict:
                 form = {"action": Kwargs, "nargs": "*", "metavar": "K=V"}
             flags = (f"--{option.name}", *option.aliases)
@@ -314,9 +330,9 @@ def read_config(path: str) -> list[str]:
     return [word for key, words in recipe.items() for word in (f"--{key}", *words)]
 
 
-def _print_if_first(line):
+def _print_if_first(line, file=None):
     if find_launch(os.environ).rank == 0:
-        print(line, file=sys.stderr)
+        print(line, file=file or sys.stderr)
 
 
 def default_options() -> Options:
@@ -324,8 +340,11 @@ def default_options() -> Options:
     return Options(**{name: copy.copy(option.default) for name, option in OPTIONS.items()})
 
 
-def parse_args(argv=None) -> Options:
+def parse_args(argv=None, recorded: dict | None = None) -> Options:
     """Options from the command line over those of ``--config`` over the defaults, checked against each other.
+
+    Args:
+        recorded: options that come over the defaults too, but below all others.
 
     Raises:
         InputError: see ``check_options``; or the words are no options.
@@ -333,9 +352,52 @@ def parse_args(argv=None) -> Options:
     parser = get_args_parser()
     given = _parse_given(parser, argv)
     configured = _parse_given(parser, read_config(given["config"])) if "config" in given else {}
-    options = default_options().replace(**configured | given)
+    options = default_options().replace(**_fitting(recorded or {}, configured | given) | configured | given)
     check_options(options, set(given))
     return options
+
+
+def _fitting(recorded, given):
+    """Recorded options that go with those given: recorded paths are of the recorded data set, and go together."""
+    same = given.get("data_set", recorded.get("data_set")) == recorded.get("data_set") and "data_path" not in given
+    return {name: value for name, value in recorded.items() if same or name not in ("data_path", "eval_data_path")}
+
+
+def parse_args_with(found: list, argv=None) -> Options:
+    """As ``parse_args``, with options that checkpoints record; prints which ones are theirs and which are not.
+
+    Args:
+        found: [({option: value}, path of the checkpoint that records them)].
+
+    Raises:
+        InputError: as ``parse_args``; or in an evaluation, another model is given than the checkpoint's.
+    """
+    args = parse_args(argv, {name: value for recorded, _ in found for name, value in recorded.items()})
+    for recorded, origin in found:
+        given = {name: value for name, value in args.plain().items() if name in recorded and value != recorded[name]}
+        if args.eval:
+            for name in [name for name in ("model", "model_kwargs") if name in given]:
+                words = _in_words(name, recorded[name])
+                raise InputError(f"{_in_words(name, given[name])}: {origin} is of {words}; leave --{name} out")
+        elif "model" in given:  # the weights may still fit; nothing else that their checkpoint says is about this model
+            return parse_args_with([other for other in found if other[0] is not recorded], argv)
+        taken = {
+            name: value for name, value in recorded.items() if name not in given and value != OPTIONS[name].default
+        }
+        words = [_in_words(name, value) for name, value in taken.items()]
+        _print_if_first(f"{origin} says: {' '.join(words)}", sys.stdout)
+        for name, value in given.items():
+            if not name.endswith("path"):
+                words = _in_words(name, recorded[name])
+                _print_if_first(f"{_in_words(name, value)}: {origin} was trained with {words}", sys.stdout)
+    return args
+
+
+def _in_words(name, value):
+    """An option as the words of a command line."""
+    if isinstance(value, dict):
+        value = " ".join(f"{key}={item}" for key, item in value.items())
+    return f"--{name} {str(value).lower() if isinstance(value, bool) else value}"
 
 
 def _parse_given(parser, argv):
@@ -355,6 +417,8 @@ def check_options(args: Options, given: set) -> None:
     """
     for name, option in OPTIONS.items():
         value = getattr(args, name)
+        if value == "" and option.metavar in NAMED:
+            raise InputError(f"--{name}: is empty; give {NAMED[option.metavar]}, or leave the option out")
         for allowed in option.ranges:
             if value is not None and not allowed.holds(value):
                 raise InputError(f"--{name} {value}: give {allowed.words}")
@@ -372,7 +436,7 @@ def check_options(args: Options, given: set) -> None:
 
 def check_together(args: Options) -> None:
     """Refuse options that contradict each other, or that lack another one."""
-    if args.warmup_steps < 0 and args.warmup_epochs > args.epochs:
+    if args.warmup_steps < 0 and (args.warmup_epochs or 0) > args.epochs:
         raise InputError(f"--warmup_epochs {args.warmup_epochs}: longer than --epochs {args.epochs}; lower it")
     if args.start_epoch >= args.epochs:
         raise InputError(f"--start_epoch {args.start_epoch}: must be less than --epochs {args.epochs}")
@@ -380,29 +444,42 @@ def check_together(args: Options) -> None:
         raise InputError(f"--initialize {args.initialize}: give it or --finetune, not both")
     if args.eval and not (args.resume or args.initialize or args.finetune):
         raise InputError("--eval true: name the weights to evaluate with --resume, --initialize or --finetune")
-    if args.distillation != "none" and args.teacher is None:
+    if args.distillation != "none" and args.teacher is None and args.teacher_path is None:
         raise InputError(f"--distillation {args.distillation}: name the model to learn from with --teacher")
     frozen = "features are frozen under --linear_probe true"
     if args.linear_probe and args.drop_path > 0:
         raise InputError(f"--drop_path {args.drop_path}: {frozen}; set it to 0")
     if args.linear_probe and args.distillation != "none":
         raise InputError(f"--distillation {args.distillation}: {frozen}; leave it out")
-    if args.overwrite and args.resume:
+    if args.overwrite and args.resume and not args.eval:
         raise InputError(f"--overwrite true: would delete what --resume {args.resume} continues; leave one out")
     if args.enable_wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("--enable_wandb true: the package is not installed; run: python -m pip install wandb")
 
 
 def check_weights(args: Options) -> None:
-    """Refuse, with an InputError, files of weights that are not there and names of models that cannot be used."""
+    """Refuse, with an InputError, files that are not there, and names that cannot be used.
+
+    These are the names of models, and of directories that a run would make.
+    """
     check_name(args.model, "--model", TIMM)
     if args.teacher:
         check_name(args.teacher, "--teacher", TIMM)
     if args.initialize and not Path(args.initialize).exists():
         raise InputError(f"--initialize {args.initialize}: no such file or directory")
+    if args.resume and not Path(args.resume).exists():
+        raise InputError(f"--resume {args.resume}: no such file or directory")
     for name in ("finetune", "teacher_path"):
         if getattr(args, name):
-            check_file(getattr(args, name), f"--{name}")
+            files_of(getattr(args, name), f"--{name}")
+    for name in ("output_dir", "log_dir"):
+        if getattr(args, name):
+            check_no_file(getattr(args, name), f"--{name}")
+
+
+def complete_warmup(args: Options) -> Options:
+    """Options with a number of warm-up epochs: if none is given a sixth of all, as 50 of the paper's 300 (Table 13)."""
+    return args if args.warmup_epochs is not None else args.replace(warmup_epochs=min(50, args.epochs // 6))
 
 
 def share_batch(args: Options, world_size: int) -> Options:

@@ -4,20 +4,22 @@ import contextlib
 import fcntl
 import os
 import reprlib
+import shlex
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from distributed.process_group import main_only
 from distributed.program import RunError
-from training.checkpoint import numbered, position
-from training.metric_log import read_log
+from training.checkpoint import numbered, position, read
+from training.metric_log import WANDB_RUN, read_log
 from training.options import MAY_CHANGE_ON_RESUME, Options, default_options
 from utils import print_main
 from weight_selection import files
 from weight_selection.errors import InputError, printable
 from weight_selection.sources import safe_load
 
+HELD = ("args.json", "log.txt", "results.json", WANDB_RUN)  # the files of a run beside its checkpoints
 WAYS_OUT = "choose another directory, or add --overwrite true to delete it"
 
 
@@ -40,11 +42,21 @@ def reserve(options: Options) -> Iterator[Path | None]:
 
 
 def _lock_and_find_checkpoint(options, directory, stack):
+    before = set(directory.iterdir()) if directory.is_dir() else set()
     _lock(directory, stack)
+    stack.push(lambda kind, error, trace: _forget(directory, before) if isinstance(error, InputError) else None)
     try:
         return _find_checkpoint(options, directory)
     except OSError as error:
         raise InputError(f"--output_dir {directory}: {error}; repair it, or choose another") from error
+
+
+def _forget(directory, before):
+    """Delete what a run that is refused has written: the corrected command is the first of its run."""
+    new = set(directory.iterdir()) - before
+    if {path.name for path in new} <= {".lock", "args.json"}:
+        for path in new:
+            path.unlink()
 
 
 def _lock(directory, stack):
@@ -75,7 +87,7 @@ def _find_checkpoint(options, directory):
     for path in directory.glob(f"{files.PARTIAL}*"):
         if path.is_file():  # a run was killed while it wrote this file
             path.unlink()
-    held = [directory / name for name in ("args.json", "log.txt", "results.json") if (directory / name).exists()]
+    held = [directory / name for name in HELD if (directory / name).exists()]
     held += sorted(directory.glob("checkpoint-*.pth")) + sorted(directory.glob("checkpoint-*.pth.damaged"))
     if options.resume and not _is_restart(options, directory):
         _check_resume(options, directory, held)
@@ -166,11 +178,42 @@ def check_same_run(options: Options, other: dict, name: str) -> None:
     for key in mine:
         theirs = other.get(key, defaults[key])
         if key not in MAY_CHANGE_ON_RESUME and mine[key] != theirs:
+            way_out = (_longer(options, theirs) if key == "epochs" else None) or WAYS_OUT
             theirs = theirs if isinstance(theirs, (str, int, float)) else reprlib.repr(theirs)
             raise InputError(
                 f"--output_dir {options.output_dir}: {name} is of a run with --{key} {theirs}, not {mine[key]}; "
-                f"{WAYS_OUT}"
+                f"{way_out}"
             )
+
+
+def keep_warmup(options: Options) -> Options:
+    """Options with the warm-up of the run that goes on: versions before 0.2 took 50 epochs if none was given.
+
+    Raises:
+        InputError: what records the options of that run is damaged.
+    """
+    recorded = main_only(_recorded_options, options).get("warmup_epochs")
+    return options.replace(warmup_epochs=recorded) if type(recorded) is int else options
+
+
+def _recorded_options(options):
+    """The options of the run that goes on, from ``--output_dir`` or else from ``--resume``; {} for a new run."""
+    path = Path(options.output_dir or "") / "args.json"
+    if options.output_dir and path.exists() and (not options.overwrite or _restarted_by_its_launcher()):
+        return _read_options(path)
+    return read(Path(options.resume), f"--resume {options.resume}")["args"] if options.resume else {}
+
+
+def _longer(options, epochs):
+    """How to train for longer than the ``epochs`` of the run in the output directory; None if that is not asked for."""
+    if type(epochs) is not int or epochs >= options.epochs:
+        return None
+    newest = next(reversed(numbered(options.output_dir)), None)
+    if newest is None:
+        return None
+    other = options.output_dir.rstrip("/") + f"-{options.epochs}-epochs"
+    words = shlex.join(["--resume", str(newest), "--output_dir", other])
+    return f"a longer run has another schedule, and a directory of its own: end the same command with {words}"
 
 
 def prune(directory: Path, keep: int) -> None:

@@ -32,6 +32,7 @@ class RunProgress:
     last_ema: EvalMetrics | None = None  # the same of the moving average; the checkpoint's keys are last-ema, best-ema
     best_ema: EvalMetrics | None = None
     partial: EpochSums | None = None  # of the steps of the next epoch that are done; None between epochs
+    classifier_init: dict | None = None  # how the first classifier was fitted: ``FittedClassifier.facts``
     bad_images: list[str] = field(default_factory=list)  # messages about the training images that could not be read
 
     @classmethod
@@ -51,7 +52,7 @@ class RunProgress:
             kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind
             if not _fits(content[key], kind):
                 raise InputError(f"{origin}: not a checkpoint of main.py: its {key} is none")
-            values[name] = kind(**content[key]) if is_dataclass(kind) else content[key]
+            values[name] = _build(content[key], kind) if is_dataclass(kind) else content[key]
         return cls(**values)
 
     def to_checkpoint(self) -> dict:
@@ -83,12 +84,22 @@ def _key(name):
     return name.replace("_ema", "-ema")
 
 
+def _build(value, kind):
+    """A dataclass from a dict that fits it; a field that is not there is None."""
+    return kind(**{name: value.get(name) for name in get_type_hints(kind)})
+
+
 def _fits(value, kind):
-    """Whether a value is of a field's type. An int may stand for a float; a dict must have a dataclass's fields."""
+    """Whether a value is of a field's type. An int may stand for a float; a dict must have a dataclass's fields.
+
+    Fields that may be None may also be missing: older versions did not have them.
+    """
     if is_dataclass(kind):
         hints = get_type_hints(kind)
-        complete = isinstance(value, dict) and value.keys() == hints.keys()
-        return complete and all(_fits(value[name], hints[name]) for name in hints)
+        complete = isinstance(value, dict) and value.keys() <= hints.keys()
+        return complete and all(_fits(value.get(name), hints[name]) for name in hints)
+    if isinstance(kind, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
     return type(value) is kind or (kind is float and type(value) is int)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,13 +17,17 @@ from input_pipeline.cache import check_memory
 from input_pipeline.loader import BadImages, DeviceLoader
 from models.distillation import build_teacher
 from training import checkpoint, output_dir
-from training.metric_log import MetricLog
+from training.example_images import example_images
+from training.first_classifier import fit_first_classifier
+from training.metric_log import MetricLog, check_wandb
 from training.options import Options
 from training.progress import RunProgress
 from training.setup import RunData, build_model, build_train_state, complete_options, open_data, set_up_device, warm_up
+from training.trained_model import check_classes, describe_model
 from utils import describe, duration, print_main, versions
 from weight_selection.errors import InputError
-from weight_selection.files import check_writable, sha256, write_json
+from weight_selection.files import begin_sha256, check_writable, without_empty_directories, write_json
+from weight_selection.sources.directories import files_of
 from weight_selection.sources.initial_weights import read_provenance
 
 
@@ -35,13 +39,18 @@ def run(options: Options, launch: Launch) -> None:
         RunError: the run started well and cannot go on.
         Stopped: a signal asked the run to stop.
     """
-    options = complete_options(options, launch.local_rank)
+    given, options = options, complete_options(options, launch.local_rank)
     device = set_up_device(options, launch.local_rank)
     init_distributed(launch, device, options.dist_url, options.timeout)
-    with StopCoordinator(options.timeout) as stop_coordinator:
+    if given.warmup_epochs is None and not options.eval:
+        options = output_dir.keep_warmup(options)
+    new_directories = without_empty_directories(options.output_dir, options.log_dir)
+    with StopCoordinator(options.timeout) as stop_coordinator, new_directories:
         data = open_data(options)
         if options.log_dir:
             check_writable(options.log_dir, "--log_dir")
+        if options.enable_wandb and not options.eval:
+            main_only(check_wandb)
         model = build_model(options, data.classes)
         distills = options.distillation != "none" and not options.eval
         teacher = build_teacher(options, data.classes) if distills else None
@@ -55,26 +64,42 @@ def run(options: Options, launch: Launch) -> None:
             )
             progress = RunProgress(epoch=options.start_epoch - 1, train_images=data.train_images)
             if found:
-                progress = resume(options, state, found, data.train_images)
+                progress = resume(options, state, found, data)
+            report = open_report(options, data, state) if options.eval and options.output_dir else None
             if options.cache_images:
                 data.keep_in_memory()
             test_loader = data.test_loader(options, state)
+            if options.classifier_init == "ridge" and not found and not options.eval:
+                progress.classifier_init = fit_first_classifier(options, state, data)
             stop_coordinator.defer_signals = True
             if options.eval:
-                metrics = evaluate_with_ema(options, state, test_loader)
+                metrics = evaluate_with_ema(options, state, test_loader, report and report.note)
                 print_main(f"{options.model}: {describe(metrics)}")
+                if report:
+                    report.write(metrics)
             else:
+                if given.warmup_epochs is None and options.warmup_steps < 0:
+                    counts = f"{options.warmup_epochs} of {options.epochs} epochs"
+                    print_main(f"warm-up: {counts}; --warmup_epochs sets another number")
                 train_and_report(options, state, data, test_loader, progress)
 
 
-def resume(options: Options, state: TrainState, path: Path, train_images: int | None) -> RunProgress:
+def open_report(options: Options, data: RunData, state: TrainState) -> "EvalReport":  # noqa: F821
+    """The report of an evaluation; training does not wait for the import of what draws it."""
+    from training.eval_report import EvalReport
+
+    return EvalReport(options, data, state)
+
+
+def resume(options: Options, state: TrainState, path: Path, data: RunData) -> RunProgress:
     """Restore a checkpoint, which must be of the same run unless ``--resume`` names it; returns its progress."""
     named = options.resume is not None and path == Path(options.resume)
     origin = f"{'--resume' if named else '--output_dir'} {path}"
     content = checkpoint.read(path, origin)
     if not named:
         output_dir.check_same_run(options, content["args"], path.name)
-    progress = checkpoint.restore(options, state, content, origin, train_images)
+    progress = checkpoint.restore(options, state, content, origin, data.train_images)
+    check_classes(content, options, data.class_names, origin)
     partial = progress.partial
     written = f"step {partial.step} of epoch {progress.epoch + 1}" if partial else f"epoch {progress.epoch}"
     print_main(f"resumed {path}, written after {written}")
@@ -93,16 +118,23 @@ def train_and_report(
         "processes": state.world_size,
     }
     print_main(f"{options.model}: " + describe(facts))
+    facts["class_names"] = data.class_names
     for option, path in (("initialize", options.initialize), ("teacher", options.teacher_path)):
-        facts[f"{option}_sha256"] = path and sha256(path)
+        facts[f"{option}_sha256"] = path and begin_sha256(*files_of(path, f"--{option}")).result()
     if options.initialize and (provenance := read_provenance(options.initialize, "--initialize")):
         facts["first_weights"] = {name: provenance[name] for name in ("teacher", "student", "options")}
     if progress.epoch == options.epochs - 1:
         print_main("all epochs are done; nothing left to train")
+    if progress.classifier_init:
+        facts["classifier_init"] = progress.classifier_init
     bad_images = BadImages(options.skip_bad_images, state.stop_coordinator, progress.bad_images)
     loader = data.train_loader(options, state, bad_images)
-    with MetricLog(options, progress.epoch + 1) as log:
-        train(options, state, loader, test_loader, progress, log)
+    first_step = (progress.epoch + 1) * state.steps_per_epoch + (progress.partial.step if progress.partial else 0)
+    with MetricLog(options, progress.epoch + 1, first_step) as log:
+        if log.shows_images:
+            log.add_images(example_images(options, state, loader))
+        saver = Saver(options, state, progress, loader.bad_images, describe_model(options, data.class_names))
+        train(options, state, loader, test_loader, progress, log, saver)
     if options.output_dir:
         main_only(write_results, options, progress, facts)
     print_main("; ".join(f"{name} {describe(metrics)}" for name, metrics in progress.evaluations().items()))
@@ -115,6 +147,7 @@ def train(
     test_loader: DeviceLoader,
     progress: RunProgress,
     log: MetricLog,
+    saver: "Saver",
 ) -> None:
     """Train from the position of ``progress`` to the last epoch; keep log, checkpoints and ``progress`` up to date.
 
@@ -122,12 +155,11 @@ def train(
         Stopped: a signal asked the run to stop; its state is saved.
         RunError: see ``engine``.
     """
-    saver = Saver(options, state, progress, loader.bad_images)
     first_epoch, start = progress.epoch + 1, time.monotonic()
     if first_epoch < options.epochs:
         warm_up(options, state, test_loader.batch_size)
     for epoch in range(first_epoch, options.epochs):
-        metrics = EpochMetrics(state, epoch, loader.bad_images, progress.partial)
+        metrics = EpochMetrics(state, epoch, loader.bad_images, progress.partial, log.add_step)
         is_last = epoch == options.epochs - 1
         with saver.saving_if_stopped(metrics):
             speed = train_rest_of_epoch(options, state, loader, metrics, saver)
@@ -157,8 +189,16 @@ class Saver:
     All processes must call its methods after the same step.
     """
 
-    def __init__(self, options: Options, state: TrainState, progress: RunProgress, bad_images: BadImages):
+    def __init__(
+        self,
+        options: Options,
+        state: TrainState,
+        progress: RunProgress,
+        bad_images: BadImages,
+        description: dict,
+    ):
         self.options, self.state, self.progress, self.bad_images = options, state, progress, bad_images
+        self.description = description
         self.start = time.monotonic() - progress.seconds
         self.saves = bool(options.output_dir and options.save_ckpt)
         if self.saves:
@@ -173,7 +213,7 @@ class Saver:
         """Write a checkpoint after an epoch, under a name such as best or else the epoch's number; returns its path."""
         if not self.saves:
             return None
-        path = checkpoint.save(self.options, self.state, self.progress, name)
+        path = checkpoint.save(self.options, self.state, self.progress, self.description, name)
         if name is None:
             self._prune()
         return path
@@ -232,9 +272,12 @@ def average_batch_statistics(state: TrainState) -> None:
             distribute_bn(state.ema.module, state.world_size, reduce=True)
 
 
-def evaluate_with_ema(options: Options, state: TrainState, loader: DeviceLoader) -> dict:
-    """Evaluate the model and, with ``--model_ema_eval``, its moving average, whose metrics end in ``_ema``."""
-    metrics = evaluate(state.model, loader, state, options.dist_eval)
+def evaluate_with_ema(options: Options, state: TrainState, loader: DeviceLoader, note: Callable | None = None) -> dict:
+    """Evaluate the model and, with ``--model_ema_eval``, its moving average, whose metrics end in ``_ema``.
+
+    ``note``, as of ``evaluate``, gets the model's own outputs.
+    """
+    metrics = evaluate(state.model, loader, state, options.dist_eval, note)
     if options.model_ema_eval and state.ema is not None:
         average = evaluate(state.ema.module, loader, state, options.dist_eval)
         metrics |= {f"{name}_ema": value for name, value in average.items() if name != "images"}

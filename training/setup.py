@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from datasets import build_dataset
+from datasets import build_dataset, class_names
 from distributed.program import Launch
 from distributed.stop_coordinator import StopCoordinator
 from engine import TrainState, autocast
@@ -23,20 +23,23 @@ from input_pipeline.placement import TransformInWorkers, TransformOneByOne, buil
 from models.distillation import Loss, Teacher, WithProjector
 from models.initialization import initialize, make_linear_probe
 from optim_factory import cosine_schedule, create_optimizer
-from training.options import OPTIONS, Options, default_options, mixes
+from training.checkpoint import find, numbered
+from training.options import OPTIONS, Options, complete_warmup, default_options, mixes
 from utils import print_main, seed_everything
+from weight_selection.commands import student_words
 from weight_selection.errors import InputError, printable
 from weight_selection.sources.architectures import CONVNEXT, declared_architecture
+from weight_selection.sources.directories import files_of
 from weight_selection.sources.initial_weights import find_weights, load_finetune, load_initial
 from weight_selection.sources.timm_models import check_input_size, create_model
 from weight_selection.sources.weight_files import NESTED
 
 
 def complete_options(options: Options, local_rank: int) -> Options:
-    """Fill in what depends on the machine (device, loader workers, dtype) and the file that ``--initialize`` means.
+    """Fill in the warm-up, what depends on the machine (device, loader workers, dtype), and the files that paths mean.
 
     Raises:
-        InputError: the machine has no such device or arithmetic, or the directory has no weights for the model.
+        InputError: the machine has no such device or arithmetic, or a directory has no weights that fit.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
     gpus, needed = torch.cuda.device_count(), max(local_rank + 1, processes)
@@ -47,6 +50,8 @@ def complete_options(options: Options, local_rank: int) -> Options:
             "start fewer processes or use --device cpu"
         )
     workers, amp_dtype, initial_weights = options.num_workers, options.amp_dtype, options.initialize
+    named = {name: only_file(getattr(options, name), f"--{name}") for name in ("finetune", "teacher_path")}
+    named["resume"] = options.resume and str(find_checkpoint(Path(options.resume), options.eval))
     if workers is None:
         workers = max(1, min(10, (os.cpu_count() or 1) // processes))
     if options.use_amp:
@@ -55,8 +60,26 @@ def complete_options(options: Options, local_rank: int) -> Options:
     initial_weights = initial_weights and str(Path(initial_weights))
     if initial_weights and Path(initial_weights).is_dir():  # the model says which file in it is meant
         model = create_model(options.model, input_size=options.input_size, device="meta", **options.model_kwargs)
-        initial_weights = str(find_weights(initial_weights, model, "--initialize"))
-    return options.replace(device=device, num_workers=workers, amp_dtype=amp_dtype, initialize=initial_weights)
+        initial_weights = str(find_weights(initial_weights, model, "--initialize", _as_student(options, model)))
+    return complete_warmup(options).replace(
+        device=device, num_workers=workers, amp_dtype=amp_dtype, initialize=initial_weights, **named
+    )
+
+
+def only_file(path: str | None, option: str) -> str | None:
+    """The file of weights that a path means; the path itself if it is a file, or a directory of several shards."""
+    files = files_of(path, option) if path else []
+    return str(files[0]) if len(files) == 1 else path
+
+
+def find_checkpoint(path: Path, evaluates: bool) -> Path:
+    """The checkpoint that ``--resume`` means: of the directory of a run the best one to evaluate, the newest to train.
+
+    Raises:
+        InputError: there is none.
+    """
+    newest = numbered(path)[-1:] if path.is_dir() and not evaluates else []
+    return newest[0] if newest else find(path, "--resume")
 
 
 def _check_arithmetic(device, amp_dtype):
@@ -84,8 +107,13 @@ class RunData:
     test_set: Dataset
     train_pipeline: TransformOneByOne | TransformInWorkers | None
     test_pipeline: TransformOneByOne | TransformInWorkers
-    classes: int
+    class_names: list[str]  # in the order of their labels
     steps_per_epoch: int  # optimiser steps in an epoch; 1 in an evaluation
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
 
     @property
     def train_images(self) -> int | None:
@@ -134,7 +162,8 @@ def open_data(options: Options) -> RunData:
     if not options.eval and skip >= len(train_set):
         raise InputError(f"--skip_bad_images {skip}: there are only {len(train_set)} training images")
     train_pipeline = None if options.eval else build_pipeline(options, train=True)
-    return RunData(train_set, test_set, train_pipeline, build_pipeline(options, train=False), classes, steps)
+    names, test_pipeline = class_names(test_set, classes), build_pipeline(options, train=False)
+    return RunData(train_set, test_set, train_pipeline, test_pipeline, names, steps)
 
 
 def build_model(options: Options, classes: int) -> nn.Module:
@@ -161,7 +190,7 @@ def build_model(options: Options, classes: int) -> nn.Module:
                 parameter.mul_(options.head_init_scale)
     if options.initialize:
         keys = NESTED if options.model_key == OPTIONS["model_key"].default else options.model_key.split("|")
-        kept = load_initial(model, options.initialize, "--initialize", keys)
+        kept = load_initial(model, options.initialize, "--initialize", keys, _as_student(options, model))
         print_main(f"initialised from {options.initialize}; random: {', '.join(kept) or 'nothing'}")
     elif options.finetune:
         kept = load_finetune(model, options.finetune, "--finetune", options.model_key.split("|"))
@@ -169,6 +198,12 @@ def build_model(options: Options, classes: int) -> nn.Module:
     if options.linear_probe:
         make_linear_probe(model, options.model)
     return model
+
+
+def _as_student(options, model):
+    """The model that the options name, as options of weight_selection.py."""
+    size = {"img_size": options.input_size} if model.pretrained_cfg.get("fixed_input_size") else {}
+    return student_words(options.model, options.model_kwargs | size)
 
 
 def build_train_state(

@@ -21,7 +21,17 @@ from weight_selection.options import ELEMENT_SELECTION, LAYER_SELECTION, PROJECT
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ELEMENT_SELECTION", "LAYER_SELECTION", "PROJECTION", "InputError", "select_weights"]
+    from weight_selection.classifier import fit_classifier
+
+__all__ = ["ELEMENT_SELECTION", "LAYER_SELECTION", "PROJECTION", "InputError", "fit_classifier", "select_weights"]
+
+
+def __getattr__(name):
+    if name == "fit_classifier":
+        from weight_selection.classifier import fit_classifier
+
+        return fit_classifier
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def select_weights(

@@ -2,23 +2,81 @@
 
 import argparse
 import ast
+import difflib
+import sys
 
 from weight_selection.errors import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviated options, and raises InputError where argparse would print its usage."""
+    """The parser of a program's options: dashes and underscores are alike, and a mistake is an InputError.
+
+    It takes no abbreviated options.
+    """
 
     def __init__(self, program: str, description: str):
-        super().__init__(
-            prog=program,
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
+        super().__init__(prog=program, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._spelt(word) for word in words], namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            shown = (action for action in self._actions if action.help != argparse.SUPPRESS)
+            known = [word for action in shown for word in action.option_strings]
+            what = "no such option" if name.startswith("-") else "belongs to no option"
+            raise InputError(f"{name}: {what}{did_you_mean(name, known)}; see --help")
+        return namespace
 
     def error(self, message):
-        raise InputError(f"{message}; see --help")
+        raise InputError(f"{message.removeprefix('argument ')}; see --help")
+
+    def _spelt(self, word):
+        """A word in which an option has underscores, if the parser knows it so."""
+        name, equals, value = word.partition("=")
+        spelt = name[:2] + name[2:].replace("-", "_")
+        known = self._option_string_actions
+        return spelt + equals + value if word.startswith("--") and name not in known and spelt in known else word
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Says an option's default, as it would be typed, where there is one and its help does not say it."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default in (None, argparse.SUPPRESS, {}, []) or action.nargs == 0 or "default" in action.help:
+            return action.help
+        words = default if isinstance(default, (list, tuple)) else [default]
+        words = [str(word).lower() if isinstance(word, bool) else str(word) for word in words]
+        return f"{action.help} (default: {' '.join(words).replace('%', '%%')})"
+
+
+class Choice:
+    """As an option's ``type``: the choice that a word is, in upper or lower case. It refuses all other words."""
+
+    def __init__(self, choices):
+        self.choices = {choice.lower(): choice for choice in choices}
+
+    def __call__(self, text: str) -> str:
+        if text.lower() not in self.choices:
+            known = self.choices.values()
+            raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(known)}{did_you_mean(text, known)}")
+        return self.choices[text.lower()]
+
+
+def one_of(choices) -> dict:
+    """What ``add_argument`` takes for an option that has choices."""
+    return {"type": Choice(choices), "choices": list(choices)}
+
+
+def did_you_mean(word: str, known) -> str:
+    """ "; did you mean NAME?" of the known name that is most like a word, whatever its case; empty if none is."""
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), names, 1, 0.6)
+    return f"; did you mean {names[near[0]]}?" if near else ""
 
 
 class Kwargs(argparse.Action):

@@ -8,10 +8,12 @@ import os
 import sys
 from concurrent.futures import Future
 from dataclasses import fields
+from pathlib import Path
 
-from weight_selection.arguments import Kwargs, Parser, check_kwargs
+from weight_selection.arguments import Kwargs, Parser, check_kwargs, one_of
+from weight_selection.commands import model_words, training_command
 from weight_selection.errors import InputError, run_program
-from weight_selection.files import SUFFIXES, begin_sha256
+from weight_selection.files import SUFFIXES, begin_sha256, check_no_file, without_empty_directories
 from weight_selection.options import (
     CALIBRATION_IMAGES,
     DTYPES,
@@ -27,10 +29,11 @@ from weight_selection.options import (
 )
 from weight_selection.sources import COMPONENTS, MODEL_TYPES
 from weight_selection.sources.directories import files_of
-from weight_selection.sources.names import SCHEMES, TIMM, check_name
+from weight_selection.sources.names import SCHEMES, TIMM, check_name, split_name
 from weight_selection.sources.recipe import read_student
 from weight_selection.sources.widths import fraction, shown, smaller_arguments
 
+TRAINER = Path(__file__).parents[1] / "main.py"  # beside the package in a clone; pip does not install it
 # The options that stand in the provenance of a written file, in this order.
 RECORDED = ("layer_selection", "exclude", "include_head", "include_head_norm", "allow_unused", "element_selection",
             "seed")  # fmt: skip
@@ -43,10 +46,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--output_dir", metavar="PATH",
         help="a directory, in which MODEL_TYPE.pth is written, or a .pth, .pt or .safetensors file")
-    add("--format", choices=["hub"],
+    add("--format", **one_of(["hub"]),
         help="PATH becomes a directory that timm's local-dir:PATH or from_pretrained(PATH) opens, a whole checkpoint")
-    add("--dtype", choices=DTYPES, default=KEEP, help="of the written values; keep: the teacher's")
-    add("--model_type", choices=list(MODEL_TYPES),
+    add("--dtype", **one_of(DTYPES), default=KEEP, help="of the written values; keep: the teacher's")
+    add("--model_type", **one_of(MODEL_TYPES),
         help="sets the default student and teacher; not needed when both are named")
     add("--pretrained_model", metavar="NAME",
         help="teacher: a timm name, old or new; hf-hub:ORG/NAME, timm/NAME or local-dir:DIR of timm's; "
@@ -64,10 +67,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="student: the teacher's architecture, W times as wide, with heads of the same size; such as 0.5 or 1/3")
     add("--depth", type=fraction, metavar="D", help="likewise D times as deep, rounded up")
     add("--teacher_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V", help="likewise for the teacher")
-    add("--layer_selection", choices=LAYER_SELECTION, default="first_n")
-    add("--element_selection", choices=ELEMENT_SELECTION + PROJECTION, default="uniform",
+    add("--layer_selection", **one_of(LAYER_SELECTION), default="first_n", help="which of the teacher's layers")
+    add("--element_selection", **one_of(ELEMENT_SELECTION + PROJECTION), default="uniform",
         help="project (rotated) and greedy (coordinates) go beyond the paper, and need --calibration")
-    add("--fused_qkv", choices=FUSED_QKV, default=PARTS,
+    add("--fused_qkv", **one_of(FUSED_QKV), default=PARTS,
         help="uniform: spread indices in each of q, k and v, or over the whole as the release does (another selection "
         "only where widths do not divide)")
     add("--calibration", metavar=f"DIR|{NOISE}",
@@ -77,7 +80,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--calibration_size", type=int, metavar="N",
         help="side in pixels of images for a model that takes any, such as a ResNet (that of timm or --student_config)")
     add("--seed", type=int, help="of the random selections, of noise and of the choice of images (default: 0)")
-    add("--exclude", nargs="+", choices=COMPONENTS, default=[],
+    add("--exclude", nargs="+", **one_of(COMPONENTS), default=[],
         help="components left at the student's own initialisation")
     head.add_argument("--include_head", action="store_true", help="select the classifier too (same classes needed)")
     head.add_argument("--classifier", nargs="+", metavar="MODULE",
@@ -114,6 +117,8 @@ def check_options(args) -> SelectionOptions:
         raise InputError("--output_dir is missing: name a directory or a file, or add --dry_run to only see the plan")
     if args.format == "hub" and args.output_dir is not None and args.output_dir.endswith(SUFFIXES):
         raise InputError(f"--output_dir {args.output_dir}: --format hub writes a directory; leave the suffix out")
+    if args.output_dir is not None and not args.output_dir.endswith(SUFFIXES):
+        check_no_file(args.output_dir, "--output_dir")
     if args.pretrained_path is not None:
         files_of(args.pretrained_path, "--pretrained_path")
     for option, name in (("--pretrained_model", args.pretrained_model), ("--student", args.student)):
@@ -181,7 +186,8 @@ def main(argv=None) -> None:
     if args.dry_run:
         print_plan(args, selection)
     else:
-        select(args, selection, name, digest)
+        with without_empty_directories(args.output_dir):
+            select(args, selection, name, digest)
 
 
 def _take_after(teacher, args) -> None:
@@ -205,7 +211,7 @@ def print_plan(args, selection) -> None:
     if args.verbose:
         lines += report.tensor_lines(plan, projection and projection.describer())
     lines.append(report.student_line(args.student_kwargs, selection.models[1], selection.student_structure.facts))
-    print("\n".join(lines))
+    print("\n".join(lines + report.head_warnings(plan)))
     print(f"{args.student} from {args.pretrained_model}: {report.summary(plan)}; nothing written")
 
 
@@ -246,6 +252,8 @@ def select(args, selection, name: str, digest: Future | None) -> None:
         state_dict = output.completed(state_dict, student, selection, args.seed, dtype)
         provenance |= {"left_out": [], "random": absent}
     written.write(state_dict, student, provenance)
+    for line in report.head_warnings(selection.plan):
+        print(line)
     if output.is_large(state_dict):
         print(f"not run: only a student of less than {output.LARGE / 1e9:g} GB is tried in a forward pass")
     if "unused" in origin:
@@ -254,10 +262,26 @@ def select(args, selection, name: str, digest: Future | None) -> None:
     counts = report.summary(selection.plan)
     values = report.value_words(state_dict)
     print(f"{written.path}: {args.student} from {args.pretrained_model}, {counts} tensors, {values}")
+    print_next(args, selection, written.path)
+
+
+def print_next(args, selection, path: Path) -> None:
+    """Print the command that trains the student from what was written, if it is one that main.py trains."""
+    if split_name(args.student)[0] not in ("", *TIMM) or not TRAINER.is_file():
+        return
+    words = ["--config", args.student_config]
+    if args.student_config is None:
+        *_, height, width = selection.student_structure.facts.inputs[0].shape
+        if height != width:
+            return
+        words = model_words(args.student, args.student_kwargs, width)
+    print(f"to train it, with --data_set, --data_path and --output_dir: {training_command(words, path)}")
 
 
 def run() -> None:
     """Run the command with the words of the command line, and exit."""
-    if not any(word.split("=")[-1] in PROJECTION for word in sys.argv):  # a projection computes; the others copy, which
+    if not any(
+        word.split("=")[-1].lower() in PROJECTION for word in sys.argv
+    ):  # a projection computes; the others copy, which
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # waits for memory: more threads would wait for each other
     run_program("weight_selection.py", main)

@@ -59,6 +59,22 @@ def check_directory(path, option, remedy):
         raise InputError(f"{option} {path}: no such directory; {remedy}")
 
 
+# Of files: a new directory has no such name unless somebody meant a file.
+FILE_SUFFIXES = (*SUFFIXES, ".bin", ".ckpt", ".npz", ".json", ".txt")
+
+
+def check_no_file(directory, option):
+    """Raise an InputError that names ``option`` if ``directory``, existing or new, can only be meant as a file."""
+    path = Path(directory)
+    if not str(directory):
+        raise InputError(f"{option}: is empty; give a directory, or leave the option out")
+    if path.exists() and not path.is_dir():
+        kind = "a file" if path.is_file() else "a device"
+        raise InputError(f"{option} {path}: cannot write there, as it is {kind}; name another directory")
+    if not path.exists() and path.suffix in FILE_SUFFIXES:
+        raise InputError(f"{option} {path}: has the name of a {path.suffix} file; name a directory")
+
+
 def provenance_path(path) -> Path:
     """The .json beside a file of first weights that says where they came from."""
     return Path(path).with_suffix(".json")
@@ -74,9 +90,11 @@ def new_file(path):
     At every moment, even when the power fails, ``path`` is the whole old file or the whole new one.
 
     Raises:
-        InputError: the operating system refused (permissions, full disk, a directory of that name).
+        InputError: the operating system refused (permissions, full disk, a directory of that name), or it is a device.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"cannot write {path}: it is no file but a device or a pipe; name another")
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL, suffix=f"-{path.name}")
@@ -152,8 +170,9 @@ def check_writable(directory, option):
     """Create ``directory`` if need be and make sure files can be made in it.
 
     Raises:
-        InputError: they cannot; the message names ``option``.
+        InputError: they cannot, or it can only be meant as a file; the message names ``option``.
     """
+    check_no_file(directory, option)
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -162,6 +181,22 @@ def check_writable(directory, option):
         raise InputError(
             f"{option} {directory}: cannot write there ({error.strerror}); name another directory"
         ) from error
+
+
+@contextlib.contextmanager
+def without_empty_directories(*paths):
+    """If the block fails, remove the directories that it made on the way to these paths and left empty.
+
+    A path may be None.
+    """
+    new = [place for path in paths if path for place in (Path(path), *Path(path).parents) if not place.exists()]
+    try:
+        yield
+    except BaseException:
+        for place in new:
+            with contextlib.suppress(OSError):  # it was not made, or something is in it
+                place.rmdir()
+        raise
 
 
 def read_text(path, limit: int = TEXT_LIMIT) -> str:

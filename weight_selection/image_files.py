@@ -4,6 +4,7 @@ from weight_selection.errors import printable
 
 # The formats that Pillow may decode. It would also run Ghostscript on PostScript in a file that is named like an image.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
 
 class BadImage(Exception):

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from weight_selection.arguments import did_you_mean
 from weight_selection.errors import InputError
 from weight_selection.files import check_directory
 from weight_selection.sources import COMPONENTS
@@ -109,4 +110,4 @@ class SelectionOptions:
 
 def _choose(option, value, choices):
     if value not in choices:
-        raise InputError(f"{option} {value}: choose one of {', '.join(choices)}")
+        raise InputError(f"{option} {value}: choose one of {', '.join(choices)}{did_you_mean(str(value), choices)}")

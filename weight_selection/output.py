@@ -81,7 +81,7 @@ class WeightFile:
             safetensors = self.path.suffix == ".safetensors"
             content = _finished(provenance, self.path.name, student) if safetensors else {}
             tensors = untied(state_dict, student) if safetensors else state_dict
-            write_weights(tensors, temporary, json.dumps(content))
+            write_weights(tensors, temporary, provenance=json.dumps(content))
             check_written(temporary, tensors)
             problem = first_mismatch(state_dict, student, lambda key: key in provenance["left_out"])
             if problem:
@@ -139,7 +139,7 @@ class HubDirectory:
             file = directory / "model.safetensors"
             content = _finished(provenance, file.name, student)
             self.hub.write_config(self.config, state_dict, directory)
-            write_weights(weights, file, json.dumps(content))
+            write_weights(weights, file, provenance=json.dumps(content))
             check_written(file, weights)
             if not is_large(state_dict):
                 opened = self.hub.reopened(self.model, directory)

@@ -189,6 +189,8 @@ class Plan:
         not_taken: {student's key: teacher's key}, of teacher's tensors that go as the student's are tied.
         left_behind: keys of the teacher's tensors without a place in the student that it has no use for: a pooler,
             another task's head, parameters that the forward pass does not use.
+        heads: [(teacher's heads, neurons in each, student's heads, neurons in each)], each once, of attentions in which
+            neurons may be kept or dropped one by one.
     """
 
     entries: list
@@ -199,6 +201,7 @@ class Plan:
     tied: dict = field(default_factory=dict)
     not_taken: dict = field(default_factory=dict)
     left_behind: list = field(default_factory=list)
+    heads: list = field(default_factory=list)
 
     @property
     def selected(self) -> dict:
@@ -270,6 +273,7 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
         student.tied,
         not_taken(student.tied, teacher.tied, {k: v for k, v in sources.items() if v in teacher.shapes}),
         left_behind,
+        matching.heads(),
     )
 
 
@@ -493,6 +497,20 @@ class _Matching:
             self._note(pair, large, small, key)
             self.sources.setdefault(pair.group, their.group)
         return pairs
+
+    def heads(self) -> list:
+        """As of ``Plan``, of the groups that have been compared."""
+        theirs, ours = (
+            {group: heads for *groups, heads, _ in model.attentions for group in groups}
+            for model in (self.teacher, self.student)
+        )
+        found = []
+        for number in ours.keys() & self.groups.keys():
+            large, small = self.groups[number].teacher, self.groups[number].student
+            t, s = theirs.get(self.sources[number]), ours[number]
+            if t and len(large.block_shape) == len(small.block_shape) == 1:
+                found.append((t, large.size // t, s, small.size // s))
+        return list(dict.fromkeys(found))
 
     def _of_chosen_layers(self, ours, theirs):
         """The teacher's slices that the student's come from, if layers with features of their own were dropped.

@@ -72,6 +72,23 @@ def layer_lines(plan: Plan, teacher: Layers, student: Layers) -> list:
     return [f"{name}{_span(chosen)} from {_span(chosen.values()).strip('{}')}" for name, chosen in pairs.items()]
 
 
+def head_warnings(plan: Plan) -> list:
+    """A line for each kind of attention whose student's heads hold neurons from parts of the teacher's heads.
+
+    Uniform selection spreads a student's heads over all of the teacher's, so their number must divide the teacher's.
+    Consecutive selection takes the first neurons, so a head must be as large as one of the teacher's, or several.
+    """
+    lines = []
+    for t, t_size, s, s_size in plan.heads:
+        whole, remedy = t % s == 0, f"a number of heads that divides {t} would keep them whole"
+        if plan.element_selection == "consecutive":
+            whole, remedy = s_size % t_size == 0, f"heads of {t_size} would keep them whole"
+        if not whole:
+            heads = f"the student's {s} heads of {s_size} neurons are cut across the teacher's {t} of {t_size}"
+            lines.append(f"warning: {heads}; {remedy}")
+    return lines
+
+
 def tensor_lines(plan: Plan, describe=None) -> list:
     """The plan as a table with a line for every student tensor.
 

@@ -17,7 +17,7 @@ import plot_projection
 from helpers import read_results
 from planned import planned_runs
 from runs import read_run
-from training.options import CANNOT_CHANGE_RESULT, OPTIONS, get_args_parser
+from training.options import CANNOT_CHANGE_RESULT, OPTIONS, complete_warmup, default_options, get_args_parser
 from weight_selection.cli import RECORDED
 
 TABLES = paper.contents()["tables"]
@@ -67,6 +67,7 @@ def make_run(real_results, tmp_path):
 def provenance(selection, seed):
     """What weight_selection.py writes about first weights that it selects by these options."""
     options = {name: getattr(selection, name) for name in RECORDED}
+    options |= {"fused_qkv": selection.fused_qkv} if selection.fused_qkv != "parts" else {}
     teacher, student = selection.pretrained_model, selection.student
     return {
         "teacher": {"name": teacher, "model": teacher, "kwargs": selection.teacher_kwargs},
@@ -211,6 +212,11 @@ def test_a_run_with_another_value_of_an_option_is_marked_if_that_can_change_its_
         ("selected", {"first_weights": {"layer_selection": "mid_n"}}, "layer_selection mid_n (recipe: first_n)"),
         ("selected", {"first_weights": {"exclude": ["norm"]}}, "exclude ['norm'] (recipe: [])"),
         ("random_consistent", {"first_weights": {"seed": 5}}, "seed 5 (recipe: 0)"),
+        ("selected", {"first_weights": {"fused_qkv": "whole"}}, "fused_qkv whole (recipe: parts)"),
+        ("selected", {"first_weights": {"dtype": "float16"}}, "dtype float16 (recipe: keep)"),
+        ("selected", {"first_weights": {"classifier": ["head"]}}, "classifier ['head'] (recipe: None)"),
+        ("selected", {"first_weights": {"allow_unused": True}}, "allow_unused True (recipe: False)"),
+        ("selected", {"first_weights": {"include_head": True}}, "include_head True (recipe: False)"),
     ],
 )
 def test_other_images_and_other_first_weights_are_marked(make_run, run, changes, mark):
@@ -380,11 +386,11 @@ def test_a_run_has_one_value_in_all_tables_but_for_known_discrepancies():
 
 def test_recipes_are_options_of_main_and_its_defaults():
     parser = get_args_parser()
-    basic = paper.contents()["basic_recipe"]
+    basic, defaults = paper.contents()["basic_recipe"], complete_warmup(default_options())
     assert parser.get_default("opt_betas") is None, "the optimiser's own, which are the paper's"
     for name, value in basic.items():
         if name != "total_batch_size":
-            assert parser.get_default(name) == value, name
+            assert getattr(defaults, name) == value, name
     names = {name for data in paper.contents()["recipes"].values() for options in data.values() for name in options}
     assert names <= {action.dest for action in parser._actions}
     assert paper.recipe("vit_a", "cifar100") == paper.recipe("vit_tiny", "cifar100")
@@ -409,7 +415,6 @@ def test_figure_3_takes_directories_of_seeds(make_run, cli, tmp_path, capsys):
     assert lines[2].split() == ["weight", "selection", "1", "75.0", "74.5"]
     assert matplotlib.image.imread(tmp_path / "curves.png").std() > 0.05
 
-    assert cli(plot_curves.main, "--output", tmp_path / "x.png", selected) == f"{selected}: name its group first"
     assert cli(plot_curves.main, "--output", tmp_path / "x.png", "a") == "a: no such directory, or a group without runs"
     assert "must end in one of" in cli(plot_curves.main, "--output", tmp_path / "x.mp3", *groups)
     (selected / "log.txt").write_text("{")
@@ -434,13 +439,15 @@ def test_figure_4_draws_what_there_is(make_run, cli, tmp_path, capsys):
     one_panel = matplotlib.image.imread(png).shape
 
     make_run("vit_tiny/cifar100/finetuned_20", 0, 78.0)
+    make_run("vit_tiny/imagenet/pretrained_20", 0, 60.0, epochs=19)
     make_run("vit_tiny/cifar100/selected_25", 0, 55.0, epochs=1, data_set="image_folder")
     assert cli(plot_epochs.main, out, "--output", png) is None
     lines = capsys.readouterr().out.splitlines()
     assert "pretraining and fine-tuning, 20 epochs: 78.0 (78.0 to 78.0, seeds: 1)" in lines
     assert [line for line in lines if line.startswith("not the paper's recipe")] == [
         "not the paper's recipe: vit_tiny/cifar100/selected_25, seed 0: data_set image_folder (paper: CIFAR100), "
-        "epochs 1 (paper: 25)"
+        "epochs 1 (paper: 25)",
+        "not the paper's recipe: vit_tiny/imagenet/pretrained_20, seed 0: epochs 19 (paper: 20)",
     ]
     assert matplotlib.image.imread(png).shape[1] == 2 * one_panel[1]
 

@@ -11,7 +11,7 @@ import torch
 import main
 import training.run
 from helpers import read_log
-from training.options import parse_args, share_batch
+from training.options import complete_warmup, parse_args, share_batch
 from weight_selection.errors import InputError
 from weight_selection.sources.timm_models import create_model
 
@@ -218,7 +218,7 @@ def test_command_line_wins_over_config_and_config_over_defaults(tmp_path):
         tmp_path, "lr: 1.0e-3\nepochs: 7\nwarmup_steps: -1\nmodel_kwargs: {depth: 3}\nuse_amp: true\nscale: [0.5, 1]\n"
     )
     args = parse_args(["--epochs", "60", "--config", str(path)])
-    assert (args.epochs, args.lr, args.warmup_epochs) == (60, 1e-3, 50)
+    assert (args.epochs, args.lr, complete_warmup(args).warmup_epochs) == (60, 1e-3, 10)
     assert (args.model_kwargs, args.use_amp, args.scale) == ({"depth": 3}, True, [0.5, 1.0])
 
 

@@ -115,9 +115,13 @@ def test_checkpoints_hold_plain_types_under_the_documented_keys(finished):
 def test_tensorboard_gets_the_figures_of_the_log(finished):
     events = EventAccumulator(str(finished / "board")).Reload()
     rows = read_log(finished / "run")
-    for tag, key in (("train/lr", "train_lr"), ("train/loss", "train_loss"), ("test/acc1", "test_acc1")):
-        assert [event.step for event in events.Scalars(tag)] == [0, 1, 2, 3]
+    last_steps, epochs = [2, 5, 8, 11], [0, 1, 2, 3]
+    for tag, key, steps in (("opt/lr", "train_lr", last_steps), ("perf/test_acc1", "test_acc1", epochs)):
+        assert [event.step for event in events.Scalars(tag)] == steps
         assert [event.value for event in events.Scalars(tag)] == pytest.approx([row[key] for row in rows])
+    by_step = {"loss/loss", "opt/lr", "opt/min_lr", "opt/weight_decay", "opt/grad_norm"}
+    tested = {f"perf/test_{name}{average}" for name in ("acc1", "acc5", "loss") for average in ("", "_ema")}
+    assert set(events.Tags()["scalars"]) == by_step | tested | {"perf/train_images_per_second"}, "no constants"
 
 
 def test_finished_run_is_left_as_it_is(finished, train, monkeypatch, capsys):

@@ -120,7 +120,7 @@ def test_values_are_written_in_the_type_that_was_asked_for(dtype, cli, files, se
     wanted = torch.float32 if dtype == "keep" else getattr(torch, dtype)
     content = read(tmp_path / "init.pth")
     assert_same(content, {key: value.to(wanted) for key, value in selected["convnext"].items()})
-    assert capsys.readouterr().out.strip().endswith(f"values, {str(wanted).removeprefix('torch.')}")
+    assert capsys.readouterr().out.splitlines()[0].endswith(f"values, {str(wanted).removeprefix('torch.')}")
     options = json.loads((tmp_path / "init.json").read_text())["options"]
     assert options.get("dtype", "keep") == dtype
 

@@ -10,11 +10,10 @@ import torch
 
 from weight_selection.errors import InputError
 from weight_selection.files import sha256
-from weight_selection.image_files import BadImage, read_image
+from weight_selection.image_files import IMAGE_SUFFIXES, BadImage, read_image
 from weight_selection.options import CALIBRATION_IMAGES, NOISE
 
 BATCH_SIZE = 16
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
 
 class Calibration:
@@ -173,9 +172,9 @@ def check_batches(images, inputs: tuple | dict, count: int | None, side: int | N
 def _find_images(root):
     """Paths of the images in a directory and below it, in order; InputError if there are none."""
     files = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
-        raise InputError(f"--calibration {root}: no images there ({' '.join(SUFFIXES)}); name another directory")
+        raise InputError(f"--calibration {root}: no images there ({' '.join(IMAGE_SUFFIXES)}); name another directory")
     return paths
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from weight_selection.arguments import Kwargs, Parser
+from weight_selection.arguments import Kwargs, Parser, did_you_mean
 from weight_selection.errors import InputError
 from weight_selection.files import Damaged, read_text
 
@@ -55,7 +55,7 @@ def read_recipe(
     words = {}
     for key, value in _Reader(option, on_moved).read(Path(path), ()).items():
         if known is not None and key not in known:
-            raise InputError(f"{option} {path}: {key} is not an option of main.py")
+            raise InputError(f"{option} {path}: {key} is not an option of main.py{did_you_mean(key, known)}")
         if isinstance(value, dict):
             value = [f"{name}={item}" if isinstance(item, str) else None for name, item in value.items()]
         words[key] = value if isinstance(value, list) else [value]

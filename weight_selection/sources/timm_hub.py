@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -27,41 +28,63 @@ def configuration(selection) -> tuple:
     Raises:
         InputError: timm cannot rebuild it from its name and arguments in JSON.
     """
-    student, teacher, model = selection.student, selection.teacher, copy.copy(selection.models[1])
-    arguments = architecture_of(student.model, student.option)[1] | student.kwargs
-    if student.input_size is not None and model.pretrained_cfg.get("fixed_input_size"):
-        arguments.setdefault("img_size", student.input_size)
-    of_timm = inspect.signature(timm.create_model).parameters
-    arguments = {key: value for key, value in arguments.items() if key not in of_timm and value is not None}
-    for key, value in arguments.items():
-        if not _in_json(value):
-            raise _refused(student.model, f"JSON has no word for {key}={value}")
-    config = model.pretrained_cfg | {"tag": "", "custom_load": False}
+    student, teacher = selection.student, selection.teacher
+    config = {}
     if library_of(selection.models[0]) == "timm":
         trained = trained_config(selection.models[0], teacher.path, teacher.weights_option)
-        config |= {key: trained[key] for key in ("mean", "std")}
-    model.pretrained_cfg = config
+        config = {key: trained[key] for key in ("mean", "std")}
+    named = student.model, student.kwargs, student.input_size
+    remedy = "leave the option out, and name a .safetensors file as the --output_dir"
+    return rebuildable(selection.models[1], *named, config, student.option, remedy)
+
+
+def rebuildable(
+    model: nn.Module, name: str, kwargs: dict, input_size: int | None, config: dict, option: str, remedy: str
+) -> tuple:
+    """A copy of a model, which shares its weights, and the arguments that timm rebuilds it with.
+
+    Args:
+        model: what ``timm_models.create_model`` makes of name, kwargs and input_size, perhaps on the meta device.
+        config: entries for timm's configuration of the model, such as the mean and std of its images.
+        option: what gave the name, for errors.
+        remedy: what the user can do if timm cannot rebuild it, for errors.
+
+    Raises:
+        InputError: timm cannot rebuild it from its name and arguments in JSON.
+    """
+    model, arguments = copy.copy(model), architecture_of(name, option)[1] | kwargs
+    if input_size is not None and model.pretrained_cfg.get("fixed_input_size"):
+        arguments.setdefault("img_size", input_size)
+    of_timm = inspect.signature(timm.create_model).parameters
+    arguments = {key: value for key, value in arguments.items() if key not in of_timm and value is not None}
+    refused = f"--format hub: timm cannot rebuild {name} from a config.json:"
+    for key, value in arguments.items():
+        if not _in_json(value):
+            raise InputError(f"{refused} JSON has no word for {key}={value}; {remedy}")
+    model.pretrained_cfg = model.pretrained_cfg | {"tag": "", "custom_load": False} | config
     with tempfile.TemporaryDirectory() as directory:
         write_config((model, arguments), {}, Path(directory))
         try:
             with torch.device("meta"):
                 rebuilt = timm.create_model(f"local-dir:{directory}")
         except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, AttributeError) as error:
-            raise _refused(student.model, error) from error
+            raise InputError(f"{refused} {error}; {remedy}") from error
     if problem := first_mismatch(rebuilt.state_dict(), model):
-        raise _refused(student.model, problem)
+        raise InputError(f"{refused} {problem}; {remedy}")
     return model, arguments
 
 
-def write_config(configured: tuple, state_dict: dict, directory: Path) -> None:
+def write_config(configured: tuple, state_dict: dict, directory: Path, label_names: Sequence[str] = ()) -> None:
     """Write config.json.
 
     Args:
-        configured: of ``configuration``.
+        configured: of ``configuration`` or ``rebuildable``.
         state_dict: not needed; timm's models do not record a type of values.
+        label_names: names of the classes in the order of their labels, if they are known.
     """
     model, arguments = configured
-    save_config_for_hf(model, str(directory / "config.json"), model_args=arguments)
+    labels = {"label_names": list(label_names)} if label_names else None
+    save_config_for_hf(model, str(directory / "config.json"), model_config=labels, model_args=arguments)
 
 
 def stored_tensors(model: nn.Module, state_dict: dict) -> dict:
@@ -80,10 +103,3 @@ def _in_json(value):
     except TypeError:
         return False
     return True
-
-
-def _refused(name, reason):
-    return InputError(
-        f"--format hub: timm cannot rebuild {name} from a config.json: {reason}; leave the option out, and name a "
-        ".safetensors file as the --output_dir"
-    )

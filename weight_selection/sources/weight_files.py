@@ -59,10 +59,10 @@ def training_options(path, option: str) -> dict:
     return options if isinstance(options, dict) else {}
 
 
-def write_weights(state_dict: dict, path, provenance: str | None = None) -> None:
+def write_weights(state_dict: dict, path, **metadata: str) -> None:
     """Write a plain state_dict: as safetensors if the suffix says so, else with ``torch.save``.
 
-    A safetensors file says in its metadata that it is PyTorch's, and where its weights come from.
+    A safetensors file says in its metadata that it is PyTorch's, and what ``metadata`` says. The other kind has none.
 
     Use it within ``files.new_file``, which turns the OSError of a full disk into an InputError and leaves no half a
     file.
@@ -71,8 +71,7 @@ def write_weights(state_dict: dict, path, provenance: str | None = None) -> None
         save_torch(state_dict, path)
         return
     try:
-        metadata = {"format": "pt"} | ({"provenance": provenance} if provenance else {})
-        safetensors.torch.save_file(state_dict, path, metadata)
+        safetensors.torch.save_file(state_dict, path, {"format": "pt"} | metadata)
     except safetensors.SafetensorError as error:
         raise OSError(str(error)) from error
 
