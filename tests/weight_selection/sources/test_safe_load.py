@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import struct
 import zipfile
 from argparse import Namespace
@@ -223,21 +224,31 @@ def test_forged_config_is_refused(tiny_run, text, says):
     assert not Path("ran").exists()
 
 
+@pytest.fixture(scope="module")
+def half(train, tmp_path_factory):
+    """Directory of a run of two epochs, as it was after the first."""
+    directory = tmp_path_factory.mktemp("half")
+    train(f"--save_ckpt_num 2 --output_dir {directory}")
+    for name in ("checkpoint-1.pth", "results.json"):
+        (directory / name).unlink()
+    return directory
+
+
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'["epoch"]', b"\xff\xfe", b"1" * 5000, b"null", b""])
 @pytest.mark.parametrize("name", ["args.json", "log.txt", "init.json"])
-def test_forged_json_is_refused(train, interrupted, name, content):
+def test_forged_json_is_refused(train, half, name, content):
     if name == "init.json":
         saved(tiny().state_dict(), "init.pth")
         Path(name).write_bytes(content)
         with pytest.raises(InputError, match=r"init.json beside it is not weight_selection.py's"):
             load_initial(tiny(), Path("init.pth"), "--initialize")
         return
-    interrupted(1, "--output_dir run")
-    (Path("run") / name).write_bytes(content)
     if name == "log.txt" and content == b"":
         return
+    shutil.copytree(half, "run")
+    (Path("run") / name).write_bytes(content)
     with pytest.raises(InputError, match=f"{name}.* damaged"):
-        train("--output_dir run")
+        train("--save_ckpt_num 2 --output_dir run")
 
 
 def test_message_shows_no_control_characters(capsys):
