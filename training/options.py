@@ -352,9 +352,15 @@ def parse_args(argv=None, recorded: dict | None = None) -> Options:
     parser = get_args_parser()
     given = _parse_given(parser, argv)
     configured = _parse_given(parser, read_config(given["config"])) if "config" in given else {}
-    options = default_options().replace(**(recorded or {}) | configured | given)
+    options = default_options().replace(**_fitting(recorded or {}, configured | given) | configured | given)
     check_options(options, set(given))
     return options
+
+
+def _fitting(recorded, given):
+    """Recorded options that go with those given: recorded paths are of the recorded data set, and go together."""
+    same = given.get("data_set", recorded.get("data_set")) == recorded.get("data_set") and "data_path" not in given
+    return {name: value for name, value in recorded.items() if same or name not in ("data_path", "eval_data_path")}
 
 
 def parse_args_with(found: list, argv=None) -> Options:

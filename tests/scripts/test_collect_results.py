@@ -17,7 +17,7 @@ import plot_projection
 from helpers import read_results
 from planned import planned_runs
 from runs import read_run
-from training.options import CANNOT_CHANGE_RESULT, OPTIONS, get_args_parser
+from training.options import CANNOT_CHANGE_RESULT, OPTIONS, complete_warmup, default_options, get_args_parser
 from weight_selection.cli import RECORDED
 
 TABLES = paper.contents()["tables"]
@@ -386,11 +386,11 @@ def test_a_run_has_one_value_in_all_tables_but_for_known_discrepancies():
 
 def test_recipes_are_options_of_main_and_its_defaults():
     parser = get_args_parser()
-    basic = paper.contents()["basic_recipe"]
+    basic, defaults = paper.contents()["basic_recipe"], complete_warmup(default_options())
     assert parser.get_default("opt_betas") is None, "the optimiser's own, which are the paper's"
     for name, value in basic.items():
         if name != "total_batch_size":
-            assert parser.get_default(name) == value, name
+            assert getattr(defaults, name) == value, name
     names = {name for data in paper.contents()["recipes"].values() for options in data.values() for name in options}
     assert names <= {action.dest for action in parser._actions}
     assert paper.recipe("vit_a", "cifar100") == paper.recipe("vit_tiny", "cifar100")

@@ -51,7 +51,7 @@ def test_defaults_are_accepted_and_are_those_of_the_parser():
 UNMET = [
     ("", "--model_ema false", "model_ema_decay model_ema_force_cpu model_ema_eval"),
     ("", "--use_amp false", "amp_dtype"),
-    ("--eval true --finetune x", "--eval true", "compile"),
+    ("--eval true --finetune x", "--eval true", "compile classifier_init"),
     ("--weight_decay 0", "--weight_decay 0", "weight_decay_end"),
     ("--mixup 0 --cutmix 0", "--mixup 0 --cutmix 0", "mixup_prob mixup_switch_prob mixup_mode"),
     ("--cutmix_minmax 0.2 0.8", "--cutmix_minmax", "cutmix"),
@@ -60,7 +60,8 @@ UNMET = [
     ("", "no --finetune or --initialize", "model_key"),
     ("--resume x", "--finetune or --resume", "init"),
     ("", "--distillation none", "distillation_alpha teacher teacher_path teacher_kwargs"),
-    ("--linear_probe true", "--linear_probe true", "head_init_scale layer_decay"),
+    ("--linear_probe true", "--linear_probe true", "head_init_scale layer_decay classifier_init"),
+    ("--head_init_scale 0.5", "--head_init_scale 0.5", "classifier_init"),
     ("--total_batch_size 64", "--total_batch_size, which sets it", "update_freq"),
     ("--warmup_steps 5", "--warmup_steps", "warmup_epochs"),
     ("--disable_eval true", "--disable_eval true", "eval_interval"),

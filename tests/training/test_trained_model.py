@@ -70,6 +70,13 @@ def test_an_evaluation_takes_its_options_from_the_checkpoint(run, tmp_path, caps
         line, printed = evaluate(capsys, *named)
         assert line == expected
         assert "--model_kwargs depth=2 embed_dim=32 num_heads=2 patch_size=4 --input_size 16" in printed
+    recorded = {"data_set": "image_folder", "data_path": "a", "eval_data_path": "b", "input_size": 16}
+    words = ["--eval", "true", "--resume", str(run)]
+    args = parse_args_with([(recorded, "checkpoint")], [*words, "--data_path", "c"])
+    assert (args.data_path, args.eval_data_path, args.input_size) == ("c", None, 16), "paths go together"
+    args = parse_args_with([(recorded, "checkpoint")], [*words, "--data_set", "digits"])
+    assert (args.data_path, args.eval_data_path) == (None, None), "they are of the recorded data set"
+    capsys.readouterr()
     _, printed = evaluate(capsys, "--resume", run, "--crop_pct", "0.5")
     assert f"--crop_pct 0.5: {run}/checkpoint-best.pth was trained with --crop_pct 1.0" in printed
 
