@@ -71,9 +71,12 @@ def main(argv=None) -> None:
     check_format(args.format)
     check_output(args.output, args.format, args.overwrite)
     images = find_images(args.images)
-    import export_formats  # imports torch, which takes seconds
+    from timm.layers import set_fused_attn  # these import torch, which takes seconds
+
+    import export_formats
     from training.trained_model import open_trained
 
+    set_fused_attn(False)  # as in training on a CPU; MaxViT's fused attention cannot be converted to ONNX
     trained = open_trained(args.run, "RUN", args.ema)
     comparison = export_formats.Comparison(trained, images)
     with without_empty_directories(args.output):
