@@ -217,20 +217,21 @@ def plain_train_loader(dataset, pipeline, sampler: EvalSampler, args, device, ba
     ``pipeline`` is from ``build_pipeline`` for the test, and is not shared with another loader. The other arguments are
     those of ``train_loader``.
     """
-    batch_size = args.eval_batch_size or int(1.5 * args.batch_size)
     items = TrainDataset(dataset, pipeline, args.seed, args.skip_bad_images)
-    first_epoch = [(index, 0) for index in sampler]
-    workers = _workers(items, args, device, sampler=first_epoch, batch_size=batch_size, generator=torch.Generator())
-    return DeviceLoader(workers, pipeline, sampler, batch_size, bad_images, device)
+    return _in_order(items, [(index, 0) for index in sampler], sampler, args, device, bad_images)
 
 
 def eval_loader(dataset, pipeline, sampler: EvalSampler, args, device, bad_images: BadTestImages) -> DeviceLoader:
     """The loader of this process's share of the test images; arguments as for ``train_loader``."""
+    return _in_order(EvalDataset(dataset, pipeline), sampler, sampler, args, device, bad_images)
+
+
+def _in_order(items, numbers, sampler, args, device, bad_images) -> DeviceLoader:
+    """A loader of ``items`` by their ``numbers``, which are those of ``sampler``, in batches of the test's size."""
     batch_size = args.eval_batch_size or int(1.5 * args.batch_size)
     own = torch.Generator()  # the default generator is the training's
-    items = EvalDataset(dataset, pipeline)
-    workers = _workers(items, args, device, sampler=sampler, batch_size=batch_size, generator=own)
-    return DeviceLoader(workers, pipeline, sampler, batch_size, bad_images, device)
+    workers = _workers(items, args, device, sampler=numbers, batch_size=batch_size, generator=own)
+    return DeviceLoader(workers, items.pipeline, sampler, batch_size, bad_images, device)
 
 
 def _workers(items, args, device, **options) -> DataLoader:

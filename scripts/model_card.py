@@ -7,10 +7,8 @@ from training.options import CANNOT_CHANGE_RESULT, OPTIONS, default_options
 from weight_selection.errors import printable
 
 NAMED = 20  # class names that a card lists
-ABOUT_FILES = (
-    "FILE",
-    "PATH",
-)  # metavar of options that name a file: of its path, only the name means anything to others
+# Metavars of options that name a file: of its path, only the name means anything to others.
+ABOUT_FILES = ("FILE", "PATH")
 
 
 def path_beside(path: Path) -> Path:

@@ -22,7 +22,7 @@ from weight_selection.errors import InputError, printable
 from weight_selection.files import Damaged, check_writable, new_file, read_text
 from weight_selection.image_files import IMAGE_SUFFIXES
 
-UNREADABLE = 0  # label of the black image that stands in for one that cannot be read; the others count from 1
+STAND_IN = 0  # label of the black image that stands in for one that cannot be read; the others count from 1
 
 
 def find_images(words: list[str]) -> list[Path]:
@@ -93,7 +93,7 @@ def predict_images(trained, images: list[Path], args) -> tuple[list[dict], list[
     machine = {"device": args.device, "num_workers": args.num_workers, "eval_batch_size": args.batch_size}
     options = complete_options(trained.options.replace(**machine), local_rank=0)
     device = torch.device(options.device)
-    numbered = ImageFiles(zip(images, range(UNREADABLE + 1, len(images) + 1), strict=True), to_pixels)
+    numbered = ImageFiles(zip(images, range(STAND_IN + 1, len(images) + 1), strict=True), to_pixels)
     sampler, skipped = EvalSampler(len(images), 0, 1), Skipped()
     loader = eval_loader(numbered, build_pipeline(options, train=False), sampler, options, device, skipped)
     rows = []
@@ -106,7 +106,7 @@ def predict_images(trained, images: list[Path], args) -> tuple[list[dict], list[
                     {"class": trained.class_names[label], "label": label, "probability": share}
                     for label, share in zip(classes, shares, strict=True)
                 ]
-                if number != UNREADABLE:
+                if number != STAND_IN:
                     rows.append({"image": str(images[number - 1]), "predictions": predictions})
             progress.step(str)
     return rows, skipped.problems

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 from weight_selection.arguments import Parser
@@ -57,8 +58,6 @@ def pattern(draw, rng) -> np.ndarray:
 
 def piece(photograph: np.ndarray, box: tuple, rng) -> np.ndarray:
     """A square piece of a box in a grey photograph, of 32 to 96 pixels, lit at random: no class is always bright."""
-    from PIL import Image
-
     top, left, height, width = box
     side = rng.integers(32, min(height, width, 96) + 1)
     y, x = top + rng.integers(height - side + 1), left + rng.integers(width - side + 1)
@@ -69,8 +68,6 @@ def piece(photograph: np.ndarray, box: tuple, rng) -> np.ndarray:
 
 def save(pixels: np.ndarray, path: Path) -> None:
     """Write a grey image."""
-    from PIL import Image
-
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)).save(path)
 
@@ -85,7 +82,6 @@ def make_patterns(directory: Path, rng) -> None:
 
 def make_photographs(directory: Path, rng) -> None:
     """Fill a directory with class folders of pieces of photographs; test images are of other parts of them."""
-    from PIL import Image
     from sklearn.datasets import load_sample_image
 
     for name, (file, *boxes) in REGIONS.items():
@@ -97,8 +93,6 @@ def make_photographs(directory: Path, rng) -> None:
 
 def make_sheet(directory: Path, columns: int = 10) -> None:
     """Write sheet.png: a row of training images of each class of the two sets."""
-    from PIL import Image
-
     classes = sorted(directory.glob("*/train/*"))
     sheet = Image.new("L", (columns * SIDE, len(classes) * SIDE))
     for row, folder in enumerate(classes):

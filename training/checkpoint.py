@@ -17,12 +17,12 @@ from training.progress import RunProgress
 from weight_selection import files
 from weight_selection.errors import InputError
 from weight_selection.sources import safe_load
+from weight_selection.sources.directories import RUN as BEST
 from weight_selection.sources.weight_files import first_mismatch, save_torch
 
 VERSION = 2  # of the content. Version 1 has no key "version", and was never written within an epoch.
 REQUIRED = ("model", "optimizer", "scaler", "args")  # the keys of its dicts
 DEVICE_SETTINGS = ("fused", "foreach")  # settings of an optimiser that belong to the device, not to the run
-BEST = "checkpoint-best.pth"
 NAME = re.compile(r"checkpoint-(\d+)(?:-step-(\d+))?\.pth")
 
 
@@ -43,8 +43,12 @@ def numbered(directory: Path) -> list[Path]:
     return sorted(filter(position, paths), key=position)
 
 
-def find(path: str | Path, option: str) -> Path:
-    """The checkpoint that a path means: a file itself; of the output directory of a run its best one, or the newest.
+def find(path: str | Path, option: str, newest: bool = False) -> Path:
+    """The checkpoint that a path means: a file itself, or one in the output directory of a run.
+
+    Args:
+        option: what named the path, for errors.
+        newest: take the newest one, to go on from, and not the best one; each only if there is one.
 
     Raises:
         InputError: there is none; the message names the option.
@@ -53,7 +57,8 @@ def find(path: str | Path, option: str) -> Path:
     if not path.is_dir():
         files.check_file(path, option)
         return path
-    found = [path / BEST] if (path / BEST).is_file() else numbered(path)[-1:]
+    best = [path / BEST] if (path / BEST).is_file() else []
+    found = numbered(path)[-1:] + best if newest else best + numbered(path)[-1:]
     if not found:
         raise InputError(f"{option} {path}: holds no checkpoint of main.py; name the --output_dir of a run, or a file")
     return found[0]
@@ -65,7 +70,7 @@ def save(
     """Write a checkpoint of plain types: ``torch.load(weights_only=True)`` reads it. All processes must call it.
 
     Args:
-        description: of the model, see ``trained_model.describe``.
+        description: of the model, see ``trained_model.describe_model``.
         name: such as best; a checkpoint without one gets it from its position.
 
     Returns:

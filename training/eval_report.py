@@ -53,8 +53,9 @@ class EvalReport:
 
     def note(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Take the outputs of a batch: logits (images, classes) and targets (images,)."""
-        shares, classes = logits.softmax(1).topk(min(5, logits.shape[1]))
-        own = logits.softmax(1).gather(1, targets[:, None])[:, 0]
+        probabilities = logits.softmax(1)
+        shares, classes = probabilities.topk(min(5, logits.shape[1]))
+        own = probabilities.gather(1, targets[:, None])[:, 0]
         self.batches.append([values.cpu() for values in (targets, own, classes, shares)])
 
     def write(self, metrics: dict) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from distributed.process_group import main_only
 from distributed.program import RunError
-from training.checkpoint import numbered, position, read
+from training.checkpoint import numbered, position
 from training.metric_log import WANDB_RUN, read_log
 from training.options import MAY_CHANGE_ON_RESUME, Options, default_options
 from utils import print_main
 from weight_selection import files
 from weight_selection.errors import InputError, printable
 from weight_selection.sources import safe_load
+from weight_selection.sources.weight_files import training_options
 
 HELD = ("args.json", "log.txt", "results.json", WANDB_RUN)  # the files of a run beside its checkpoints
 WAYS_OUT = "choose another directory, or add --overwrite true to delete it"
@@ -201,7 +202,7 @@ def _recorded_options(options):
     path = Path(options.output_dir or "") / "args.json"
     if options.output_dir and path.exists() and (not options.overwrite or _restarted_by_its_launcher()):
         return _read_options(path)
-    return read(Path(options.resume), f"--resume {options.resume}")["args"] if options.resume else {}
+    return training_options(options.resume, "--resume") if options.resume else {}
 
 
 def _longer(options, epochs):

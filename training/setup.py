@@ -23,7 +23,7 @@ from input_pipeline.placement import TransformInWorkers, TransformOneByOne, buil
 from models.distillation import Loss, Teacher, WithProjector
 from models.initialization import initialize, make_linear_probe
 from optim_factory import cosine_schedule, create_optimizer
-from training.checkpoint import find, numbered
+from training import checkpoint
 from training.options import OPTIONS, Options, complete_warmup, default_options, mixes
 from utils import print_main, seed_everything
 from weight_selection.commands import student_words
@@ -51,7 +51,7 @@ def complete_options(options: Options, local_rank: int) -> Options:
         )
     workers, amp_dtype, initial_weights = options.num_workers, options.amp_dtype, options.initialize
     named = {name: only_file(getattr(options, name), f"--{name}") for name in ("finetune", "teacher_path")}
-    named["resume"] = options.resume and str(find_checkpoint(Path(options.resume), options.eval))
+    named["resume"] = options.resume and str(checkpoint.find(options.resume, "--resume", not options.eval))
     if workers is None:
         workers = max(1, min(10, (os.cpu_count() or 1) // processes))
     if options.use_amp:
@@ -70,16 +70,6 @@ def only_file(path: str | None, option: str) -> str | None:
     """The file of weights that a path means; the path itself if it is a file, or a directory of several shards."""
     files = files_of(path, option) if path else []
     return str(files[0]) if len(files) == 1 else path
-
-
-def find_checkpoint(path: Path, evaluates: bool) -> Path:
-    """The checkpoint that ``--resume`` means: of the directory of a run the best one to evaluate, the newest to train.
-
-    Raises:
-        InputError: there is none.
-    """
-    newest = numbered(path)[-1:] if path.is_dir() and not evaluates else []
-    return newest[0] if newest else find(path, "--resume")
 
 
 def _check_arithmetic(device, amp_dtype):

@@ -80,7 +80,7 @@ class RidgeSums:
         self._take(_moments(features[~out], labels[~out], self.classes))
 
     def _take(self, moments):
-        self.fitted = moments if self.fitted is None else [a + b for a, b in zip(self.fitted, moments, strict=True)]
+        self.fitted = moments if self.fitted is None else _sums(self.fitted, moments)
 
     def add_all(self, others: list["RidgeSums"]) -> None:
         """Add what other objects were given."""
@@ -99,14 +99,13 @@ class RidgeSums:
         features, labels = (torch.cat(values) for values in zip(*self.held, strict=True))
         if not len(labels) or self.fitted[0] < 2:
             raise InputError(f"batches: {self.images} images are too few to fit a classifier; give more")
-        everything = [
-            a + b for a, b in zip(self.fitted, _moments(features.double(), labels, self.classes), strict=True)
-        ]
+        features = features.double()
+        everything = _sums(self.fitted, _moments(features, labels, self.classes))
         if not all(torch.isfinite(value).all() for value in everything):
             raise InputError("batches: the model's features are not finite")
         best = None
         for ridge, (weight, bias) in zip(RIDGES, _solutions(self.fitted, RIDGES), strict=True):
-            logits = features.double() @ weight.T + bias
+            logits = features @ weight.T + bias
             accuracy = 100 * (logits.argmax(1) == labels).double().mean().item()
             for scale in SCALES:
                 loss = F.cross_entropy(scale * logits, labels).item()
@@ -130,6 +129,10 @@ def _moments(features, labels, classes):
         one_hot.sum(0),
     ]
     return [value.cpu() for value in values]
+
+
+def _sums(moments, others):
+    return [a + b for a, b in zip(moments, others, strict=True)]
 
 
 def _solutions(moments, ridges) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -51,10 +51,14 @@ def read_files(files: list, option: str, nested=NESTED) -> dict:
 
 
 def training_options(path, option: str) -> dict:
-    """The options of the run that a checkpoint of main.py belongs to; of any other file or directory an empty dict."""
+    """The options of the run that a checkpoint of main.py belongs to; of any other file or directory an empty dict.
+
+    The tensors of the checkpoint are not read.
+    """
     files = files_of(path, option)
-    other = len(files) > 1 or files[0].suffix in (".npz", ".safetensors")
-    content = {} if other else _read(files[0], option)
+    other = len(files) > 1 or files[0].suffix == ".safetensors"
+    mapped = None if other else _map(files[0], option)
+    content = mapped and mapped[0]
     options = content.get("args") if isinstance(content, dict) else None
     return options if isinstance(options, dict) else {}
 
@@ -191,15 +195,20 @@ def _same(value):
 
 
 def _open_torch(path, option):
-    if path.suffix == ".npz" or not is_archive(path) or is_torchscript(path):
-        return None
-    if (mapped := map_torch(path, option, ALSO)) is None:
+    if (mapped := _map(path, option)) is None:
         return None
     content, sums = mapped
     return {
         key: StoredTensor(tuple(value.shape), partial(read_mapped, value, sums, path, option), str(value.dtype))
         for key, value in _state_dict(content, NESTED, option, path).items()
     }
+
+
+def _map(path, option):
+    """As ``map_torch``; None of a file that is in no archive of ``torch.save``."""
+    if path.suffix == ".npz" or not is_archive(path) or is_torchscript(path):
+        return None
+    return map_torch(path, option, ALSO)
 
 
 def _open_safetensors(path, option):
