@@ -99,10 +99,9 @@ for program, *words in commands:
         args.pretrained_path = None
         check_options(args)
         args = vars(args) | absent | {"student_config": None}
-        args = {name: value for name, value in args.items() if name not in new_options}
         for name in ("stem_width", "channels"):  # 3bea770 spelt out ResNet-18-D's own sizes for the teacher
             args["teacher_kwargs"].pop(name, None)
-    parsed.append(args)
+    parsed.append({name: value for name, value in args.items() if name not in new_options})
 print(json.dumps(parsed, sort_keys=True))
 """
 
