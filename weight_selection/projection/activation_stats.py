@@ -45,7 +45,7 @@ class ActivationStats:
                 teacher.run(batch)
             followed = recorder.followed
         for key, moments in self.moments.items():
-            if not moments.total.isfinite().all():
+            if not moments.variance.isfinite().all():
                 raise InputError(
                     f"--calibration: what the teacher's {key} takes is not finite; check weights and images"
                 )

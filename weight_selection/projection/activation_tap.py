@@ -26,14 +26,24 @@ class ActivationTap(TorchFunctionMode):
             model goes on with the output that it returns.
         norm: the same, called after every ``layer_norm`` and ``rms_norm`` with the key of its gain.
         scaled: ``(key of a parameter, other factor)``, called before every product with a parameter.
+        before: ``(key of the weight, input)``, called before every linear layer and convolution. It may change the
+            weight.
     """
 
-    def __init__(self, model: nn.Module, dense: Callable, norm: Callable | None = None, scaled: Callable | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        dense: Callable,
+        norm: Callable | None = None,
+        scaled: Callable | None = None,
+        before: Callable | None = None,
+    ):
         super().__init__()
         self.keys = {id(parameter): key for key, parameter in model.named_parameters()}
         self.parameters = dict(model.named_parameters())
         self.places = {parameter.data_ptr(): key for key, parameter in self.parameters.items()}
         self.dense, self.norm, self.scaled = dense, norm, scaled
+        self.before = before or (lambda key, x: None)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -41,6 +51,7 @@ class ActivationTap(TorchFunctionMode):
             taken, weight = DENSE[func]
             key = self.keys.get(id(args[weight] if len(args) > weight else kwargs.get("weight")))
             if key is not None:
+                self.before(key, args[taken])
                 return self.dense(key, args[taken], func(*args, **kwargs))
         elif func is F.multi_head_attention_forward:
             with _HiddenProducts(self):
@@ -69,13 +80,15 @@ class _HiddenProducts(TorchDispatchMode):
         self.tap = tap
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        y = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         if func not in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
-            return y
+            return func(*args, **kwargs)
         x, weight = args[-2:]
         key = self.tap.places.get(weight.data_ptr())
         if key is None or self.tap.parameters[key].shape != weight.T.shape:
-            return y
+            return func(*args, **kwargs)
+        self.tap.before(key, x)
+        y = func(*args, **kwargs)
         bias = self.tap.parameters.get(f"{key.removesuffix('weight')}bias")
         if bias is None or func is torch.ops.aten.addmm.default:
             return self.tap.dense(key, x, y)

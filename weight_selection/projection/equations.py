@@ -28,22 +28,24 @@ class Moments:
 
     Attributes:
         count: number of pairs.
-        total: float64 (X + 1, Z + 1), the sum of x~ z~', on the device of the vectors.
+        products, sums: float64, on the device of the vectors: the sum of x z', (X, Z), and those of x and of z.
     """
 
     def __init__(self):
-        self.count, self.total = 0, 0.0
+        self.count, self.products, self.sums = 0, 0.0, (0.0, 0.0)
 
     def add(self, x: Tensor, z: Tensor) -> None:
         """Add n pairs: ``x``, (n, X), and ``z``, (n, Z), floating point."""
-        x, z = (torch.cat([v, v.new_ones(len(v), 1)], dim=1) for v in (x, z))
         self.count += len(x)
-        self.total = self.total + (x.T @ z).double()
+        self.products = self.products + (x.T @ z).double()
+        self.sums = tuple(total + v.sum(0).double() for total, v in zip(self.sums, (x, z), strict=True))
 
     @property
     def mean(self) -> Tensor:
         """E[x~ z~'], (X + 1, Z + 1)."""
-        return self.total / self.count
+        x, z = self.sums
+        one = x.new_full((1,), self.count)
+        return torch.cat([torch.cat([self.products, x[:, None]], 1), torch.cat([z, one])[None]]) / self.count
 
     @property
     def covariance(self) -> Tensor:

@@ -21,7 +21,7 @@ from weight_selection.plan import ModelStructure
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.images import image_of
 from weight_selection.projection.maps import choose_down_maps
-from weight_selection.projection.skipped_layers import SkippedLayers, find_skipped
+from weight_selection.projection.skipped_layers import find_skipped
 from weight_selection.projection.student_weights import StudentWeights
 from weight_selection.projection.symmetries import Symmetries
 from weight_selection.projection.symmetry_check import check_symmetries
@@ -110,7 +110,7 @@ def project(entries: dict, teacher: TracedModel, student: TracedModel, images: I
     maps = choose_down_maps(entries, student, stats, rotate)
     weights = StudentWeights(entries, student, stats, maps)
     skipped = find_skipped(entries, teacher.structure.layers, student.structure.layers, weights.rows)
-    fit_up_maps(weights, SkippedLayers(skipped, teacher, batch), _shown(images, "student", teacher))
+    fit_up_maps(weights, skipped, map(teacher.placed, images))
     return {key: weights.state[key].to("cpu", copy=True) for key in entries}
 
 

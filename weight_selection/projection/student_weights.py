@@ -79,14 +79,26 @@ class StudentWeights:
         for _, shift in self._placed.values():
             self.state[shift].fill_(1)
 
-    def add_skipped(self, key: str, across: Tensor, own: Tensor) -> None:
-        """Add to a dense layer (V, v) of (10), for the layers that are left out, from E[Q m z~'] and E[z~ z~']."""
-        biases = self._shifts[key]
-        added = equations.solve_up_map(across, own, torch.zeros_like(across), constant=bool(biases))
-        weight = self._by_outputs(key)
-        weight += added[:, : weight.shape[1]].reshape(weight.shape)
+    def solve_outputs(self, key: str, across: Tensor, own: Tensor) -> None:
+        """Give a dense layer the weight and bias that give y best: (7) with y in place of x, and (1) as the prior.
+
+        Args:
+            key: of a linear layer or a 1x1 convolution.
+            across, own: E[y z~'] and E[z~ z~'], with y what the layer should give.
+        """
+        weight, biases = self._by_outputs(key), self._shifts[key]
+        bias = across.new_zeros(len(across), 1)
         for name, (outputs, _) in biases.items():
-            self.state[name] += added[outputs, -1]
+            bias[outputs, 0] = self.state[name].double()
+        prior = torch.cat([weight.flatten(1).double(), bias], dim=1)
+        solved = equations.solve_up_map(across, own, prior, constant=bool(biases))
+        weight.copy_(solved[:, : weight.shape[1]].reshape(weight.shape))
+        for name, (outputs, _) in biases.items():
+            self.state[name].copy_(solved[outputs, -1])
+
+    def is_product(self, key: str) -> bool:
+        """Whether a dense layer with an up map multiplies each vector by its whole weight: linear layers, 1x1 ones."""
+        return key in self.rows and self._by_outputs(key)[0, 0].numel() == 1
 
     def map_output(self, entry: PlanEntry, y: Tensor) -> Tensor:
         """Q y: what the student's layer should give where the teacher's gives y."""
@@ -100,10 +112,10 @@ class StudentWeights:
             y = y.movedim(1, -1) if convolution else y.movedim(-1, 1)
         return y
 
-    def map_norm(self, gain: str, x: Tensor) -> Tensor:
-        """Q x: what the student's norm in the stream, which has this gain, should give where the teacher's gives x."""
-        down = self.maps.of[self.student.group_of(gain)]
-        return x if down.ndim == 1 else (x.double() @ down.T).to(x.dtype)
+    def map_stream(self, group: int, x: Tensor) -> Tensor:
+        """Q x: what the student's stream (its neuron group) should be where the teacher's is x, along the last axis."""
+        down = self.maps.of[group]
+        return x[..., down] if down.ndim == 1 else (x.double() @ down.T).to(x.dtype)
 
     def keeps_outputs(self, key: str) -> bool:
         """Whether a dense layer of the student, if nothing is lost, gives outputs of the teacher's unmixed."""

@@ -103,4 +103,5 @@ class _Comparison:
     def replace_norm(self, key, x, y):
         """A norm in the stream is only nearly right, by (8): go on with what it should give."""
         expected = self._normalised[key].pop(0)
-        return self.weights.map_norm(key, expected) if key in self.weights.stats.early else y
+        stream = self.weights.student.group_of(key)
+        return self.weights.map_stream(stream, expected) if key in self.weights.stats.early else y

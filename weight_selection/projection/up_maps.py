@@ -1,82 +1,163 @@
-"""The second pass over the images: fit the up map of every dense layer of the student.
+"""The second pass over the images: fit the student's dense layers one after the other.
 
-The student runs beside the teacher. We replace the output of each of its dense layers by Q y, the teacher's output y
-mapped down. So each layer takes what it would take if all layers before it were as good as they can be.
+Teacher and student go through the images side by side. Before each dense layer all batches wait. By then the layers
+before it are final, so we fit this one to what the student really computes:
+
+- A layer that adds to a residual stream brings the student's stream to where the teacher's is, Q x. So it also makes up
+  for what all layers before it have lost.                                                                        (10)
+- Any other layer restores what the teacher's layer takes, by the up map of (7).
 """
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from weight_selection.projection.activation_tap import ActivationTap, vectors
+from weight_selection.projection.activation_tap import vectors
 from weight_selection.projection.equations import Moments
-from weight_selection.projection.skipped_layers import SkippedLayers
+from weight_selection.projection.stepped_pass import Step, SteppedPass
+from weight_selection.projection.stream_sums import find_sums, stream_taken
 from weight_selection.projection.student_weights import StudentWeights
 
+LEAST_GAIN = 1e-3  # of a stream's neurons, as a share of the largest: neurons with less are not corrected
 
-def fit_up_maps(weights: StudentWeights, skipped: SkippedLayers, images: Iterable) -> None:
-    """Fit the student's up maps, and what its layers give in place of layers that it leaves out.
+
+def fit_up_maps(weights: StudentWeights, skipped: dict, images: Iterable) -> None:
+    """Fit the student's dense layers.
 
     Args:
         weights: of the student; they are changed.
-        skipped: the layers that it leaves out.
-        images: batches on the device of the models.
+        skipped: the layers that it leaves out, as of ``find_skipped``.
+        images: batches on the device of the models. All of them are gone through at once.
     """
-    second = _SecondPass(weights, skipped)
-    for batch in images:
-        second.see(batch)
-    second.solve()
+    batches = list(images)
+    sums = find_sums(weights.student, batches[0])
+    for key in skipped.keys() - sums.keys():
+        if key in weights.rows:
+            some = skipped[key]
+            tqdm.write(f"{some.before}: ends in no plain sum; nothing makes up for what is left out to {some.last}")
+    fit = _Fit(weights, sums, skipped)
+    passes = [_Pass(fit, batch) for batch in batches]
+    del batches
+    try:
+        with tqdm(total=len(weights.rows), desc="calibration, student", unit="layer", leave=False) as progress:
+            while (steps := [one.student.next() for one in passes])[0] is not None:
+                progress.update(fit.see(passes, steps))
+    finally:
+        for one in passes:
+            one.close()
+    weights.place_constants()
 
 
-class _SecondPass:
-    """Collects the moments of the student's inputs, z, with the teacher's, x, and with what is left out, Q m."""
+class _Fit:
+    """Fits a layer when all batches wait before it."""
 
-    def __init__(self, weights: StudentWeights, skipped: SkippedLayers):
+    def __init__(self, weights: StudentWeights, sums: dict, skipped: dict):
         self.weights, self.skipped = weights, skipped
-        self.across, self.own = ({key: Moments() for key in weights.rows} for _ in range(2))
-        self.left_out = {key: Moments() for key in skipped.bridged}
-        self._sources = {entry.teacher_key for entry in weights.entries.values()}
-        self._taught = {}  # of a batch: {key of the teacher's dense weight: [(input, output) of each time that it ran]}
-        self._layer_outputs = {}  # of a batch: {name of a layer of the teacher's: output}
+        self.sources = {key: entry.teacher_key for key, entry in weights.entries.items()}
+        self.sums = {key: one for key, one in sums.items() if weights.is_product(key) and one.before in self.sources}
+        self.streams = {one.before: stream_taken(weights.student, one.before) for one in self.sums.values()}
+        self.wanted = {self.sources[key] for key in (*weights.rows, *self.streams)}
+        self.wanted |= {self.sources.get(self.sums[key].after) for key in skipped.keys() & self.sums.keys()}
+        self._moments = {}  # {key: moments of what is wanted with what the layer takes, and of the latter alone}
 
-    def see(self, batch: Tensor) -> None:
-        """Show a batch first to the teacher, then to the student."""
-        teacher, student = self.weights.teacher, self.weights.student
-        self._taught = {}
-        with ActivationTap(teacher.model, self._record), self.skipped.watch() as self._layer_outputs:
-            teacher.run(batch)
-        with ActivationTap(student.model, self._replace):
-            student.run(batch)
+    def see(self, passes: list, steps: list[Step]) -> bool:
+        """Look at a layer before which all batches wait; whether it is fitted now."""
+        key = steps[0].key
+        if key not in self.streams and key not in self.weights.rows:
+            return False
+        taught = [one.taught(self.sources[key]) for one in passes]
+        if None in taught:
+            return False  # the teacher's layer did not run, or not as often
+        if key in self.streams:
+            for one, ours, theirs in zip(passes, steps, taught, strict=True):
+                one.streams[key] = self._stream(key, ours, theirs)
+        if key not in self.weights.rows:
+            return False
+        across, own = self._moments.setdefault(key, (Moments(), Moments()))
+        for one, ours, theirs in zip(passes, steps, taught, strict=True):
+            z = self._rows(ours)
+            wanted = self._wanted(key, one, theirs)
+            if len(wanted) != len(z):  # the layer works along another axis than that of its neurons, such as tokens
+                return False
+            across.add(wanted, z)
+            own.add(z, z)
+        solve = self.weights.solve_outputs if key in self.sums else self.weights.solve_up_map
+        solve(key, across.mean[:-1], own.mean)
+        return True
 
-    def solve(self) -> None:
-        """Solve (7) and (10) for all layers that ran."""
-        for key, own in self.own.items():
-            if own.count:
-                self.weights.solve_up_map(key, self.across[key].mean[:-1], own.mean)
-        for key, left_out in self.left_out.items():
-            if left_out.count:
-                self.weights.add_skipped(key, left_out.mean[:-1], self.own[key].mean)
-        self.weights.place_constants()
+    def _stream(self, key, ours, theirs):
+        """(Q x, s) as rows: where the student's stream should be, and where it is."""
+        x = vectors(theirs.x, self._ndim(self.weights.teacher, theirs.key))
+        return self.weights.map_stream(self.streams[key], x), self._rows(ours).clone()
 
-    def _record(self, key, x, y):
-        if key in self._sources:
-            self._taught.setdefault(key, []).append((x.clone(), y.clone()))  # the model may change them in place
-        return y
+    def _wanted(self, key, one, theirs):
+        """What the layer should give, if it adds to a stream; else what the teacher's layer takes. Rows."""
+        ndim = self._ndim(self.weights.teacher, theirs.key)
+        if key not in self.sums:
+            return vectors(theirs.x, ndim)
+        found = self.sums[key]
+        should, is_now = one.streams[found.before]
+        after = one.ahead(self.sources[found.after]) if key in self.skipped and found.after in self.sources else None
+        if after is not None:
+            x = vectors(after.x, self._ndim(self.weights.teacher, after.key))
+            lost = self.weights.map_stream(self.streams[found.before], x) - is_now - found.constant.to(is_now)
+            given = 0
+        else:
+            lost = should - is_now
+            given = vectors(
+                self.weights.map_output(self.weights.entries[key], theirs.y), self._ndim(self.weights.student, key)
+            )
+        gain = found.gain.to(lost)
+        return given + torch.where(gain.abs() < LEAST_GAIN * gain.abs().max(), 0, lost / gain)
 
-    def _replace(self, key, z, y):
-        entry = self.weights.entries.get(key)
-        if entry is None or not self._taught.get(entry.teacher_key):
-            return y
-        x, theirs = self._taught[entry.teacher_key].pop(0)
-        target = self.weights.map_output(entry, theirs)
-        if target.shape != y.shape:  # the layer works along another axis than that of its neurons, such as tokens
-            return y
-        z = vectors(z, len(entry.shape))
-        if key in self.own:
-            self.across[key].add(vectors(x, len(entry.teacher_shape)), z)
-            self.own[key].add(z, z)
-        if key in self.left_out:
-            added = self.weights.map_output(entry, self.skipped.missing(key, self._layer_outputs, theirs))
-            self.left_out[key].add(vectors(added, len(entry.shape)), z)
-            target = target + added
-        return target
+    def _rows(self, step):
+        return vectors(step.x, self._ndim(self.weights.student, step.key))
+
+    @staticmethod
+    def _ndim(traced, key):
+        """Dimensions of a weight; norms take vectors along the last dimension, like linear layers."""
+        return max(2, len(traced.structure.shapes[key]))
+
+
+class _Pass:
+    """Teacher and student on one batch.
+
+    Attributes:
+        streams: {key of what takes a stream: (where the student's stream should be, where it is)}, rows.
+    """
+
+    def __init__(self, fit: _Fit, batch: Tensor):
+        self.teacher = SteppedPass(fit.weights.teacher, batch, ahead=False)
+        self.student = SteppedPass(fit.weights.student, batch, ahead=True)
+        self.streams, self._wanted, self._kept = {}, fit.wanted, {}
+
+    def taught(self, key: str) -> Step | None:
+        """The next time that the teacher ran this layer; None if it does not do so again."""
+        if self._kept.get(key):
+            return self._kept[key].pop(0)
+        while (step := self.teacher.next()) is not None:
+            if step.key == key:
+                return step
+            self._keep(step)
+        return None
+
+    def ahead(self, key: str) -> Step | None:
+        """As ``taught``, but it can be asked for once more."""
+        step = self.taught(key)
+        if step is not None:
+            self._keep(step)
+        return step
+
+    def close(self) -> None:
+        """End both passes where they stand."""
+        self.teacher.close()
+        self.student.close()
+
+    def _keep(self, step):
+        if step.key in self._wanted:
+            x, y = (
+                None if value is None else value.clone() for value in step[1:]
+            )  # the model may change them in place
+            self._kept.setdefault(step.key, []).append(Step(step.key, x, y))

@@ -1,0 +1,85 @@
+"""A forward pass that stands still at each layer until it is told to go on.
+
+So all batches can wait at one layer of a student until this layer has its weights. Each pass runs in a thread of its
+own, but only one of them runs at a time.
+"""
+
+from collections.abc import Mapping
+from queue import SimpleQueue
+from threading import Thread
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weight_selection.projection.activation_tap import ActivationTap
+from weight_selection.projection.traced_model import TracedModel
+
+
+class Step(NamedTuple):
+    """A layer at which a pass stands.
+
+    Attributes:
+        key: of the weight of a dense layer, or of the gain of a norm.
+        x: what it takes.
+        y: what it gives; None before a dense layer runs.
+    """
+
+    key: str
+    x: Tensor
+    y: Tensor | None
+
+
+class SteppedPass:
+    """A forward pass of one batch.
+
+    Args:
+        traced: the model.
+        batch: on its device.
+        ahead: stand before each dense layer, so that its weight may still be changed. If not, stand behind it.
+    """
+
+    def __init__(self, traced: TracedModel, batch: Tensor | Mapping, ahead: bool):
+        self._steps, self._go_on = SimpleQueue(), SimpleQueue()
+        self._thread = Thread(target=self._run, args=(traced, batch, ahead), daemon=True)
+        self._thread.start()
+
+    def next(self) -> Step | None:
+        """Go on to the next layer; None at the end. What the model raises is raised here."""
+        self._go_on.put(True)
+        step = self._steps.get()
+        if isinstance(step, BaseException):
+            raise step
+        return step
+
+    def close(self) -> None:
+        """End the pass where it stands."""
+        self._go_on.put(False)
+        self._thread.join()
+
+    def _run(self, traced, batch, ahead):
+        tap = ActivationTap(
+            traced.model,
+            (lambda key, x, y: y) if ahead else self._stand,
+            self._stand,
+            before=self._stand if ahead else None,
+        )
+        try:
+            if self._go_on.get():
+                with torch.no_grad(), tap:
+                    traced.run(batch)
+                self._steps.put(None)
+        except _Closed:
+            pass
+        except BaseException as error:  # of the model: the thread that waits for the next layer raises it
+            self._steps.put(error)
+
+    def _stand(self, key, x, y=None):
+        self._steps.put(Step(key, x, y))
+        if not self._go_on.get():
+            raise _Closed
+        return y
+
+
+class _Closed(BaseException):
+    """Ends a pass."""

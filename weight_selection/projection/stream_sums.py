@@ -1,0 +1,114 @@
+"""Where the layers of a model add to its residual streams, found by running it.
+
+A stream is seen where a norm or a dense layer takes it. Between two such places, at most one layer may add to it:
+
+    after = before + gain y + constant                                                                             (12)
+
+with y the output of that layer's last dense layer, and a gain (LayerScale, batch normalisation) for each neuron.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from weight_selection.projection.activation_tap import ActivationTap, vectors
+from weight_selection.projection.traced_model import TracedModel
+
+TOLERANCE = 1e-3  # relative; where (12) does not hold the difference is as large as what is compared
+
+
+@dataclass(frozen=True)
+class StreamSum:
+    """A dense layer whose output is added to a stream.
+
+    Attributes:
+        before, after: keys of the norms or dense layers that take the stream before and after it.
+        gain, constant: of (12), (d,).
+    """
+
+    before: str
+    after: str
+    gain: Tensor
+    constant: Tensor
+
+
+def find_sums(traced: TracedModel, batch: Tensor) -> dict:
+    """{key of a dense weight: its ``StreamSum``}, of the layers for which (12) holds.
+
+    Args:
+        batch: of inputs. Rows of other layers may be in another order, such as that of windows; then (12) fails.
+    """
+    seen = _Seen(traced)
+    with torch.no_grad(), ActivationTap(traced.model, seen.dense, seen.norm):
+        traced.run(batch)
+    times, found = Counter(key for key, *_ in seen.places), {}
+    writes = [(place, *write) for place, *write in seen.writes if seen.ran[write[0]] == 1]
+    for place, key, group, y in writes:
+        earlier = max((other for other, *_, g, _ in seen.writes if g == group and other < place), default=0)
+        later = min((other for other, *_, g, _ in seen.writes if g == group and other > place), default=None)
+        befores = [(k, x) for k, g, x in seen.places[earlier:place] if g == group and times[k] == 1]
+        afters = [(k, x) for k, g, x in seen.places[place:later] if g == group and times[k] == 1]
+        pairs = ((before, after) for before in befores for after in afters)
+        sums = (_fitted(*before, *after, y) for before, after in pairs)
+        if (one := next(filter(None, sums), None)) is not None:
+            found[key] = one
+    return found
+
+
+def stream_taken(traced: TracedModel, key: str) -> int | None:
+    """The neuron group of what a norm or a dense layer takes; None if that is not one whole group."""
+    symmetries = traced.symmetries
+    if symmetries.is_norm(key):
+        return traced.group_of(key)
+    dim = symmetries.dense.get(
+        key, 0 if isinstance(symmetries.modules.get(key[: -len(".weight")]), nn.Conv2d) else None
+    )
+    slices = () if dim is None else symmetries.slices(key, dim)
+    return slices[0].group if len(slices) == 1 else None
+
+
+class _Seen:
+    """What a pass shows of streams.
+
+    Attributes:
+        places: [(key, neuron group, rows)] of what norms and dense layers take.
+        writes: [(how many places came before it, key, neuron group, rows)] of what dense layers give.
+        ran: how often each dense layer ran.
+    """
+
+    def __init__(self, traced):
+        self.traced, self.places, self.writes, self.ran = traced, [], [], Counter()
+
+    def norm(self, key, x, y):
+        self._place(key, x.reshape(-1, x.shape[-1]))
+        return y
+
+    def dense(self, key, x, y):
+        ndim = len(self.traced.structure.shapes[key])
+        self._place(key, vectors(x, ndim))
+        slices = self.traced.outputs(key) if key in self.traced.symmetries.dense else ()
+        self.ran[key] += 1
+        if len(slices) == 1:
+            self.writes.append((len(self.places), key, slices[0][0], vectors(y, ndim).clone()))
+        return y
+
+    def _place(self, key, rows):
+        group = stream_taken(self.traced, key)
+        if group is not None:
+            self.places.append((key, group, rows.clone()))  # the model may change it in place
+
+
+def _fitted(before, x, after, later, y):
+    """The ``StreamSum`` of rows before and after, if (12) holds."""
+    if not x.shape == later.shape == y.shape:
+        return None
+    added, given = (later - x).double(), y.double()
+    means = added.mean(0), given.mean(0)
+    added, given = added - means[0], given - means[1]
+    gain = (added * given).sum(0) / given.square().sum(0).clamp(min=torch.finfo(given.dtype).tiny)
+    if not (added - gain * given).norm() < TOLERANCE * added.norm():
+        return None
+    return StreamSum(before, after, gain, means[0] - gain * means[1])
