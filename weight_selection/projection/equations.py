@@ -244,16 +244,16 @@ def solve_up_map(across: Tensor, own: Tensor, prior: Tensor, constant: bool = Tr
     Returns:
         B~ = (B, c), (D, d + 1); without a constant B, (D, d).
     """
-    if not constant:
-        across, own, prior = across[:, :-1], own[:-1, :-1], prior[:, :-1]
-    missing = across - prior @ own
-    if not missing.any():
-        return prior
-    squares = own.diagonal().clone()
-    squares[:] = (RIDGE * squares[: prior.shape[1] - constant].mean()).clamp(min=torch.finfo(own.dtype).tiny)
-    if constant:
-        squares[-1] = 0
-    return prior + torch.linalg.solve(own + squares.diag(), missing.T).T
+    prior, start = prior[:, :-1], prior[:, -1:]
+    (across, x), (own, z) = ((moments[:, :-1], moments[:, -1:]) for moments in (across, own[:-1]))
+    ridge = RIDGE * own.diagonal().mean().clamp(min=torch.finfo(own.dtype).tiny)
+    if constant:  # it is free: what is left is the regression of the deviations from the means
+        if torch.equal(x, prior @ z + start) and torch.equal(across, prior @ own + start @ z.T):
+            return torch.cat([prior, start], dim=1)
+        across, own = across - x @ z.T, own - z @ z.T
+    ridges = ridge * torch.eye(len(own), dtype=own.dtype, device=own.device)
+    up_map = prior + torch.linalg.solve(own + ridges, (across - prior @ own).T).T
+    return torch.cat([up_map, x - up_map @ z], dim=1) if constant else up_map
 
 
 def with_constant(weight: Tensor, constant: Tensor) -> Tensor:

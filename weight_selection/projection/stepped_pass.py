@@ -41,6 +41,7 @@ class SteppedPass:
 
     def __init__(self, traced: TracedModel, batch: Tensor | Mapping, ahead: bool):
         self._steps, self._go_on = SimpleQueue(), SimpleQueue()
+        self._late = None
         self._thread = Thread(target=self._run, args=(traced, batch, ahead), daemon=True)
         self._thread.start()
 
@@ -52,6 +53,10 @@ class SteppedPass:
             raise step
         return step
 
+    def add_late(self, bias: Tensor) -> None:
+        """Add to what the dense layer before which the pass stands is going to give: a bias that it has read already."""
+        self._late = bias
+
     def close(self) -> None:
         """End the pass where it stands."""
         self._go_on.put(False)
@@ -60,7 +65,7 @@ class SteppedPass:
     def _run(self, traced, batch, ahead):
         tap = ActivationTap(
             traced.model,
-            (lambda key, x, y: y) if ahead else self._stand,
+            self._pass_on if ahead else self._stand,
             self._stand,
             before=self._stand if ahead else None,
         )
@@ -79,6 +84,10 @@ class SteppedPass:
         if not self._go_on.get():
             raise _Closed
         return y
+
+    def _pass_on(self, key, x, y):
+        late, self._late = self._late, None
+        return y if late is None else y + late
 
 
 class _Closed(BaseException):

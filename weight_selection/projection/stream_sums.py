@@ -89,10 +89,11 @@ class _Seen:
     def dense(self, key, x, y):
         ndim = len(self.traced.structure.shapes[key])
         self._place(key, vectors(x, ndim))
-        slices = self.traced.outputs(key) if key in self.traced.symmetries.dense else ()
+        symmetries = self.traced.symmetries
+        slices = symmetries.slices(key, symmetries.output_dim(key)) if key in symmetries.dense else ()
         self.ran[key] += 1
         if len(slices) == 1:
-            self.writes.append((len(self.places), key, slices[0][0], vectors(y, ndim).clone()))
+            self.writes.append((len(self.places), key, slices[0].group, vectors(y, ndim).clone()))
         return y
 
     def _place(self, key, rows):
@@ -108,6 +109,8 @@ def _fitted(before, x, after, later, y):
     added, given = (later - x).double(), y.double()
     means = added.mean(0), given.mean(0)
     added, given = added - means[0], given - means[1]
+    if (x - x.mean(0)).norm() < TOLERANCE * x.norm():
+        return None  # the same in all rows: anything could be before
     gain = (added * given).sum(0) / given.square().sum(0).clamp(min=torch.finfo(given.dtype).tiny)
     if not (added - gain * given).norm() < TOLERANCE * added.norm():
         return None

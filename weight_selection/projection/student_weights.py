@@ -48,6 +48,8 @@ class StudentWeights:
         self._placed = {key: (without[key], shift) for key, shift in before.items() if shift in needed}
         for key, prior in self.priors.items():
             self.set_up_map(key, prior)
+        for _, shift in self._placed.values():
+            self.state[shift].fill_(1)
 
     def set_up_map(self, key: str, up_map: Tensor) -> None:
         """Give a dense layer its weight and bias by (1), for an up map (B, c), or B alone."""
@@ -71,13 +73,22 @@ class StudentWeights:
         constant = bool(self._shifts[key]) or key in self._placed or not len(symmetries.without_bias(key))
         self.set_up_map(key, equations.solve_up_map(across, own, self.priors[key], constant=constant))
 
-    def place_constants(self) -> None:
-        """Give norms whose readers lack biases a shift of ones: by (11) these readers get their constants from it.
+    def bias_apart(self, key: str) -> Tensor | None:
+        """The biases that a dense layer has in tensors of several names, (outputs,); None if it has one or none.
 
-        Do this last: the up maps are fitted to what norms without a shift give.
+        Its module puts them together before the layer runs.
         """
-        for _, shift in self._placed.values():
-            self.state[shift].fill_(1)
+        if self._shifts[key].keys() <= {bias_of(key)}:
+            return None
+        outputs = self._by_outputs(key).shape[0]
+        bias = torch.zeros(outputs, dtype=torch.float64, device=self.teacher.device)
+        for name, (places, _) in self._shifts[key].items():
+            bias[places] = self.state[name].double()
+        return bias
+
+    def without_shift(self, key: str, z: Tensor) -> Tensor:
+        """What a dense layer takes, without the shift of ones by which the norm before it gives constants, (11)."""
+        return z - 1 if key in self._placed else z
 
     def solve_outputs(self, key: str, across: Tensor, own: Tensor) -> None:
         """Give a dense layer the weight and bias that give y best: (7) with y in place of x, and (1) as the prior.

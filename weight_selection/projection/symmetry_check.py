@@ -66,7 +66,6 @@ def _is_unchanged(stats, batch, streams, attentions):
     mixed = TracedModel(copy.deepcopy(teacher.model), teacher.structure, teacher.symmetries)
     maps = random_down_maps(teacher, paired_groups(entries, teacher.structure, teacher.structure), streams, attentions)
     weights = StudentWeights(entries, mixed, stats, maps)
-    weights.place_constants()
     comparison = _Comparison(weights)
     with ActivationTap(teacher.model, comparison.record, comparison.record_norm):
         teacher.run(batch)

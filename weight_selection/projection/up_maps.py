@@ -47,7 +47,6 @@ def fit_up_maps(weights: StudentWeights, skipped: dict, images: Iterable) -> Non
     finally:
         for one in passes:
             one.close()
-    weights.place_constants()
 
 
 class _Fit:
@@ -77,14 +76,18 @@ class _Fit:
             return False
         across, own = self._moments.setdefault(key, (Moments(), Moments()))
         for one, ours, theirs in zip(passes, steps, taught, strict=True):
-            z = self._rows(ours)
+            z = self.weights.without_shift(key, self._rows(ours))
             wanted = self._wanted(key, one, theirs)
             if len(wanted) != len(z):  # the layer works along another axis than that of its neurons, such as tokens
                 return False
             across.add(wanted, z)
             own.add(z, z)
+        bias = self.weights.bias_apart(key)
         solve = self.weights.solve_outputs if key in self.sums else self.weights.solve_up_map
         solve(key, across.mean[:-1], own.mean)
+        if bias is not None:
+            for one, ours in zip(passes, steps, strict=True):
+                one.student.add_late((self.weights.bias_apart(key) - bias).to(ours.x))
         return True
 
     def _stream(self, key, ours, theirs):
