@@ -120,6 +120,16 @@ def image_of(inputs: tuple | dict) -> tuple:
     return images[0] if len(tensors) == len(images) == 1 else (None, None)
 
 
+def images_in(batch: torch.Tensor | Mapping) -> int:
+    """The number of images, or of other inputs, in a batch."""
+    return len(next(iter(batch.values())) if isinstance(batch, Mapping) else batch)
+
+
+def first_images(batch: torch.Tensor | Mapping, count: int) -> torch.Tensor | dict:
+    """The first images, or other inputs, of a batch."""
+    return {name: value[:count] for name, value in batch.items()} if isinstance(batch, Mapping) else batch[:count]
+
+
 def inputs_with(inputs: tuple | dict, batch) -> tuple | dict:
     """The inputs of a forward pass of a batch: arguments, or keyword arguments.
 

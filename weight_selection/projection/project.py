@@ -3,7 +3,7 @@
 The plan says which teacher tensor each student tensor comes from; least squares decides the values. Both models see the
 images in two passes. In the first the teacher shows the moments of its activations (activation_stats.py). From these we
 choose the down map of every neuron group (maps.py). In the second pass we fit the up map of every dense layer of the
-student (up_maps.py), and what its layers give in place of layers that it leaves out (skipped_layers.py).
+student, one after the other (up_maps.py).
 """
 
 import inspect
@@ -19,7 +19,7 @@ from weight_selection.errors import InputError
 from weight_selection.geometry import find_geometry
 from weight_selection.plan import ModelStructure
 from weight_selection.projection.activation_stats import ActivationStats
-from weight_selection.projection.images import image_of
+from weight_selection.projection.images import first_images, image_of, images_in
 from weight_selection.projection.maps import choose_down_maps
 from weight_selection.projection.skipped_layers import find_skipped
 from weight_selection.projection.student_weights import StudentWeights
@@ -30,6 +30,9 @@ from weight_selection.projection.up_maps import fit_up_maps
 from weight_selection.report import role_words
 from weight_selection.sources.architectures import NO_KEYS
 from weight_selection.sources.facts import facts_of, library_of
+
+STATS_IMAGES = 64  # down maps need fewer images than least squares do
+CHECK_IMAGES = 4
 
 
 def load_teacher(
@@ -92,7 +95,7 @@ def project(entries: dict, teacher: TracedModel, student: TracedModel, images: I
         entries: {student's key: its entry of the plan}, of the selected tensors.
         teacher, student: on one device, in evaluation mode. The student's weights are replaced.
         images: batches of normalised images, (n, channels, height, width), or of other inputs, dicts of tensors; they
-            are gone through three times.
+            are gone through three times. The first ``STATS_IMAGES`` of them choose the down maps.
         method: ``project`` rotates residual streams; ``greedy`` keeps coordinates of them.
 
     Returns:
@@ -106,7 +109,7 @@ def project(entries: dict, teacher: TracedModel, student: TracedModel, images: I
     for name, traced in (("student", student), ("teacher", teacher)):
         _check_takes(traced, batch, name)
     stats = ActivationStats(teacher, _shown(images, "teacher", teacher))
-    check_symmetries(stats, student, batch, rotate)
+    check_symmetries(stats, student, first_images(batch, CHECK_IMAGES), rotate)
     maps = choose_down_maps(entries, student, stats, rotate)
     weights = StudentWeights(entries, student, stats, maps)
     skipped = find_skipped(entries, teacher.structure.layers, student.structure.layers, weights.rows)
@@ -180,18 +183,21 @@ def _has_same_positions(teacher, student):
 def _check_takes(traced, batch, name):
     """Raise InputError unless a model takes such a batch."""
     if isinstance(batch, torch.Tensor):
-        one = batch[:1]
         words = "take {} x {} pixels; give images of its size, or leave --calibration_size out".format(*batch.shape[2:])
     else:
-        one = {key: value[:1] for key, value in batch.items()}
         words = f"take batches of {', '.join(batch)}; give what its forward takes"
     try:
-        traced.run(one)
+        traced.run(first_images(batch, 1))
     except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:  # too small, other arguments
         raise InputError(f"calibration: the {name} cannot {words}: {error}") from error
 
 
 def _shown(images, name, traced):
-    """Batches where the models are, with progress; ``name`` is the model that sees them."""
+    """The first batches where the models are, with progress; ``name`` is the model that sees them."""
+    count = 0
     with tqdm(images, desc=f"calibration, {name}", unit="batch", leave=False) as batches:
-        yield from map(traced.placed, batches)
+        for batch in map(traced.placed, batches):
+            yield batch
+            count += images_in(batch)
+            if count >= STATS_IMAGES:
+                break

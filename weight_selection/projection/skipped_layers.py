@@ -1,7 +1,7 @@
 """Layers that the student leaves out: the last dense layer before them also gives what they would have added.
 
 In a residual stream x_j = x_i + y_i + m, layer i adds y_i and the layers between i and j add m. A student that keeps i
-and goes on with j has lost m. The last dense layer of its layer i is therefore fitted to give both (up_maps.py).        (10)
+and goes on with j has lost m. The last dense layer of its layer i therefore gives both, see (10) in up_maps.py.
 
 We do this only between layers that are kept. We do not approximate layers dropped at the end; doing so gave worse
 features (docs/results.md).

@@ -54,7 +54,7 @@ class SteppedPass:
         return step
 
     def add_late(self, bias: Tensor) -> None:
-        """Add to what the dense layer before which the pass stands is going to give: a bias that it has read already."""
+        """Add a change of biases that the module has read already to what the next dense layer gives."""
         self._late = bias
 
     def close(self) -> None:

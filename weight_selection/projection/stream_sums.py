@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from weight_selection.projection.activation_tap import ActivationTap, vectors
+from weight_selection.projection.images import images_in
 from weight_selection.projection.traced_model import TracedModel
 
 TOLERANCE = 1e-3  # relative; where (12) does not hold the difference is as large as what is compared
@@ -27,12 +28,20 @@ class StreamSum:
     Attributes:
         before, after: keys of the norms or dense layers that take the stream before and after it.
         gain, constant: of (12), (d,).
+        by_place: the layer takes and gives rows place by place, those of all images together, where the stream has them
+            image by image (attention of PyTorch).
     """
 
     before: str
     after: str
     gain: Tensor
     constant: Tensor
+    by_place: bool = False
+
+
+def by_place(rows: Tensor, images: int) -> Tensor:
+    """Rows that are in the order of the images, in the order of the places."""
+    return rows.unflatten(0, (images, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def find_sums(traced: TracedModel, batch: Tensor) -> dict:
@@ -44,6 +53,7 @@ def find_sums(traced: TracedModel, batch: Tensor) -> dict:
     seen = _Seen(traced)
     with torch.no_grad(), ActivationTap(traced.model, seen.dense, seen.norm):
         traced.run(batch)
+    images = images_in(batch)
     times, found = Counter(key for key, *_ in seen.places), {}
     writes = [(place, *write) for place, *write in seen.writes if seen.ran[write[0]] == 1]
     for place, key, group, y in writes:
@@ -51,8 +61,8 @@ def find_sums(traced: TracedModel, batch: Tensor) -> dict:
         later = min((other for other, *_, g, _ in seen.writes if g == group and other > place), default=None)
         befores = [(k, x) for k, g, x in seen.places[earlier:place] if g == group and times[k] == 1]
         afters = [(k, x) for k, g, x in seen.places[place:later] if g == group and times[k] == 1]
-        pairs = ((before, after) for before in befores for after in afters)
-        sums = (_fitted(*before, *after, y) for before, after in pairs)
+        pairs = [(before, after) for before in befores for after in afters]
+        sums = (_fitted(*before, *after, y, images, turned) for turned in (False, True) for before, after in pairs)
         if (one := next(filter(None, sums), None)) is not None:
             found[key] = one
     return found
@@ -102,10 +112,11 @@ class _Seen:
             self.places.append((key, group, rows.clone()))  # the model may change it in place
 
 
-def _fitted(before, x, after, later, y):
+def _fitted(before, x, after, later, y, images, turned):
     """The ``StreamSum`` of rows before and after, if (12) holds."""
-    if not x.shape == later.shape == y.shape:
+    if not x.shape == later.shape == y.shape or turned and len(x) % images:
         return None
+    x, later = (by_place(rows, images) if turned else rows for rows in (x, later))
     added, given = (later - x).double(), y.double()
     means = added.mean(0), given.mean(0)
     added, given = added - means[0], given - means[1]
@@ -114,4 +125,4 @@ def _fitted(before, x, after, later, y):
     gain = (added * given).sum(0) / given.square().sum(0).clamp(min=torch.finfo(given.dtype).tiny)
     if not (added - gain * given).norm() < TOLERANCE * added.norm():
         return None
-    return StreamSum(before, after, gain, means[0] - gain * means[1])
+    return StreamSum(before, after, gain, means[0] - gain * means[1], turned)

@@ -126,7 +126,7 @@ class StudentWeights:
     def map_stream(self, group: int, x: Tensor) -> Tensor:
         """Q x: what the student's stream (its neuron group) should be where the teacher's is x, along the last axis."""
         down = self.maps.of[group]
-        return x[..., down] if down.ndim == 1 else (x.double() @ down.T).to(x.dtype)
+        return x[..., down] if down.ndim == 1 else x @ down.T.to(x.dtype)
 
     def keeps_outputs(self, key: str) -> bool:
         """Whether a dense layer of the student, if nothing is lost, gives outputs of the teacher's unmixed."""

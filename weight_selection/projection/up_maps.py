@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from weight_selection.projection.activation_tap import vectors
 from weight_selection.projection.equations import Moments
+from weight_selection.projection.images import images_in
 from weight_selection.projection.stepped_pass import Step, SteppedPass
-from weight_selection.projection.stream_sums import find_sums, stream_taken
+from weight_selection.projection.stream_sums import by_place, find_sums, stream_taken
 from weight_selection.projection.student_weights import StudentWeights
 
 LEAST_GAIN = 1e-3  # of a stream's neurons, as a share of the largest: neurons with less are not corrected
@@ -112,6 +113,7 @@ class _Fit:
             given = vectors(
                 self.weights.map_output(self.weights.entries[key], theirs.y), self._ndim(self.weights.student, key)
             )
+        lost = by_place(lost, one.images) if found.by_place else lost
         gain = found.gain.to(lost)
         return given + torch.where(gain.abs() < LEAST_GAIN * gain.abs().max(), 0, lost / gain)
 
@@ -128,12 +130,14 @@ class _Pass:
     """Teacher and student on one batch.
 
     Attributes:
+        images: their number.
         streams: {key of what takes a stream: (where the student's stream should be, where it is)}, rows.
     """
 
     def __init__(self, fit: _Fit, batch: Tensor):
         self.teacher = SteppedPass(fit.weights.teacher, batch, ahead=False)
         self.student = SteppedPass(fit.weights.student, batch, ahead=True)
+        self.images = images_in(batch)
         self.streams, self._wanted, self._kept = {}, fit.wanted, {}
 
     def taught(self, key: str) -> Step | None:
