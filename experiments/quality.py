@@ -96,10 +96,9 @@ def main(argv=None) -> None:
         cells = ("" if percent is None else f"{percent:.1f}" for percent in found)
         print(f"| {name} | {count:.1f} M | {' | '.join(cells)} |", flush=True)
     seconds, threads = time.monotonic() - started, torch.get_num_threads()
-    print(
-        f"\nTeacher: timm's {TEACHER}, {parameter_count(teacher) / 1e6:.1f} M parameters. {len(expected)} test images, "
-        f"{args.calibration_images} training images to calibrate; {seconds:.0f} seconds on {threads} threads."
-    )
+    print(f"\nTeacher: timm's {TEACHER}, {parameter_count(teacher) / 1e6:.1f} M parameters.")
+    print(f"{len(expected)} test images, {args.calibration_images} training images to calibrate.")
+    print(f"{seconds:.0f} seconds on {threads} thread{'s' * (threads > 1)}.")
 
 
 if __name__ == "__main__":
