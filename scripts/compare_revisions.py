@@ -52,6 +52,7 @@ NEW_KEYS = {  # since 3bea770
     "train_class_acc",  # of log.txt
     "train_min_lr",
     "class_acc",  # of the sums of an epoch in a checkpoint
+    "agreement",  # of the .json beside projected weights
 }
 IGNORED = {"seconds", "wall_time", "versions"}  # keys whose values depend on clocks and installed packages
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from weight_selection.errors import InputError, in_python
@@ -21,16 +22,24 @@ from weight_selection.options import ELEMENT_SELECTION, LAYER_SELECTION, PROJECT
 if TYPE_CHECKING:
     import torch
 
+    from weight_selection.agreement import measure_agreement
     from weight_selection.classifier import fit_classifier
 
-__all__ = ["ELEMENT_SELECTION", "LAYER_SELECTION", "PROJECTION", "InputError", "fit_classifier", "select_weights"]
+__all__ = [
+    "ELEMENT_SELECTION",
+    "LAYER_SELECTION",
+    "PROJECTION",
+    "InputError",
+    "fit_classifier",
+    "measure_agreement",
+    "select_weights",
+]
+WITH_TORCH = {"fit_classifier": "classifier", "measure_agreement": "agreement"}  # name: the module that has it
 
 
 def __getattr__(name):
-    if name == "fit_classifier":
-        from weight_selection.classifier import fit_classifier
-
-        return fit_classifier
+    if name in WITH_TORCH:
+        return getattr(import_module(f"weight_selection.{WITH_TORCH[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -234,6 +234,7 @@ def select(args, selection, name: str, digest: Future | None) -> None:
         digest = begin_sha256(*files)
     state_dict = output.cast(selection.weights(), args.dtype, selection.plan.tied)
     absent = selection.plan.left_out
+    compared, agreement = agreement_of(selection)
     provenance = {
         "teacher": origin | {"sha256": digest},
         "student": {"name": args.student, "kwargs": args.student_kwargs}
@@ -244,6 +245,7 @@ def select(args, selection, name: str, digest: Future | None) -> None:
         | ({"fused_qkv": args.fused_qkv} if args.fused_qkv != PARTS else {})
         | ({"dtype": args.dtype} if args.dtype != KEEP else {})
         | (selection.projection.provenance() if selection.projection is not None else {}),
+        **({"agreement": agreement} if agreement else {}),
         "left_out": absent,
     } | ({"left_behind": selection.plan.left_behind} if selection.plan.left_behind else {})
     student = output.initialised_student(selection, state_dict, args.seed)
@@ -262,7 +264,26 @@ def select(args, selection, name: str, digest: Future | None) -> None:
     counts = report.summary(selection.plan)
     values = report.value_words(state_dict)
     print(f"{written.path}: {args.student} from {args.pretrained_model}, {counts} tensors, {values}")
+    if compared:
+        print(compared)
     print_next(args, selection, written.path)
+
+
+def agreement_of(selection) -> tuple:
+    """How well a projected student agrees with its teacher: (the line that says it, what provenance says of it).
+
+    If it cannot be known, the line says why, and provenance says nothing. If nothing was projected, neither does.
+    """
+    from weight_selection.report import agreement_words
+
+    if selection.projection is None:
+        return None, None
+    try:
+        percent, images = selection.projection.agreement()
+    except InputError as error:
+        return f"how well the student agrees with its teacher is not known: {error}", None
+    left_out = "classifier" in {entry.role for entry in selection.plan.entries}
+    return agreement_words(percent, images, not left_out), {"percent": percent, "held_out_images": images}
 
 
 def print_next(args, selection, path: Path) -> None:

@@ -40,6 +40,19 @@ def value_words(state_dict: dict) -> str:
     return f"{count:,} values, {' and '.join(dtypes).replace('torch.', '')}"
 
 
+def agreement_words(percent: float, images: int, with_classifier: bool) -> str:
+    """How well a student agrees with its teacher: "the student agrees with its teacher on 61 % of 64 held-out images".
+
+    Args:
+        percent: of the images on which both choose the same class.
+        images: their number.
+        with_classifier: whether the student was given the classifier too.
+    """
+    first = "" if with_classifier else "with the teacher's classifier, "
+    whose = "the student agrees with its teacher on"
+    return f"{first}{whose} {percent:.0f} % of {images} held-out image{'s' * (images != 1)}"
+
+
 def group_lines(plan: Plan, describe=None) -> list:
     """One line for each kind of neuron group: "stream: 384 -> 192, every 2nd, in 74 tensors".
 

@@ -1,5 +1,6 @@
 """Calibration: the few images, without labels, that both models see."""
 
+import copy
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,7 @@ import torch
 from weight_selection.errors import InputError
 from weight_selection.files import sha256
 from weight_selection.image_files import IMAGE_SUFFIXES, BadImage, read_image
-from weight_selection.options import CALIBRATION_IMAGES, NOISE
+from weight_selection.options import CALIBRATION_IMAGES, HELD_OUT_IMAGES, NOISE
 
 BATCH_SIZE = 16
 
@@ -53,10 +54,28 @@ class Calibration:
             )
         self.count = min(self.count, len(paths))
         self._paths = [paths[index] for index in draw(len(paths), self.count, seed)]
+        self._others = [paths[index] for index in draw(len(paths), HELD_OUT_IMAGES, seed, self.count)]
         self._transform = _transform(self.size, config)
 
     def __len__(self) -> int:
         return -(-self.count // BATCH_SIZE)
+
+    def held_out(self) -> "Calibration":
+        """Up to ``HELD_OUT_IMAGES`` other images of the directory, drawn beside these and prepared like them.
+
+        Raises:
+            InputError: the directory has no others, or this is noise.
+        """
+        if self._paths is None:
+            raise InputError(f"--calibration {NOISE}: only a directory has images to hold out")
+        if not self._others:
+            raise InputError(
+                f"all {self.count} images of --calibration were calibrated on; put more there, or give a smaller "
+                "--calibration_images"
+            )
+        others = copy.copy(self)
+        others.count, others._paths, others._others = len(self._others), self._others, []
+        return others
 
     @property
     def sha256(self) -> str | None:
@@ -83,9 +102,9 @@ class Calibration:
         return (noise(self.size, np.random.SeedSequence((self.seed, index))) - mean) / std
 
 
-def draw(total: int, count: int, seed: int) -> list:
-    """``count`` of ``total`` indices without replacement, ascending."""
-    return sorted(np.random.Generator(np.random.PCG64(seed)).permutation(total)[:count].tolist())
+def draw(total: int, count: int, seed: int, after: int = 0) -> list:
+    """``count`` of ``total`` indices without replacement, ascending; none of those that a draw of ``after`` gives."""
+    return sorted(np.random.Generator(np.random.PCG64(seed)).permutation(total)[after : after + count].tolist())
 
 
 def noise(size: tuple, entropy) -> torch.Tensor:

@@ -8,7 +8,7 @@ student, one after the other (up_maps.py).
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 import torch.nn as nn
@@ -88,18 +88,26 @@ def match_geometry(teacher: nn.Module, student: nn.Module) -> None:
 
 
 @torch.no_grad()
-def project(entries: dict, teacher: TracedModel, student: TracedModel, images: Iterable, method: str) -> dict:
+def project(
+    entries: dict,
+    teacher: TracedModel,
+    student: TracedModel,
+    images: Iterable,
+    method: str,
+    left_out: Collection = (),
+) -> dict:
     """Carry out a plan by projection.
 
     Args:
         entries: {student's key: its entry of the plan}, of the selected tensors.
-        teacher, student: on one device, in evaluation mode. The student's weights are replaced.
+        teacher, student: on one device, in evaluation mode. The student's weights are replaced: it gets all entries.
         images: batches of normalised images, (n, channels, height, width), or of other inputs, dicts of tensors; they
             are gone through three times. The first ``STATS_IMAGES`` of them choose the down maps.
         method: ``project`` rotates residual streams; ``greedy`` keeps coordinates of them.
+        left_out: keys of entries of a classifier that is fitted too, but not returned.
 
     Returns:
-        The selected part of the student's state_dict, in its order, on the CPU.
+        The selected part of the student's state_dict, in its order, on the CPU, for a student without ``left_out``.
 
     Raises:
         InputError: a model cannot take the images, or activations are not finite.
@@ -114,7 +122,7 @@ def project(entries: dict, teacher: TracedModel, student: TracedModel, images: I
     weights = StudentWeights(entries, student, stats, maps)
     skipped = find_skipped(entries, teacher.structure.layers, student.structure.layers, weights.rows)
     fit_up_maps(weights, skipped, map(teacher.placed, images))
-    return {key: weights.state[key].to("cpu", copy=True) for key in entries}
+    return {key: value.to("cpu", copy=True) for key, value in weights.without(left_out).items()}
 
 
 def check_positions(entries: dict, teacher: ModelStructure, student: ModelStructure) -> None:

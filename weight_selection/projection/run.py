@@ -2,13 +2,15 @@
 
 import copy
 import os
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
+from weight_selection.agreement import measure_agreement
 from weight_selection.errors import InputError
 from weight_selection.options import SelectionOptions
-from weight_selection.plan import Plan
+from weight_selection.plan import Plan, plan_selection
 from weight_selection.projection.images import Calibration, check_batches, image_of
 from weight_selection.projection.maps import check_heads
 from weight_selection.projection.project import check_positions, describer, load_teacher, match_geometry, project
@@ -50,6 +52,8 @@ class Projection:
         traced = TracedModel(skeletons[0], structures[0], self.symmetries), TracedModel.of(skeletons[1], structures[1])
         check_heads(plan.selected, *traced)
         self.device = _device(teacher.model)
+        self._classifier, self._not_comparable = _left_out_classifier(plan, structures, options)
+        self._fitted = None
 
     def weights(self, weights, origin: str) -> dict:
         """The student's first weights on the CPU: its state_dict without what is left out.
@@ -62,8 +66,27 @@ class Projection:
         load_teacher(teacher, self.structures[0], weights, origin, self.options.selects_all)
         match_geometry(teacher, student)
         student.to(next(teacher.parameters()))
-        traced = map(TracedModel.of, (teacher, student), self.structures)
-        return project(self.plan.selected, *traced, self.images, self.options.element_selection)
+        self._fitted = teacher, student = tuple(map(TracedModel.of, (teacher, student), self.structures))
+        entries = self.plan.selected | self._classifier
+        return project(entries, teacher, student, self.images, self.options.element_selection, self._classifier)
+
+    def agreement(self) -> tuple:
+        """How well the student, with its teacher's classifier, agrees with its teacher. Call it after ``weights``.
+
+        Returns:
+            (the percentage of held-out images on which both choose the same class, the number of these images).
+
+        Raises:
+            InputError: the classifiers cannot be compared, or there are no images to hold out.
+        """
+        (teacher, student), self._fitted = self._fitted, None
+        if self._not_comparable:
+            raise InputError(self._not_comparable)
+        weights = teacher.model.state_dict()
+        if self._classifier and not any(weights[entry.teacher_key].any() for entry in self._classifier.values()):
+            raise InputError("the teacher's weights have no classifier")
+        images = self.images.held_out()
+        return measure_agreement(teacher.model, student.model, map(teacher.placed, images)), images.count
 
     def provenance(self) -> dict:
         """What the provenance file says about the images."""
@@ -110,6 +133,25 @@ class Projection:
                 "normalised images as tensors"
             )
         return Calibration(options.calibration, count, side, shape[1:], config, options.seed)
+
+
+def _left_out_classifier(plan, structures, options):
+    """The classifier that a plan leaves out, and that the student could have.
+
+    Returns:
+        ({its key: its entry}, None); if there is none, ({}, why student and teacher cannot be compared, or None).
+    """
+    student = structures[1]
+    if student.architecture.classifier is not None and not any(map(student.in_classifier, student.shapes)):
+        return {}, "the student has no classifier"
+    if not any(entry.role == "classifier" for entry in plan.entries):
+        return {}, None
+    everything = replace(options, include_head=False, include_head_norm=False, classifier=())
+    try:
+        whole = plan_selection(*structures, everything)
+    except InputError as error:
+        return {}, str(error).removeprefix("--include_head: ")
+    return {key: entry for key, entry in whole.selected.items() if key not in plan.selected}, None
 
 
 def _own(who):

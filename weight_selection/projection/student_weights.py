@@ -1,5 +1,7 @@
 """The student's weights, made from the teacher's by equation (1)."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from weight_selection.projection import equations
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.maps import DownMaps
 from weight_selection.projection.rotated_norms import RotatedNorms, fold_layer_scales
-from weight_selection.projection.symmetries import LAYER_NORM, bias_of
+from weight_selection.projection.symmetries import LAYER_NORM, bias_of, weight_of
 from weight_selection.projection.traced_model import TracedModel
 
 
@@ -31,9 +33,7 @@ class StudentWeights:
         self.teacher = stats.teacher
         self.state = student.model.state_dict()
         self.weights, self._folded = fold_layer_scales(entries, student, stats, maps)
-        up_mapped = [entry.teacher_key for key, entry in entries.items() if self._has_up_map(key)]
-        taken_over = {stats.norm_of[source] for source in up_mapped if source in stats.norm_of}
-        self._norms = RotatedNorms(entries, student, stats, maps, self.weights, taken_over)
+        self._norms = RotatedNorms(entries, student, stats, maps, self.weights, self._taken_over(entries))
         self.rows, self.priors = {}, {}
         for key, entry in entries.items():
             self._convert(key, entry)
@@ -111,6 +111,20 @@ class StudentWeights:
         """Whether a dense layer with an up map multiplies each vector by its whole weight: linear layers, 1x1 ones."""
         return key in self.rows and self._by_outputs(key)[0, 0].numel() == 1
 
+    def without(self, left_out: Collection) -> dict:
+        """The values of all entries but some keys, those of a classifier that the student is not to get.
+
+        Of a rotated norm whose gain only that classifier took over, they are those before a new classifier.
+        """
+        kept = [key for key in self.entries if key not in left_out]
+        freed = self._norms.taken_over - self._taken_over(kept)
+        self._norms.taken_over -= freed
+        values = {key: self.state[key] for key in kept}
+        for key, value in values.items():
+            if weight_of(self.entries[key].teacher_key) in freed and self._norms.covers(key):
+                values[key] = self._norms.value(key).reshape(value.shape).to(value.dtype)
+        return values
+
     def map_output(self, entry: PlanEntry, y: Tensor) -> Tensor:
         """Q y: what the student's layer should give where the teacher's gives y."""
         convolution = len(entry.teacher_shape) > 2
@@ -144,6 +158,11 @@ class StudentWeights:
             and key not in self.student.symmetries.tied
             and entry.teacher_key in self.stats.moments
         )
+
+    def _taken_over(self, keys):
+        """Keys of the teacher's gains that the up maps of some of the student's tensors take over."""
+        up_mapped = [self.entries[key].teacher_key for key in keys if self._has_up_map(key)]
+        return {self.stats.norm_of[source] for source in up_mapped if source in self.stats.norm_of}
 
     def _shift_before(self, key):
         """The key of the student's shift of the rotated layer norm before a linear layer; None if there is none."""
