@@ -88,7 +88,7 @@ def select_weights(
         seed: of the random rules, of noise, and of the draw of images.
         calibration: for a projection: a directory of images, ``"noise"``, a tensor of normalised images (n, channels,
             height, width), or a list of batches of these, or of other inputs (``[{"input_ids": ids}, ...]``).
-        calibration_images: how many images of the directory or of noise; default: 256, or all if there are fewer.
+        calibration_images: how many images of the directory or of noise; default: 1,024, or all if there are fewer.
         calibration_size: side of these images in pixels; default: as the student takes them.
         fused_qkv: uniform selection spreads its indices over each of the ``parts`` of fused queries, keys and values,
             or over the ``whole``, as the paper's release does.

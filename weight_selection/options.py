@@ -18,7 +18,7 @@ PARTS, WHOLE = FUSED_QKV = (
     "parts",
     "whole",
 )  # where uniform selection spreads its indices over queries, keys and values
-CALIBRATION_IMAGES = 256
+CALIBRATION_IMAGES = 1024
 HELD_OUT_IMAGES = 64  # drawn beside these, to compare the student with its teacher
 KEEP = "keep"
 DTYPES = ("float32", "float16", "bfloat16", KEEP)  # of written values; KEEP is the teacher's
