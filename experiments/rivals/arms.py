@@ -1,0 +1,84 @@
+"""What every arm gets, and the table of the arms.
+
+An arm is a function of a ``Pair`` that returns the student's first weights: its state_dict without the classifier.
+Each file here holds one source's arms and names it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from timm.data import create_transform
+from torchvision.datasets import ImageFolder
+
+from weight_selection.projection.images import draw
+
+ARMS = {  # name: (module in this directory, function, its further arguments)
+    "project": ("selected", "select", {"rule": "project"}),
+    "selection": ("selected", "select", {"rule": "uniform"}),
+    "taylor": ("pruned", "prune", {"criterion": "taylor"}),
+    "greedy": ("selected", "select", {"rule": "greedy"}),
+    "random": ("random_weights", "random", {"scheme": "timm"}),
+    "front": ("front", "front", {}),
+    "hessian": ("pruned", "prune", {"criterion": "hessian"}),
+    "l2": ("pruned", "prune", {"criterion": "l2"}),
+    "consecutive": ("selected", "select", {"rule": "consecutive"}),
+    "random_consistent": ("selected", "select", {"rule": "random"}),
+    "kaiming": ("random_weights", "random", {"scheme": "kaiming"}),
+    "teacher": ("selected", "keep", {}),
+}
+CEILING = "teacher"  # no arm: the whole teacher, which is a larger model
+WHOLE = ("embed_dim=192", "num_heads=3")  # its --model_kwargs
+FINAL = ("project", "selection", "greedy", "random")  # these and the best rival go on to the test images
+CALIBRATION_IMAGES = 256  # for every arm that looks at images
+
+
+@dataclass
+class Pair:
+    """A teacher, a student, and the training images that an arm may look at.
+
+    Attributes:
+        teacher: timm's model with trained weights, in evaluation mode, at the student's image size.
+        student: timm's model with random weights.
+        folder: class folders of the training images.
+        seed: of whatever an arm draws.
+    """
+
+    teacher: nn.Module
+    student: nn.Module
+    folder: Path
+    seed: int
+
+    @cached_property
+    def _drawn(self):
+        dataset, config = ImageFolder(self.folder), self.teacher.pretrained_cfg
+        words = {word: config[word] for word in ("mean", "std", "interpolation", "crop_pct")}
+        transform = create_transform(self.student.patch_embed.img_size, **words)
+        chosen = draw(len(dataset), min(CALIBRATION_IMAGES, len(dataset)), self.seed)
+        images, labels = zip(*(dataset[index] for index in chosen), strict=True)
+        return torch.stack([transform(image) for image in images]), torch.tensor(labels)
+
+    @property
+    def images(self) -> torch.Tensor:
+        """256 training images as the teacher takes them, float32 (256, 3, side, side); read at their first use."""
+        return self._drawn[0]
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Their classes, int64 (256,)."""
+        return self._drawn[1]
+
+
+def arm(name: str) -> Callable[[Pair], dict]:
+    """The function that makes an arm's first weights."""
+    module, function, arguments = ARMS[name]
+    return partial(getattr(import_module(f"rivals.{module}"), function), **arguments)
+
+
+def without_classifier(weights: dict) -> dict:
+    """Weights that leave the classifier to main.py, as weight_selection.py's do."""
+    return {key: value.detach().clone() for key, value in weights.items() if not key.startswith("head.")}
