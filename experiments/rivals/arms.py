@@ -26,6 +26,8 @@ ARMS = {  # name: (module in this directory, function, its further arguments)
     "front": ("front", "front", {}),
     "hessian": ("pruned", "prune", {"criterion": "hessian"}),
     "l2": ("pruned", "prune", {"criterion": "l2"}),
+    "subcloning": ("subcloning", "subclone", {}),
+    "minitron": ("minitron", "prune", {}),
     "consecutive": ("selected", "select", {"rule": "consecutive"}),
     "random_consistent": ("selected", "select", {"rule": "random"}),
     "kaiming": ("random_weights", "random", {"scheme": "kaiming"}),
