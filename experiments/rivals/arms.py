@@ -36,7 +36,6 @@ ARMS = {  # name: (module in this directory, function, its further arguments)
 CEILING = "teacher"  # no arm: the whole teacher, which is a larger model
 WHOLE = ("embed_dim=192", "num_heads=3")  # its --model_kwargs
 FINAL = ("project", "selection", "greedy", "random")  # these and the best rival go on to the test images
-CALIBRATION_IMAGES = 256  # for every arm that looks at images
 
 
 @dataclass
@@ -48,30 +47,32 @@ class Pair:
         student: timm's model with random weights.
         folder: class folders of the training images.
         seed: of whatever an arm draws.
+        count: of the training images that it may look at, at most.
     """
 
     teacher: nn.Module
     student: nn.Module
     folder: Path
     seed: int
+    count: int = 256
 
     @cached_property
     def _drawn(self):
         dataset, config = ImageFolder(self.folder), self.teacher.pretrained_cfg
         words = {word: config[word] for word in ("mean", "std", "interpolation", "crop_pct")}
         transform = create_transform(self.student.patch_embed.img_size, **words)
-        chosen = draw(len(dataset), min(CALIBRATION_IMAGES, len(dataset)), self.seed)
+        chosen = draw(len(dataset), min(self.count, len(dataset)), self.seed)
         images, labels = zip(*(dataset[index] for index in chosen), strict=True)
         return torch.stack([transform(image) for image in images]), torch.tensor(labels)
 
     @property
     def images(self) -> torch.Tensor:
-        """256 training images as the teacher takes them, float32 (256, 3, side, side); read at their first use."""
+        """Training images as the teacher takes them, float32 (count, 3, side, side); read at their first use."""
         return self._drawn[0]
 
     @property
     def labels(self) -> torch.Tensor:
-        """Their classes, int64 (256,)."""
+        """Their classes, int64 (count,)."""
         return self._drawn[1]
 
 

@@ -1,24 +1,27 @@
 #!/usr/bin/env python3
 """Train a student from the first weights of every arm; each finished run is a line of results.jsonl.
 
-python experiments/rivals/run.py --data_path data/ --output_dir rivals/ --processes 2 -- --use_amp false
+python experiments/rivals/run.py --phase tune --data_path data/ --output_dir rivals/ --processes 2 -- --use_amp false
+python experiments/rivals/run.py --phase test ...
 
-A run that stands in results.jsonl is skipped, so an interrupted queue goes on where it stopped. First every arm is
-tuned, on the training images of Flowers-102 against its validation images: at least four learning rates, more while the
-best is the first or the last, and both first classifiers. An arm 10 points behind the best at the first settings
-stops there, unless it is one of FINAL. Then FINAL, the best rival and the ceiling are trained at their best settings
-with three seeds, and evaluated on the test images. What follows -- goes to main.py. DATA holds flowers-102/ and, for
---data cifar100, cifar100_50/ (experiments/cifar100_folders.py).
+``tune`` trains every arm on the training images of Flowers-102 and evaluates on its validation images: at least four
+learning rates, one more while the best is the largest or the smallest, and both first classifiers. An arm 10 points
+behind the best at the first settings stops there, unless it is one of FINAL. ``test`` trains FINAL, the best rival and
+the ceiling at their best settings, with three seeds, and evaluates on the test images.
+
+What follows -- goes to main.py. DATA holds flowers-102/ and, for --data cifar100, cifar100_50/
+(experiments/cifar100_folders.py). A run that stands in results.jsonl is skipped, so the queue goes on where it stopped;
+first weights are kept in the output directory.
 """
 
 import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -30,17 +33,13 @@ from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
 
 ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).with_name("results.jsonl")
 RECIPES = {"flowers": "experiments/vit_half_112.yaml:flowers", "cifar100": "experiments/vit_half_112.yaml:cifar100"}
-EPOCHS = {"flowers": 20, "cifar100": 12}
+EPOCHS = {"flowers": 20, "cifar100": 12}  # of these recipes
 FIRST = [(5e-4, "ridge"), (1e-3, "ridge")]  # what decides whether an arm goes on
-GRID = [
-    *FIRST,
-    (5e-4, "random"),
-    (1e-3, "random"),
-    *((lr, how) for lr in (2e-3, 2.5e-4) for how in ("ridge", "random")),
-]
+LATER = [(5e-4, "random"), (1e-3, "random"), (2e-3, "ridge"), (2e-3, "random"), (2.5e-4, "ridge"), (2.5e-4, "random")]
+CEILING_RATES = (5e-4, 2.5e-4, 1e-3)  # of the ceiling, which takes four times as long
 BEHIND = 10  # points
-SEEDS = (0, 1, 2)
 KEY = ("data", "arm", "epochs", "lr", "classifier", "seed", "phase")
 
 
@@ -54,156 +53,154 @@ def read_results(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def tuning_rows(rows: list[dict], arm: str) -> list[dict]:
+    """The finished runs of an arm's tuning."""
+    return [row for row in rows if row["phase"] == "tune" and row["arm"] == arm]
+
+
 def tuned(rows: list[dict], arm: str) -> dict | None:
     """The best run of an arm's tuning."""
-    found = [row for row in rows if row["phase"] == "tune" and row["arm"] == arm]
-    return max(found, key=lambda row: row["accuracy"], default=None)
+    return max(tuning_rows(rows, arm), key=lambda row: row["accuracy"], default=None)
 
 
-def tuning(rows: list[dict], epochs: int, arms: list[str]) -> Iterator[dict]:
+def finalists(rows: list[dict]) -> list[str]:
+    """FINAL, the best of the other arms so far, and the ceiling."""
+    others = [best for arm in ARMS if arm not in (*FINAL, CEILING) and (best := tuned(rows, arm))]
+    return [*FINAL, *(best["arm"] for best in sorted(others, key=lambda row: -row["accuracy"])[:1]), CEILING]
+
+
+def tuning(rows: list[dict], arms: list[str]) -> list[dict]:
     """The runs of the tuning, the most telling first, as far as the finished ones show that they are wanted."""
-    for lr, classifier in [*GRID, *_beyond(rows, arms)]:
-        for arm in arms:
-            wanted = _goes_on(rows, arm) if (lr, classifier) in GRID else (lr, classifier) == _at_the_end(rows, arm)
-            if wanted or (lr, classifier) in FIRST:
-                yield dict(zip(KEY, ("flowers", arm, epochs, lr, classifier, 0, "tune"), strict=True))
-
-
-def _beyond(rows, arms):
-    """Settings beyond the grid, where an arm is best at its end."""
-    return sorted({end for arm in arms if (end := _at_the_end(rows, arm))} - set(GRID))
-
-
-def _at_the_end(rows, arm):
-    """The next setting of an arm whose best learning rate is the largest or the smallest that it was tuned at."""
-    best = tuned(rows, arm)
-    if best is None or not _goes_on(rows, arm):
-        return None
-    rates = [row["lr"] for row in rows if row["phase"] == "tune" and row["arm"] == arm]
-    if len(set(rates)) < 4 or min(rates) < best["lr"] < max(rates):
-        return None
-    return (best["lr"] / 2 if best["lr"] == min(rates) else best["lr"] * 2), best["classifier"]
+    students = [arm for arm in arms if arm != CEILING]
+    wanted = [(*setting, arm) for setting in FIRST for arm in students]
+    students = [arm for arm in students if _goes_on(rows, arm)]
+    wanted += [(*setting, arm) for setting in LATER for arm in students]
+    wanted += [(*setting, arm) for arm in students if (setting := _beyond(rows, arm))]
+    wanted += [(lr, "ridge", CEILING) for lr in CEILING_RATES if CEILING in arms]
+    keys = [("flowers", arm, EPOCHS["flowers"], lr, classifier, 0, "tune") for lr, classifier, arm in wanted]
+    return [dict(zip(KEY, key, strict=True)) for key in keys]
 
 
 def _goes_on(rows, arm):
     first = [row for row in rows if row["phase"] == "tune" and (row["lr"], row["classifier"]) in FIRST]
     own = [row["accuracy"] for row in first if row["arm"] == arm]
-    student = [row["accuracy"] for row in first if row["arm"] != CEILING]
-    return arm in (*FINAL, CEILING) or len(own) < len(FIRST) or max(own) > max(student) - BEHIND
+    best = max((row["accuracy"] for row in first if row["arm"] != CEILING), default=0)
+    return arm in FINAL or len(own) < len(FIRST) or max(own) > best - BEHIND
 
 
-def testing(rows: list[dict], data: str, epochs: int, arms: list[str]) -> Iterator[dict]:
-    """The runs on test images, of three seeds, at the settings of the tuning."""
-    rivals = [best for arm in ARMS if arm not in (*FINAL, CEILING) and (best := tuned(rows, arm))]
-    wanted = [*FINAL, *(best["arm"] for best in sorted(rivals, key=lambda row: -row["accuracy"])[:1]), CEILING]
-    for seed in SEEDS:
-        for best in filter(None, (tuned(rows, arm) for arm in wanted if arm in arms)):
-            yield dict(zip(KEY, (data, best["arm"], epochs, best["lr"], best["classifier"], seed, "test"), strict=True))
+def _beyond(rows, arm):
+    """The next setting of an arm whose best learning rate is the largest or the smallest that it was tuned at."""
+    rates, best = {row["lr"] for row in tuning_rows(rows, arm)}, tuned(rows, arm)
+    if len(rates) < 4 or min(rates) < best["lr"] < max(rates):
+        return None
+    return (best["lr"] / 2 if best["lr"] == min(rates) else best["lr"] * 2), best["classifier"]
+
+
+def testing(rows: list[dict], arms: list[str], data: str, epochs: int) -> list[dict]:
+    """The runs on test images, with three seeds, at the settings of the tuning."""
+    best = [row for arm in finalists(rows) if arm in arms and (row := tuned(rows, arm))]
+    changes = {"data": data, "epochs": epochs, "phase": "test"}
+    return [{name: row[name] for name in KEY} | changes | {"seed": seed} for seed in (0, 1, 2) for row in best]
 
 
 class Queue:
     """The runs that are left; several threads take them one by one."""
 
     def __init__(self, args):
-        self.args, self.lock, self.taken = args, Lock(), set()
-        self.making = defaultdict(Lock)  # of the first weights in a directory, and of a directory of data
-        self.path = args.results
-        self.epochs = args.epochs or EPOCHS[args.data]
+        self.args, self.lock, self.taken, self.failed, self.processes = args, Lock(), set(), [], []
+        self.making = defaultdict(Lock)  # of what is in a directory, which several runs need
 
     def take(self) -> dict | None:
         """The next run that is neither finished nor taken."""
+        args = self.args
         with self.lock:
-            rows = read_results(self.path)
-            runs = tuning(rows, EPOCHS["flowers"], self.args.arms) if self.args.phase != "test" else iter(())
+            rows = read_results(args.results)
+            if args.phase == "tune":
+                runs = tuning(rows, args.arms)
+            else:
+                runs = testing(rows, args.arms, args.data, args.epochs or EPOCHS[args.data])
             done = self.taken | {key_of(row) for row in rows}
             run = next((run for run in runs if key_of(run) not in done), None)
-            if run is None and self.args.phase != "tune":
-                runs = testing(rows, self.args.data, self.epochs, self.args.arms)
-                run = next((run for run in runs if key_of(run) not in done), None)
-            if run is not None:
-                self.taken.add(key_of(run))
+            self.taken |= {key_of(run)} if run else set()
             return run
 
-    def finish(self, row: dict) -> None:
-        """Write a finished run down."""
-        with self.lock, self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
     def work(self) -> None:
-        """Take and do runs until none is left."""
+        """Do runs, and write their lines, until none is left."""
         while run := self.take():
-            print(*(f"{name} {run[name]}" for name in KEY), flush=True)
-            self.finish(self.do(run))
+            name = " ".join(map(str, key_of(run)))
+            print(name, flush=True)
+            try:
+                row = self.do(run)
+            except subprocess.CalledProcessError as error:
+                self.failed.append(f"{name}: {error.cmd[1]} failed")
+                print(self.failed[-1], flush=True)
+            else:
+                with self.lock, self.args.results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
 
     def do(self, run: dict) -> dict:
         """Make the first weights unless they are there, and train from them; returns the line of the results."""
         args, name = self.args, "_".join(map(str, key_of(run)))
-        folder = self.folder(run["data"], run["phase"])
-        words = ["--config", RECIPES[run["data"]], "--data_set", "image_folder", "--data_path", folder]
-        words += ["--seed", run["seed"], "--num_workers", 0, *args.main_args]
-        words += ["--model_kwargs", *WHOLE] if run["arm"] == CEILING else []
+        words = ["--config", RECIPES[run["data"]], "--data_set", "image_folder"]
+        words += ["--data_path", self.folders(run["data"], run["phase"]), "--seed", run["seed"], "--num_workers", 0]
+        words += [*args.main_args, *(["--model_kwargs", *WHOLE] if run["arm"] == CEILING else [])]
         init = args.output_dir / "init" / "_".join(map(str, (run["data"], run["phase"], run["arm"], run["seed"])))
-        log = args.output_dir / "logs" / f"{name}.log"
+        log, training = args.output_dir / "logs" / f"{name}.log", args.output_dir / "runs" / name
         log.parent.mkdir(parents=True, exist_ok=True)
-        made_first = [run["arm"], init, *(["--teacher_path", args.teacher_path] if args.teacher_path else [])]
         with log.open("w") as file:
-            with self.making[init]:
-                if not init.exists():
-                    self.call(file, "experiments/rivals/first_weights.py", *made_first, "--", *words)
-            training = args.output_dir / "runs" / name
+            teacher = ["--teacher_path", args.teacher_path] if args.teacher_path else []
+            self.make(init, file, "first_weights.py", run["arm"], init, *teacher, "--", *words)
             words += ["--initialize", init / "weights.pth", "--classifier_init", run["classifier"], "--lr", run["lr"]]
-            words += [
-                "--epochs",
-                run["epochs"],
-                "--warmup_epochs",
-                run["epochs"] // 10,
-                "--eval_interval",
-                run["epochs"],
-            ]
-            words += ["--save_ckpt", "false", "--cache_images", "true", "--output_dir", training, "--overwrite", "true"]
-            self.call(file, "main.py", *words)
+            words += ["--eval_interval", run["epochs"], "--cache_images", "true"]
+            words += ["--save_ckpt", "false", "--output_dir", training, "--overwrite", "true"]
+            if run["epochs"] != EPOCHS[run["data"]]:
+                words += ["--epochs", run["epochs"], "--warmup_epochs", run["epochs"] // 10 + 1]
+            self.call(file, ROOT / "main.py", *words)
         results, facts = (json.loads(path.read_text()) for path in (training / "results.json", init / "facts.json"))
         shutil.rmtree(training)
         before = facts["seconds"] + (facts["seconds_classifier"] if run["classifier"] == "ridge" else 0)
-        return run | {
-            "probe": round(facts["probe"], 2),
-            "accuracy": round(results["last"]["acc1"], 2),
-            "seconds_before": round(before, 1),
-            "seconds_training": round(results["wall_time"], 1),
-            "torch": results["versions"]["torch"],
-        }
+        figures = {"probe": facts["probe"], "accuracy": results["last"]["acc1"]}
+        figures |= {"seconds_before": before, "seconds_training": results["wall_time"]}
+        figures = {figure: round(value, 2) for figure, value in figures.items()}
+        return run | figures | {"torch": results["versions"]["torch"]}
 
-    def folder(self, data: str, phase: str) -> Path:
+    def folders(self, data: str, phase: str) -> Path:
         """The class folders of a phase's images."""
         if data != "flowers":
             return self.args.data_path / f"{data}_50"
-        folder = self.args.output_dir / "data" / f"{data}_{phase}"
-        with self.making[folder]:
-            if not folder.exists():
-                self.call(None, "experiments/rivals/flowers_folders.py", self.args.data_path, folder, "--phase", phase)
-        return folder
+        out = self.args.output_dir / "data" / f"{data}_{phase}"
+        self.make(out, None, "flowers_folders.py", self.args.data_path, out, "--phase", phase)
+        return out
 
-    def call(self, log, program: str, *words) -> None:
-        """Run a program of this repository on one thread; a failure ends the queue."""
-        command = [sys.executable, ROOT / program, *words]
-        environ = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT)
-        if done.returncode:
-            raise RuntimeError(f"{program} ended with status {done.returncode}; see {log.name if log else 'above'}")
+    def make(self, directory: Path, log, program: str, *words) -> None:
+        """Let a program of this directory make a directory, unless it is there."""
+        with self.making[directory]:
+            if not directory.exists():
+                self.call(log, Path(__file__).with_name(program), *words)
+
+    def call(self, log, *words) -> None:
+        """Run a program on one thread; CalledProcessError if it fails."""
+        command, environ = [sys.executable, *map(str, words)], os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT)
+        self.processes.append(process)
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, command)
+
+    def stop(self, *received) -> None:
+        """End the programs that run, and this one."""
+        for process in self.processes:
+            process.kill()
+        os._exit(1)
 
 
 def get_args_parser() -> Parser:
     parser = Parser("run.py", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--data_path", required=True, type=Path, metavar="DIR")
-    parser.add_argument(
-        "--output_dir", required=True, type=Path, metavar="DIR", help="first weights, logs, class folders"
-    )
-    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results.jsonl"), metavar="FILE")
-    parser.add_argument(
-        "--teacher_path", type=Path, metavar="FILE", help="the teacher's weights (default: from the hub)"
-    )
-    parser.add_argument("--phase", choices=["tune", "test", "all"], default="all")
+    parser.add_argument("--phase", choices=["tune", "test"], required=True)
+    parser.add_argument("--data_path", required=True, type=Path, metavar="DATA")
+    parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="of first weights and logs")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: results.jsonl here")
+    parser.add_argument("--teacher_path", type=Path, metavar="FILE", help="of the teacher (default: from the hub)")
     parser.add_argument("--data", choices=RECIPES, default="flowers", help="of the test (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="of the test (default: 20 of flowers, 12 of cifar100)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
@@ -219,9 +216,12 @@ def main(argv=None) -> None:
     for name in ("data_path", "output_dir", "results", "teacher_path"):  # the programs run in the repository
         setattr(args, name, getattr(args, name) and getattr(args, name).absolute())
     queue = Queue(args)
+    signal.signal(signal.SIGTERM, queue.stop)
     with ThreadPoolExecutor(args.processes) as pool:
         for thread in [pool.submit(queue.work) for _ in range(args.processes)]:
             thread.result()
+    if queue.failed:
+        raise InputError(f"--output_dir {args.output_dir}: {len(queue.failed)} runs failed; its logs/ say why")
 
 
 if __name__ == "__main__":
