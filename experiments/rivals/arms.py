@@ -60,7 +60,7 @@ class Pair:
     def _drawn(self):
         dataset, config = ImageFolder(self.folder), self.teacher.pretrained_cfg
         words = {word: config[word] for word in ("mean", "std", "interpolation", "crop_pct")}
-        transform = create_transform(self.student.patch_embed.img_size, **words)
+        transform = create_transform(self.student.pretrained_cfg["input_size"], **words)
         chosen = draw(len(dataset), min(self.count, len(dataset)), self.seed)
         images, labels = zip(*(dataset[index] for index in chosen), strict=True)
         return torch.stack([transform(image) for image in images]), torch.tensor(labels)
@@ -82,6 +82,7 @@ def arm(name: str) -> Callable[[Pair], dict]:
     return partial(getattr(import_module(f"rivals.{module}"), function), **arguments)
 
 
-def without_classifier(weights: dict) -> dict:
-    """Weights that leave the classifier to main.py, as weight_selection.py's do."""
-    return {key: value.detach().clone() for key, value in weights.items() if not key.startswith("head.")}
+def without_classifier(model: nn.Module) -> dict:
+    """A model's state_dict that leaves the classifier to main.py, as weight_selection.py's do."""
+    classifier = model.pretrained_cfg["classifier"]
+    return {key: value.clone() for key, value in model.state_dict().items() if not key.startswith(f"{classifier}.")}

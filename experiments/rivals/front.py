@@ -30,7 +30,7 @@ def front(pair: Pair) -> dict:
     """The low frequencies of every tensor."""
     own = pair.teacher.state_dict()
     weights = {}
-    for key, value in without_classifier(pair.student.state_dict()).items():
+    for key, value in without_classifier(pair.student).items():
         shape = (value.shape[0] * value.shape[1], -1) if value.ndim == 4 else value.squeeze().shape
         theirs = own[key].double()
         theirs = theirs.reshape(theirs.shape[0] * theirs.shape[1], -1) if theirs.ndim == 4 else theirs.squeeze()

@@ -3,7 +3,7 @@
 
 python experiments/rivals/halved.py FOLDERS --teacher_path FILE
 
-FOLDERS holds class folders in train/ and val/ (experiments/rivals/flowers_folders.py). 256 images of train calibrate;
+FOLDERS holds class folders in train/ and val/, as run.py writes them to OUT/data/. 256 images of train calibrate;
 --images of val are classified, in 1000 classes, by the teacher and by each student of mlp_ratio 2: by plain selection,
 by CORP (2602.05243), and by project.
 """

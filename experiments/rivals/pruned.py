@@ -39,14 +39,14 @@ def prune(pair: Pair, criterion: str) -> dict:
             importance._accu_grad, importance._counter = squares, dict.fromkeys(squares, len(pair.labels))
     pruner = torch_pruning.pruner.BasePruner(
         teacher,
-        torch.zeros(1, 3, *pair.student.patch_embed.img_size),
+        torch.zeros(1, *pair.student.pretrained_cfg["input_size"]),
         importance,
         pruning_ratio=1 - pair.student.embed_dim / teacher.embed_dim,
         num_heads={layer.qkv: layer.num_heads for layer in teacher.modules() if isinstance(layer, Attention)},
         ignored_layers=[teacher.head],
     )
     pruner.step()
-    return without_classifier(teacher.state_dict())
+    return without_classifier(teacher)
 
 
 def squared_gradients(model, images, labels) -> dict:

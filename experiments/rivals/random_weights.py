@@ -7,4 +7,4 @@ from rivals.arms import Pair, without_classifier
 def random(pair: Pair, scheme: str) -> dict:
     """Random weights by ``scheme``, timm or kaiming."""
     initialize(pair.student, scheme)
-    return without_classifier(pair.student.state_dict())
+    return without_classifier(pair.student)

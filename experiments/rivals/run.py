@@ -4,10 +4,10 @@
 python experiments/rivals/run.py --phase tune --data_path data/ --output_dir rivals/ --processes 2 -- --use_amp false
 python experiments/rivals/run.py --phase test ...
 
-``tune`` trains every arm on the training images of Flowers-102 and evaluates on its validation images: at least four
-learning rates, one more while the best is the largest or the smallest, and both first classifiers. An arm 10 points
-behind the best at the first settings stops there, unless it is one of FINAL. ``test`` trains FINAL, the best rival and
-the ceiling at their best settings, with three seeds, and evaluates on the test images.
+``tune`` trains every arm on the training images of Flowers-102 and evaluates on its validation images, with at least
+four learning rates, one more while the best is the largest or the smallest, and with both first classifiers. An arm 10
+points behind the best at the first settings stops there, unless it is one of FINAL. ``test`` trains FINAL, the best
+rival and the ceiling at their best settings, with three seeds, and evaluates on the test images.
 
 What follows -- goes to main.py. DATA holds flowers-102/ and, for --data cifar100, cifar100_50/
 (experiments/cifar100_folders.py). A run that stands in results.jsonl is skipped, so the queue goes on where it stopped;
@@ -28,9 +28,12 @@ from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository's modules
 sys.path.insert(0, str(Path(__file__).parents[1]))  # and the experiments'
+from scipy.io import loadmat
+
 from rivals.arms import ARMS, CEILING, FINAL, WHOLE
 from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
+from weight_selection.files import new_directory
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results.jsonl")
@@ -39,6 +42,10 @@ EPOCHS = {"flowers": 20, "cifar100": 12}  # of these recipes
 FIRST = [(5e-4, "ridge"), (1e-3, "ridge")]  # what decides whether an arm goes on
 LATER = [(5e-4, "random"), (1e-3, "random"), (2e-3, "ridge"), (2e-3, "random"), (2.5e-4, "ridge"), (2.5e-4, "random")]
 CEILING_RATES = (5e-4, 2.5e-4, 1e-3)  # of the ceiling, which takes four times as long
+SPLITS = {  # of Flowers-102: to train on 1,020 or 2,040 images, and to evaluate on 1,020 or 6,149
+    "tune": {"train": ["trnid"], "val": ["valid"]},
+    "test": {"train": ["trnid", "valid"], "val": ["tstid"]},
+}
 BEHIND = 10  # points
 KEY = ("data", "arm", "epochs", "lr", "classifier", "seed", "phase")
 
@@ -103,6 +110,18 @@ def testing(rows: list[dict], arms: list[str], data: str, epochs: int) -> list[d
     return [{name: row[name] for name in KEY} | changes | {"seed": seed} for seed in (0, 1, 2) for row in best]
 
 
+def link_flowers(data: Path, out: Path, splits: dict) -> None:
+    """Write splits of Flowers-102 as class folders of links: {part: keys of setid.mat} gives OUT/PART/CLASS/IMAGE."""
+    labels, numbers = loadmat(data / "imagelabels.mat")["labels"][0], loadmat(data / "setid.mat")
+    with new_directory(out, "--output_dir") as whole:
+        for part, keys in splits.items():
+            for number in (number for key in keys for number in numbers[key][0]):
+                folder = whole / part / f"{labels[number - 1] - 1:03}"
+                folder.mkdir(parents=True, exist_ok=True)
+                image = data / "jpg" / f"image_{number:05}.jpg"
+                (folder / image.name).symlink_to(image.resolve())
+
+
 class Queue:
     """The runs that are left; several threads take them one by one."""
 
@@ -149,7 +168,10 @@ class Queue:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
             teacher = ["--teacher_path", args.teacher_path] if args.teacher_path else []
-            self.make(init, file, "first_weights.py", run["arm"], init, *teacher, "--", *words)
+            with self.making[init]:
+                if not init.exists():
+                    program = Path(__file__).with_name("first_weights.py")
+                    self.call(file, program, run["arm"], init, *teacher, "--", *words)
             words += ["--initialize", init / "weights.pth", "--classifier_init", run["classifier"], "--lr", run["lr"]]
             words += ["--eval_interval", run["epochs"], "--cache_images", "true"]
             words += ["--save_ckpt", "false", "--output_dir", training, "--overwrite", "true"]
@@ -169,14 +191,10 @@ class Queue:
         if data != "flowers":
             return self.args.data_path / f"{data}_50"
         out = self.args.output_dir / "data" / f"{data}_{phase}"
-        self.make(out, None, "flowers_folders.py", self.args.data_path, out, "--phase", phase)
+        with self.making[out]:
+            if not out.exists():
+                link_flowers(self.args.data_path / "flowers-102", out, SPLITS[phase])
         return out
-
-    def make(self, directory: Path, log, program: str, *words) -> None:
-        """Let a program of this directory make a directory, unless it is there."""
-        with self.making[directory]:
-            if not directory.exists():
-                self.call(log, Path(__file__).with_name(program), *words)
 
     def call(self, log, *words) -> None:
         """Run a program on one thread; CalledProcessError if it fails."""

@@ -37,7 +37,7 @@ def cut(pair: Pair, kept: Kept, scaled: bool = False) -> dict:
     """
     teacher, weights, everything = pair.teacher, {}, slice(None)
     head_size = teacher.blocks[0].attn.head_dim
-    for key, value in without_classifier(teacher.state_dict()).items():
+    for key, value in without_classifier(teacher).items():
         rows, columns, layer = kept.stream, everything, int(key.split(".")[1]) if key.startswith("blocks.") else None
         if "attn" in key:
             first = torch.arange(teacher.blocks[layer].attn.num_heads)[:, None] * head_size
