@@ -17,7 +17,7 @@ from rivals.run import EPOCHS, RECIPES, RESULTS, finalists, read_results, tuned,
 from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
 
-HEAD = ("first weights", "probe", "val", "learning rate", "classifier", "test", "seconds before training")
+HEAD = ("first weights", "probe", "val", "learning rate", "classifier", "test", "CPU seconds before training")
 
 
 def spread(values: list[float], digits: int = 1) -> str:
