@@ -9,9 +9,8 @@ the weights that read them.
 import torch
 import torch.nn as nn
 
-from rivals.vit_widths import caught, strongest
+from rivals.vit_widths import strongest
 
-BATCH_SIZE = 16
 RIDGE = 1e-3  # of the mean variance of the units that stay
 
 
@@ -19,18 +18,19 @@ RIDGE = 1e-3  # of the mean variance of the units that stay
 def compensated(teacher: nn.Module, images: torch.Tensor, units: int) -> dict:
     """The weights of a ViT with so many hidden units in each layer, which is the teacher's otherwise."""
     layers = {name: module for name, module in teacher.named_modules() if name.endswith("mlp.fc2")}
-    sums, products, tokens = {}, {}, 0
-    with caught(layers, inputs=True) as hidden:
-        for batch in images.split(BATCH_SIZE):
-            teacher(batch)
-            for name, value in hidden.items():
-                value = value.flatten(0, 1).double()
-                sums[name] = sums.get(name, 0) + value.sum(0)
-                products[name] = products.get(name, 0) + value.T @ value
-            tokens += len(value)
+    moments = {}
+
+    def measure(layer, inputs):
+        hidden = inputs[0].flatten(0, 1).double()
+        moments[layer] = hidden.mean(0), hidden.T @ hidden / len(hidden)
+
+    handles = [layer.register_forward_pre_hook(measure) for layer in layers.values()]
+    teacher(images)
+    for handle in handles:
+        handle.remove()
     weights = teacher.state_dict()
     for name, layer in layers.items():
-        mean, moment, read = sums[name] / tokens, products[name] / tokens, layer.weight.double()
+        (mean, moment), read = moments[layer], layer.weight.double()
         stay = strongest(moment.diag() * read.square().sum(0), units)
         gone = torch.ones_like(mean, dtype=torch.bool).index_fill(0, stay, False).nonzero().flatten()
         covariance = moment - mean.outer(mean)

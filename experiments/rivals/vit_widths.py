@@ -1,15 +1,11 @@
 """A narrower timm ViT cut out of a wider one, and the activations by which arms choose what to keep."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
 from rivals.arms import Pair, without_classifier
-
-BATCH_SIZE = 64
 
 
 @dataclass
@@ -64,22 +60,6 @@ def strongest(importance: torch.Tensor, count: int) -> torch.Tensor:
     return importance.topk(count).indices.sort().values
 
 
-@contextlib.contextmanager
-def caught(modules: dict, inputs: bool) -> Iterator[dict]:
-    """Within the block, the dict keeps each named module's latest input or output."""
-    values = {}
-
-    def keep(name):
-        return lambda module, given, result: values.__setitem__(name, given[0] if inputs else result)
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    try:
-        yield values
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def magnitudes(teacher: nn.Module, images: torch.Tensor) -> dict:
     """Means over tokens of absolute activations, each (images, layers, ...).
@@ -90,27 +70,24 @@ def magnitudes(teacher: nn.Module, images: torch.Tensor) -> dict:
         them; ``values`` (images, layers, heads, dimensions), outputs of the heads; ``keys``, products of the sizes of
         queries and keys, of the same shape.
     """
-    blocks = list(teacher.blocks)
-    layers = range(len(blocks))
-    outputs = {("norms", 2 * i + k): norm for i in layers for k, norm in enumerate((blocks[i].norm1, blocks[i].norm2))}
-    outputs |= {
-        ("writes", 2 * i + k): m for i in layers for k, m in enumerate((blocks[i].attn.proj, blocks[i].mlp.fc2))
-    }
-    outputs |= {("keys", i): blocks[i].attn.qkv for i in layers}
-    inputs = {("units", i): blocks[i].mlp.fc2 for i in layers} | {("values", i): blocks[i].attn.proj for i in layers}
-    found = {}
-    with caught(outputs, inputs=False) as results, caught(inputs, inputs=True) as given:
-        for batch in images.split(BATCH_SIZE):
-            teacher(batch)
-            sizes = {name: value.abs().mean(1) for name, value in (results | given).items()}
-            for name, value in sizes.items():
-                found.setdefault(name, []).append(value)
-    found = {name: torch.cat(values) for name, values in found.items()}
-    stacked = {}
-    for kind, number in sorted(found):
-        stacked.setdefault(kind, []).append(found[kind, number])
-    stacked = {kind: torch.stack(values, 1) for kind, values in stacked.items()}
-    heads = (blocks[0].attn.num_heads, blocks[0].attn.head_dim)
-    stacked["values"] = stacked["values"].unflatten(-1, heads)
-    queries, keys, _ = stacked["keys"].unflatten(-1, (3, *heads)).unbind(-3)
-    return stacked | {"keys": queries * keys}
+    found, handles = {}, []
+
+    def catch(kind, module, given=False):
+        values = found.setdefault(kind, [])
+        hook = lambda module, inputs, output: values.append((inputs[0] if given else output).abs().mean(1))  # noqa: E731
+        handles.append(module.register_forward_hook(hook))
+
+    for block in teacher.blocks:
+        for kind, *modules in (("norms", block.norm1, block.norm2), ("writes", block.attn.proj, block.mlp.fc2)):
+            for module in modules:
+                catch(kind, module)
+        catch("keys", block.attn.qkv)
+        catch("values", block.attn.proj, given=True)
+        catch("units", block.mlp.fc2, given=True)
+    teacher(images)
+    for handle in handles:
+        handle.remove()
+    found = {kind: torch.stack(values, 1) for kind, values in found.items()}
+    heads = block.attn.num_heads, block.attn.head_dim
+    queries, keys, _ = found["keys"].unflatten(-1, (3, *heads)).unbind(-3)
+    return found | {"keys": queries * keys, "values": found["values"].unflatten(-1, heads)}
