@@ -6,8 +6,9 @@ python experiments/rivals/run.py --phase test ...
 
 ``tune`` trains every arm on the training images of Flowers-102 and evaluates on its validation images, with at least
 four learning rates, one more while the best is the largest or the smallest, and with both first classifiers. An arm 10
-points behind the best at the first settings stops there, unless it is one of FINAL. ``test`` trains FINAL, the best
-rival and the ceiling at their best settings, with three seeds, and evaluates on the test images.
+points behind the best at the first settings stops there, unless it is one of FINAL or the best of the others. ``test``
+trains FINAL, the best of the others and the ceiling at their best settings, with three seeds, and evaluates on the test
+images.
 
 What follows -- goes to main.py. DATA holds flowers-102/ and, for --data cifar100, cifar100_50/
 (experiments/cifar100_folders.py). A run that stands in results.jsonl is skipped, so the queue goes on where it stopped;
@@ -92,7 +93,7 @@ def _goes_on(rows, arm):
     first = [row for row in rows if row["phase"] == "tune" and (row["lr"], row["classifier"]) in FIRST]
     own = [row["accuracy"] for row in first if row["arm"] == arm]
     best = max((row["accuracy"] for row in first if row["arm"] != CEILING), default=0)
-    return arm in FINAL or len(own) < len(FIRST) or max(own) > best - BEHIND
+    return arm in finalists(rows) or len(own) < len(FIRST) or max(own) > best - BEHIND
 
 
 def _beyond(rows, arm):
