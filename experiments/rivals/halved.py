@@ -68,7 +68,9 @@ def main(argv=None) -> None:
         student.load_state_dict(make())
         seconds = time.process_time() - start
         agreement = 100 * (classes(student, images) == theirs).double().mean()
-        print(f"{name}: agrees with its teacher on {agreement:.1f} % of {len(images)} images; {seconds:.0f} CPU seconds")
+        print(
+            f"{name}: agrees with its teacher on {agreement:.1f} % of {len(images)} images; {seconds:.0f} CPU seconds"
+        )
 
 
 if __name__ == "__main__":
