@@ -1,0 +1,247 @@
+#!/usr/bin/env python3
+"""Train a student from the first weights of every arm; each finished run is a line of results.jsonl.
+
+python experiments/rivals/run.py --phase tune --data_path data/ --output_dir rivals/ --processes 2 -- --use_amp false
+python experiments/rivals/run.py --phase test ...
+
+``tune`` trains every arm on the training images of Flowers-102 and evaluates on its validation images, with at least
+four learning rates, one more while the best is the largest or the smallest, and with both first classifiers. An arm 10
+points behind the best at the first settings stops there, unless it is one of FINAL or the best of the others. ``test``
+trains FINAL, the best of the others and the ceiling at their best settings, with three seeds, and evaluates on the test
+images.
+
+What follows -- goes to main.py. DATA holds flowers-102/ and, for --data cifar100, cifar100_50/
+(experiments/cifar100_folders.py). A run that stands in results.jsonl is skipped, so the queue goes on where it stopped;
+first weights are kept in the output directory.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository's modules
+sys.path.insert(0, str(Path(__file__).parents[1]))  # and the experiments'
+from scipy.io import loadmat
+
+from rivals.arms import ARMS, CEILING, FINAL, WHOLE
+from weight_selection.arguments import Parser
+from weight_selection.errors import InputError, run_program
+from weight_selection.files import new_directory
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).with_name("results.jsonl")
+RECIPES = {"flowers": "experiments/vit_half_112.yaml:flowers", "cifar100": "experiments/vit_half_112.yaml:cifar100"}
+EPOCHS = {"flowers": 20, "cifar100": 12}  # of these recipes
+FIRST = [(5e-4, "ridge"), (1e-3, "ridge")]  # what decides whether an arm goes on
+LATER = [(5e-4, "random"), (1e-3, "random"), (2e-3, "ridge"), (2e-3, "random"), (2.5e-4, "ridge"), (2.5e-4, "random")]
+CEILING_RATES = (5e-4, 2.5e-4, 1e-3)  # of the ceiling, which takes four times as long
+SPLITS = {  # of Flowers-102: to train on 1,020 or 2,040 images, and to evaluate on 1,020 or 6,149
+    "tune": {"train": ["trnid"], "val": ["valid"]},
+    "test": {"train": ["trnid", "valid"], "val": ["tstid"]},
+}
+BEHIND = 10  # points
+KEY = ("data", "arm", "epochs", "lr", "classifier", "seed", "phase")
+
+
+def key_of(row: dict) -> tuple:
+    """What makes a run another run."""
+    return tuple(row[name] for name in KEY)
+
+
+def read_results(path: Path) -> list[dict]:
+    """The finished runs."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def tuning_rows(rows: list[dict], arm: str) -> list[dict]:
+    """The finished runs of an arm's tuning."""
+    return [row for row in rows if row["phase"] == "tune" and row["arm"] == arm]
+
+
+def tuned(rows: list[dict], arm: str) -> dict | None:
+    """The best run of an arm's tuning."""
+    return max(tuning_rows(rows, arm), key=lambda row: row["accuracy"], default=None)
+
+
+def finalists(rows: list[dict]) -> list[str]:
+    """FINAL, the best of the other arms so far, and the ceiling."""
+    others = [best for arm in ARMS if arm not in (*FINAL, CEILING) and (best := tuned(rows, arm))]
+    return [*FINAL, *(best["arm"] for best in sorted(others, key=lambda row: -row["accuracy"])[:1]), CEILING]
+
+
+def tuning(rows: list[dict], arms: list[str]) -> list[dict]:
+    """The runs of the tuning, the most telling first, as far as the finished ones show that they are wanted."""
+    students = [arm for arm in arms if arm != CEILING]
+    wanted = [(*setting, arm) for setting in FIRST for arm in students]
+    students = [arm for arm in students if _goes_on(rows, arm)]
+    wanted += [(*setting, arm) for setting in LATER for arm in students]
+    wanted += [(*setting, arm) for arm in students if (setting := _beyond(rows, arm))]
+    wanted += [(lr, "ridge", CEILING) for lr in CEILING_RATES if CEILING in arms]
+    keys = [("flowers", arm, EPOCHS["flowers"], lr, classifier, 0, "tune") for lr, classifier, arm in wanted]
+    return [dict(zip(KEY, key, strict=True)) for key in keys]
+
+
+def _goes_on(rows, arm):
+    first = [row for row in rows if row["phase"] == "tune" and (row["lr"], row["classifier"]) in FIRST]
+    own = [row["accuracy"] for row in first if row["arm"] == arm]
+    best = max((row["accuracy"] for row in first if row["arm"] != CEILING), default=0)
+    return arm in finalists(rows) or len(own) < len(FIRST) or max(own) > best - BEHIND
+
+
+def _beyond(rows, arm):
+    """The next setting of an arm whose best learning rate is the largest or the smallest that it was tuned at."""
+    rates, best = {row["lr"] for row in tuning_rows(rows, arm)}, tuned(rows, arm)
+    if len(rates) < 4 or min(rates) < best["lr"] < max(rates):
+        return None
+    return (best["lr"] / 2 if best["lr"] == min(rates) else best["lr"] * 2), best["classifier"]
+
+
+def testing(rows: list[dict], arms: list[str], data: str, epochs: int) -> list[dict]:
+    """The runs on test images, with three seeds, at the settings of the tuning."""
+    best = [row for arm in finalists(rows) if arm in arms and (row := tuned(rows, arm))]
+    changes = {"data": data, "epochs": epochs, "phase": "test"}
+    return [{name: row[name] for name in KEY} | changes | {"seed": seed} for seed in (0, 1, 2) for row in best]
+
+
+def link_flowers(data: Path, out: Path, splits: dict) -> None:
+    """Write splits of Flowers-102 as class folders of links: {part: keys of setid.mat} gives OUT/PART/CLASS/IMAGE."""
+    labels, numbers = loadmat(data / "imagelabels.mat")["labels"][0], loadmat(data / "setid.mat")
+    with new_directory(out, "--output_dir") as whole:
+        for part, keys in splits.items():
+            for number in (number for key in keys for number in numbers[key][0]):
+                folder = whole / part / f"{labels[number - 1] - 1:03}"
+                folder.mkdir(parents=True, exist_ok=True)
+                image = data / "jpg" / f"image_{number:05}.jpg"
+                (folder / image.name).symlink_to(image.resolve())
+
+
+class Queue:
+    """The runs that are left; several threads take them one by one."""
+
+    def __init__(self, args):
+        self.args, self.lock, self.taken, self.failed, self.processes = args, Lock(), set(), [], []
+        self.making = defaultdict(Lock)  # of what is in a directory, which several runs need
+
+    def take(self) -> dict | None:
+        """The next run that is neither finished nor taken."""
+        args = self.args
+        with self.lock:
+            rows = read_results(args.results)
+            if args.phase == "tune":
+                runs = tuning(rows, args.arms)
+            else:
+                runs = testing(rows, args.arms, args.data, args.epochs or EPOCHS[args.data])
+            done = self.taken | {key_of(row) for row in rows}
+            run = next((run for run in runs if key_of(run) not in done), None)
+            self.taken |= {key_of(run)} if run else set()
+            return run
+
+    def work(self) -> None:
+        """Do runs, and write their lines, until none is left."""
+        while run := self.take():
+            name = " ".join(map(str, key_of(run)))
+            print(name, flush=True)
+            try:
+                row = self.do(run)
+            except subprocess.CalledProcessError as error:
+                self.failed.append(f"{name}: {error.cmd[1]} failed")
+                print(self.failed[-1], flush=True)
+            else:
+                with self.lock, self.args.results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+    def do(self, run: dict) -> dict:
+        """Make the first weights unless they are there, and train from them; returns the line of the results."""
+        args, name = self.args, "_".join(map(str, key_of(run)))
+        words = ["--config", RECIPES[run["data"]], "--data_set", "image_folder"]
+        words += ["--data_path", self.folders(run["data"], run["phase"]), "--seed", run["seed"], "--num_workers", 0]
+        words += [*args.main_args, *(["--model_kwargs", *WHOLE] if run["arm"] == CEILING else [])]
+        init = args.output_dir / "init" / "_".join(map(str, (run["data"], run["phase"], run["arm"], run["seed"])))
+        log, training = args.output_dir / "logs" / f"{name}.log", args.output_dir / "runs" / name
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            teacher = ["--teacher_path", args.teacher_path] if args.teacher_path else []
+            with self.making[init]:
+                if not init.exists():
+                    program = Path(__file__).with_name("first_weights.py")
+                    self.call(file, program, run["arm"], init, *teacher, "--", *words)
+            words += ["--initialize", init / "weights.pth", "--classifier_init", run["classifier"], "--lr", run["lr"]]
+            words += ["--eval_interval", run["epochs"], "--cache_images", "true"]
+            words += ["--save_ckpt", "false", "--output_dir", training, "--overwrite", "true"]
+            if run["epochs"] != EPOCHS[run["data"]]:
+                words += ["--epochs", run["epochs"], "--warmup_epochs", run["epochs"] // 10 + 1]
+            self.call(file, ROOT / "main.py", *words)
+        results, facts = (json.loads(path.read_text()) for path in (training / "results.json", init / "facts.json"))
+        shutil.rmtree(training)
+        before = facts["seconds"] + (facts["seconds_classifier"] if run["classifier"] == "ridge" else 0)
+        figures = {"probe": facts["probe"], "accuracy": results["last"]["acc1"]}
+        figures |= {"seconds_before": before, "seconds_training": results["wall_time"]}
+        figures = {figure: round(value, 2) for figure, value in figures.items()}
+        return run | figures | {"torch": results["versions"]["torch"]}
+
+    def folders(self, data: str, phase: str) -> Path:
+        """The class folders of a phase's images."""
+        if data != "flowers":
+            return self.args.data_path / f"{data}_50"
+        out = self.args.output_dir / "data" / f"{data}_{phase}"
+        with self.making[out]:
+            if not out.exists():
+                link_flowers(self.args.data_path / "flowers-102", out, SPLITS[phase])
+        return out
+
+    def call(self, log, *words) -> None:
+        """Run a program on one thread; CalledProcessError if it fails."""
+        command, environ = [sys.executable, *map(str, words)], os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT)
+        self.processes.append(process)
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, command)
+
+    def stop(self, *received) -> None:
+        """End the programs that run, and this one."""
+        for process in self.processes:
+            process.kill()
+        os._exit(1)
+
+
+def get_args_parser() -> Parser:
+    parser = Parser("run.py", __doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--phase", choices=["tune", "test"], required=True)
+    parser.add_argument("--data_path", required=True, type=Path, metavar="DATA")
+    parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="of first weights and logs")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: results.jsonl here")
+    parser.add_argument("--teacher_path", type=Path, metavar="FILE", help="of the teacher (default: from the hub)")
+    parser.add_argument("--data", choices=RECIPES, default="flowers", help="of the test (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, help="of the test (default: 20 of flowers, 12 of cifar100)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time, each on one thread")
+    parser.add_argument("main_args", nargs="*", metavar="OPTION", help="further options of main.py, after --")
+    return parser
+
+
+def main(argv=None) -> None:
+    args = get_args_parser().parse_args(argv)
+    if args.processes < 1:
+        raise InputError(f"--processes {args.processes}: give a number from 1 up")
+    for name in ("data_path", "output_dir", "results", "teacher_path"):  # the programs run in the repository
+        setattr(args, name, getattr(args, name) and getattr(args, name).absolute())
+    queue = Queue(args)
+    signal.signal(signal.SIGTERM, queue.stop)
+    with ThreadPoolExecutor(args.processes) as pool:
+        for thread in [pool.submit(queue.work) for _ in range(args.processes)]:
+            thread.result()
+    if queue.failed:
+        raise InputError(f"--output_dir {args.output_dir}: {len(queue.failed)} runs failed; its logs/ say why")
+
+
+if __name__ == "__main__":
+    run_program("run.py", main)

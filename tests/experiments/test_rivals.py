@@ -1,0 +1,110 @@
+"""The arena of experiments/rivals/: first weights of every arm, and the queue that trains from them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import assert_same
+from rivals import run, table
+from rivals.arms import ARMS, CEILING, FINAL, Pair, arm, without_classifier
+from rivals.corp import compensated
+from rivals.front import front
+from rivals.vit_widths import Kept, cut
+from weight_selection.sources.timm_models import create_model
+
+SIZES = {"num_heads": 3, "depth": 2, "img_size": 32, "num_classes": 5}
+
+
+class Made(Pair):
+    """A pair that needs no files of images."""
+
+    images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(12) % 3
+
+
+def vit(width, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    model = create_model("vit_tiny", embed_dim=width, **SIZES | kwargs).eval()
+    for parameter in model.parameters():  # biases and norms differ too
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def pair(width=24, teacher_width=48):
+    return Made(vit(teacher_width), vit(width, seed=1), Path(), 0)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_an_arm_makes_all_weights_but_the_classifiers(name):
+    if ARMS[name][0] == "pruned":
+        pytest.importorskip("torch_pruning")
+    made = arm(name)(pair(48) if name == CEILING else pair())
+    model = vit(48 if name == CEILING else 24, seed=2)
+    shapes = {key: value.shape for key, value in without_classifier(model).items()}
+    assert {key: value.shape for key, value in made.items()} == shapes
+    assert all(torch.isfinite(value).all() for value in made.values())
+
+
+def test_cutting_and_low_frequencies_of_the_teachers_own_size_are_the_teacher():
+    same = pair(48)
+    own, head = without_classifier(same.teacher), torch.arange(16).expand(3, 16)
+    assert_same(cut(same, Kept(torch.arange(48), [torch.arange(192)] * 2, [head] * 2, [head] * 2)), own)
+    assert_same(front(same), own, rtol=0, atol=1e-5)
+
+
+def test_corp_loses_nothing_if_the_units_that_go_are_copies():
+    teacher = vit(24)
+    for block in teacher.blocks:
+        with torch.no_grad():
+            block.mlp.fc1.weight[48:], block.mlp.fc1.bias[48:] = block.mlp.fc1.weight[:48], block.mlp.fc1.bias[:48]
+            block.mlp.fc2.weight[:, 48:] *= 0.1  # so that these go
+    student = vit(24, mlp_ratio=2)
+    student.load_state_dict(compensated(teacher, Made.images, 48))
+    torch.testing.assert_close(student(Made.images), teacher(Made.images), rtol=0, atol=2e-3)
+
+
+def fake(accuracy):
+    """A way to do a run that takes no time: its accuracy is that of its arm and learning rate."""
+
+    def do(queue, row):
+        queue.done.append(run.key_of(row))
+        figures = {"probe": 1.0, "accuracy": accuracy(row), "seconds_before": 2.0, "seconds_training": 3.0}
+        return row | figures | {"torch": "2"}
+
+    return do
+
+
+def test_the_queue_skips_what_is_finished_and_drops_arms_that_are_behind(tmp_path, monkeypatch, capsys):
+    best_rate = {"project": 5e-4, "l2": 1e-3, "taylor": 2e-3}
+    level = {"project": 80, "taylor": 75, "l2": 60, "random": 30}
+    monkeypatch.setattr(run.Queue, "done", [], raising=False)
+    slope = lambda row: level[row["arm"]] - abs(row["lr"] - best_rate.get(row["arm"], 1e-3)) * 1e3  # noqa: E731
+    monkeypatch.setattr(run.Queue, "do", fake(slope))
+    results = tmp_path / "results.jsonl"
+    words = (
+        f"--data_path {tmp_path} --output_dir {tmp_path} --results {results} --arms {' '.join(level)} --phase".split()
+    )
+    run.main([*words, "tune"])
+    done = run.Queue.done
+    settings = {name: {key[3:5] for key in done if key[1] == name} for name in level}
+    assert settings["l2"] == set(run.FIRST)  # more than ten points behind
+    assert settings["random"] == settings["project"] == {*run.FIRST, *run.LATER}  # random is never dropped
+    assert settings["taylor"] == settings["project"] | {(4e-3, "ridge")}  # best at the largest rate
+    assert len(done) == len(set(done)) == len(run.read_results(results))
+    run.main([*words, "tune"])
+    assert len(done) == len(run.read_results(results))  # nothing was left to do
+    del done[:]
+    run.main([*words, "test"])
+    assert {(key[1], key[3], key[5]) for key in done} == {
+        (name, best_rate.get(name, 1e-3), seed) for name in ("project", "taylor", "random") for seed in (0, 1, 2)
+    }
+    capsys.readouterr()
+    table.main(["--results", str(results), "--figure", str(tmp_path / "figure.png")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| project | 1.0 | 80.0 | 0.0005 | ridge | 80.0 ± 0.0 |") and "l2" in lines[-1]
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+def test_the_arms_that_go_on_are_arms():
+    assert {*FINAL, CEILING} <= ARMS.keys()
