@@ -15,6 +15,7 @@ import torch.nn as nn
 from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
+from weight_selection.options import CALIBRATION_IMAGES
 from weight_selection.projection.images import draw
 
 ARMS = {  # name: (module in this directory, function, its further arguments)
@@ -54,7 +55,7 @@ class Pair:
     student: nn.Module
     folder: Path
     seed: int
-    count: int = 256
+    count: int = CALIBRATION_IMAGES
 
     @cached_property
     def _drawn(self):
