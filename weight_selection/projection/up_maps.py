@@ -8,7 +8,7 @@ before it are final, so we fit this one to what the student really computes:
 - Any other layer restores what the teacher's layer takes, by the up map of (7).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 from weight_selection.projection.activation_tap import vectors
 from weight_selection.projection.equations import Moments
-from weight_selection.projection.images import images_in
+from weight_selection.projection.images import first_images, images_in
 from weight_selection.projection.stepped_pass import Step, SteppedPass
 from weight_selection.projection.stream_sums import by_place, find_sums, stream_taken
 from weight_selection.projection.student_weights import StudentWeights
 
+PASS_IMAGES = 128  # of a pass: many small passes would scatter what they keep all over the memory
+SUM_IMAGES = 4
 LEAST_GAIN = 1e-3  # of a stream's neurons, as a share of the largest: neurons with less are not corrected
 
 
@@ -32,8 +34,8 @@ def fit_up_maps(weights: StudentWeights, skipped: dict, images: Iterable) -> Non
         skipped: the layers that it leaves out, as of ``find_skipped``.
         images: batches on the device of the models. All of them are gone through at once.
     """
-    batches = list(images)
-    sums = find_sums(weights.student, batches[0])
+    batches = list(_joined(images))
+    sums = find_sums(weights.student, first_images(batches[0], SUM_IMAGES))
     for key in skipped.keys() - sums.keys():
         if key in weights.rows:
             some = skipped[key]
@@ -50,6 +52,31 @@ def fit_up_maps(weights: StudentWeights, skipped: dict, images: Iterable) -> Non
             one.close()
 
 
+def _joined(batches):
+    """Batches of up to ``PASS_IMAGES``: neighbours that fit are put together."""
+    waiting = []
+    for batch in batches:
+        if waiting and (not _fits(waiting[0], batch) or sum(map(images_in, waiting)) + images_in(batch) > PASS_IMAGES):
+            yield _together(waiting)
+            waiting = []
+        waiting.append(batch)
+    if waiting:
+        yield _together(waiting)
+
+
+def _fits(batch, other):
+    """Whether two batches are alike but for their numbers of images."""
+    if isinstance(batch, Mapping):
+        return batch.keys() == other.keys() and all(_fits(value, other[name]) for name, value in batch.items())
+    return batch.shape[1:] == other.shape[1:]
+
+
+def _together(batches):
+    if isinstance(batches[0], Mapping):
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    return torch.cat(batches)
+
+
 class _Fit:
     """Fits a layer when all batches wait before it."""
 
@@ -58,6 +85,7 @@ class _Fit:
         self.sources = {key: entry.teacher_key for key, entry in weights.entries.items()}
         self.sums = {key: one for key, one in sums.items() if weights.is_product(key) and one.before in self.sources}
         self.streams = {one.before: stream_taken(weights.student, one.before) for one in self.sums.values()}
+        self.last = {one.before: key for key, one in self.sums.items()}
         self.wanted = {self.sources[key] for key in (*weights.rows, *self.streams)}
         self.wanted |= {self.sources.get(self.sums[key].after) for key in skipped.keys() & self.sums.keys()}
         self._moments = {}  # {key: moments of what is wanted with what the layer takes, and of the latter alone}
@@ -102,7 +130,7 @@ class _Fit:
         if key not in self.sums:
             return vectors(theirs.x, ndim)
         found = self.sums[key]
-        should, is_now = one.streams[found.before]
+        should, is_now = one.streams.pop(found.before) if self.last[found.before] == key else one.streams[found.before]
         after = one.ahead(self.sources[found.after]) if key in self.skipped and found.after in self.sources else None
         if after is not None:
             x = vectors(after.x, self._ndim(self.weights.teacher, after.key))
