@@ -19,7 +19,7 @@ next layer can restore the others is that of optimal brain compression and ThiNe
 import torch
 from torch import Tensor
 
-RIDGE = 0.03  # of the least squares, times the mean square of the student's activations
+RIDGE = 0.1  # of the least squares, times the mean square of the student's activations
 FLAT = 1e-9  # a direction with less than this share of the largest variance holds only rounding errors
 
 
