@@ -1,4 +1,4 @@
-"""A tap on a running model: it shows what dense layers, layer normalisations and LayerScales take and give."""
+"""A tap on a running model: it shows what dense layers, normalisations and LayerScales take and give."""
 
 from collections.abc import Callable
 
@@ -26,8 +26,9 @@ class ActivationTap(TorchFunctionMode):
             model goes on with the output that it returns.
         norm: the same, called after every ``layer_norm`` and ``rms_norm`` with the key of its gain.
         scaled: ``(key of a parameter, other factor)``, called before every product with a parameter.
-        before: ``(key of the weight, input)``, called before every linear layer and convolution. It may change the
-            weight.
+        batch_norm: as ``norm``, called after every batch normalisation that has a gain.
+        before: ``(key of the weight, input)``, called before every linear layer, convolution and, if ``batch_norm`` is
+            given, batch normalisation. It may change their parameters.
     """
 
     def __init__(
@@ -36,13 +37,14 @@ class ActivationTap(TorchFunctionMode):
         dense: Callable,
         norm: Callable | None = None,
         scaled: Callable | None = None,
+        batch_norm: Callable | None = None,
         before: Callable | None = None,
     ):
         super().__init__()
         self.keys = {id(parameter): key for key, parameter in model.named_parameters()}
         self.parameters = dict(model.named_parameters())
         self.places = {parameter.data_ptr(): key for key, parameter in self.parameters.items()}
-        self.dense, self.norm, self.scaled = dense, norm, scaled
+        self.dense, self.norm, self.scaled, self.batch_norm = dense, norm, scaled, batch_norm
         self.before = before or (lambda key, x: None)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -60,6 +62,11 @@ class ActivationTap(TorchFunctionMode):
             key = self.keys.get(id(args[2] if len(args) > 2 else kwargs.get("weight")))
             if key is not None:
                 return self.norm(key, args[0], func(*args, **kwargs))
+        elif func is F.batch_norm and self.batch_norm is not None:
+            key = self.keys.get(id(args[3] if len(args) > 3 else kwargs.get("weight")))
+            if key is not None:
+                self.before(key, args[0])
+                return self.batch_norm(key, args[0], func(*args, **kwargs))
         elif self.scaled is not None and getattr(func, "__name__", "") in PRODUCTS:
             factors = (*args, *kwargs.values())[:2]
             for one, other in (factors, factors[::-1]):

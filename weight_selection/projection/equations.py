@@ -76,6 +76,11 @@ class Variances:
         self.total = self.total + torch.stack([x.double().sum(0), x.double().square().sum(0)])
 
     @property
+    def mean(self) -> Tensor:
+        """The mean of each x, (X,)."""
+        return self.total[0] / self.count
+
+    @property
     def variance(self) -> Tensor:
         """The variance of each x, (X,)."""
         mean, square = self.total / self.count

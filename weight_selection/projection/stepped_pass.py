@@ -22,12 +22,14 @@ class Step(NamedTuple):
     Attributes:
         key: of the weight of a dense layer, or of the gain of a norm.
         x: what it takes.
-        y: what it gives; None before a dense layer runs.
+        y: what it gives; None before a dense layer or a batch normalisation runs.
+        behind: key of the dense layer that gave x, if the pass stands before a batch normalisation; else None.
     """
 
     key: str
     x: Tensor
     y: Tensor | None
+    behind: str | None = None
 
 
 class SteppedPass:
@@ -36,12 +38,13 @@ class SteppedPass:
     Args:
         traced: the model.
         batch: on its device.
-        ahead: stand before each dense layer, so that its weight may still be changed. If not, stand behind it.
+        ahead: stand before each dense layer and batch normalisation, so that its parameters may still be changed. If
+            not, stand behind it.
     """
 
     def __init__(self, traced: TracedModel, batch: Tensor | Mapping, ahead: bool):
         self._steps, self._go_on = SimpleQueue(), SimpleQueue()
-        self._late = None
+        self._late, self._given = None, (None, None)
         self._thread = Thread(target=self._run, args=(traced, batch, ahead), daemon=True)
         self._thread.start()
 
@@ -67,6 +70,7 @@ class SteppedPass:
             traced.model,
             self._pass_on if ahead else self._stand,
             self._stand,
+            batch_norm=(lambda key, x, y: y) if ahead else self._stand,
             before=self._stand if ahead else None,
         )
         try:
@@ -80,14 +84,17 @@ class SteppedPass:
             self._steps.put(error)
 
     def _stand(self, key, x, y=None):
-        self._steps.put(Step(key, x, y))
+        (given, last), self._given = self._given, (None, None)
+        self._steps.put(Step(key, x, y, given if last is x else None))
         if not self._go_on.get():
             raise _Closed
         return y
 
     def _pass_on(self, key, x, y):
         late, self._late = self._late, None
-        return y if late is None else y + late
+        y = y if late is None else y + late
+        self._given = key, y
+        return y
 
 
 class _Closed(BaseException):

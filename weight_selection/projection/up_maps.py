@@ -6,6 +6,7 @@ before it are final, so we fit this one to what the student really computes:
 - A layer that adds to a residual stream brings the student's stream to where the teacher's is, Q x. So it also makes up
   for what all layers before it have lost.                                                                        (10)
 - Any other layer restores what the teacher's layer takes, by the up map of (7).
+- A batch normalisation gets the statistics of what it takes, and gives the mean that it should, by (13).
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from weight_selection.projection.activation_tap import vectors
-from weight_selection.projection.equations import Moments
+from weight_selection.projection.batch_norms import find_batch_norms, fit_batch_norm, mean_given
+from weight_selection.projection.equations import Moments, Variances
 from weight_selection.projection.images import first_images, images_in
 from weight_selection.projection.stepped_pass import Step, SteppedPass
 from weight_selection.projection.stream_sums import by_place, find_sums, stream_taken
@@ -86,14 +88,17 @@ class _Fit:
         self.sums = {key: one for key, one in sums.items() if weights.is_product(key) and one.before in self.sources}
         self.streams = {one.before: stream_taken(weights.student, one.before) for one in self.sums.values()}
         self.last = {one.before: key for key, one in self.sums.items()}
-        self.wanted = {self.sources[key] for key in (*weights.rows, *self.streams)}
+        norms = find_batch_norms(weights.student.model)
+        self.batch_norms = {key: norm for key, norm in norms.items() if key in self.sources}
+        self.wanted = {self.sources[key] for key in (*weights.rows, *self.streams, *self.batch_norms)}
         self.wanted |= {self.sources.get(self.sums[key].after) for key in skipped.keys() & self.sums.keys()}
+        self._means = {}  # {key of a dense weight that adds to a stream: the mean of what it should give}
         self._moments = {}  # {key: moments of what is wanted with what the layer takes, and of the latter alone}
 
     def see(self, passes: list, steps: list[Step]) -> bool:
         """Look at a layer before which all batches wait; whether it is fitted now."""
         key = steps[0].key
-        if key not in self.streams and key not in self.weights.rows:
+        if not any(key in those for those in (self.streams, self.weights.rows, self.batch_norms)):
             return False
         taught = [one.taught(self.sources[key]) for one in passes]
         if None in taught:
@@ -101,6 +106,8 @@ class _Fit:
         if key in self.streams:
             for one, ours, theirs in zip(passes, steps, taught, strict=True):
                 one.streams[key] = self._stream(key, ours, theirs)
+        if key in self.batch_norms:
+            self._fit_batch_norm(key, steps, taught)
         if key not in self.weights.rows:
             return False
         across, own = self._moments.setdefault(key, (Moments(), Moments()))
@@ -112,12 +119,24 @@ class _Fit:
             across.add(wanted, z)
             own.add(z, z)
         bias = self.weights.bias_apart(key)
+        if key in self.sums:
+            self._means[key] = across.mean[:-1, -1]
         solve = self.weights.solve_outputs if key in self.sums else self.weights.solve_up_map
         solve(key, across.mean[:-1], own.mean)
         if bias is not None:
             for one, ours in zip(passes, steps, strict=True):
                 one.student.add_late((self.weights.bias_apart(key) - bias).to(ours.x))
         return True
+
+    def _fit_batch_norm(self, key, steps, taught):
+        norm, taken, given = self.batch_norms[key], Variances(), Variances()
+        for ours, theirs in zip(steps, taught, strict=True):
+            taken.add(self._rows(ours))
+            given.add(vectors(theirs.y, theirs.y.ndim))
+        wanted = self.weights.map_output(self.weights.entries[key], given.mean)
+        if steps[0].behind in self._means:  # the stream should come to where the teacher's is
+            wanted = mean_given(norm, self._means[steps[0].behind])
+        fit_batch_norm(norm, taken, wanted)
 
     def _stream(self, key, ours, theirs):
         """(Q x, s) as rows: where the student's stream should be, and where it is."""
@@ -146,7 +165,8 @@ class _Fit:
         return given + torch.where(gain.abs() < LEAST_GAIN * gain.abs().max(), 0, lost / gain)
 
     def _rows(self, step):
-        return vectors(step.x, self._ndim(self.weights.student, step.key))
+        ndim = step.x.ndim if step.key in self.batch_norms else self._ndim(self.weights.student, step.key)
+        return vectors(step.x, ndim)
 
     @staticmethod
     def _ndim(traced, key):
@@ -192,7 +212,5 @@ class _Pass:
 
     def _keep(self, step):
         if step.key in self._wanted:
-            x, y = (
-                None if value is None else value.clone() for value in step[1:]
-            )  # the model may change them in place
+            x, y = (value.clone() for value in (step.x, step.y))  # the model may change them in place
             self._kept.setdefault(step.key, []).append(Step(step.key, x, y))
