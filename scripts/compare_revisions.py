@@ -53,6 +53,7 @@ NEW_KEYS = {  # since 3bea770
     "train_min_lr",
     "class_acc",  # of the sums of an epoch in a checkpoint
     "agreement",  # of the .json beside projected weights
+    "normalization",  # of the .json beside all first weights
 }
 IGNORED = {"seconds", "wall_time", "versions"}  # keys whose values depend on clocks and installed packages
 

@@ -30,7 +30,8 @@ from weight_selection.commands import student_words
 from weight_selection.errors import InputError, printable
 from weight_selection.sources.architectures import CONVNEXT, declared_architecture
 from weight_selection.sources.directories import files_of
-from weight_selection.sources.initial_weights import find_weights, load_finetune, load_initial
+from weight_selection.sources.initial_weights import find_weights, load_finetune, load_initial, read_provenance
+from weight_selection.sources.teachers import normalization, normalization_option, normalization_words
 from weight_selection.sources.timm_models import check_input_size, create_model
 from weight_selection.sources.weight_files import NESTED
 
@@ -182,12 +183,27 @@ def build_model(options: Options, classes: int) -> nn.Module:
         keys = NESTED if options.model_key == OPTIONS["model_key"].default else options.model_key.split("|")
         kept = load_initial(model, options.initialize, "--initialize", keys, _as_student(options, model))
         print_main(f"initialised from {options.initialize}; random: {', '.join(kept) or 'nothing'}")
+        _compare_normalization(options)
     elif options.finetune:
         kept = load_finetune(model, options.finetune, "--finetune", options.model_key.split("|"))
         print_main(f"fine-tuning {options.finetune}; random: {', '.join(kept) or 'nothing'}")
     if options.linear_probe:
         make_linear_probe(model, options.model)
     return model
+
+
+def _compare_normalization(options):
+    """Warn if the teacher of the first weights saw images of another normalisation than this run's."""
+    provenance = read_provenance(options.initialize, "--initialize")
+    taught = provenance and provenance.get("normalization")
+    own = dict(zip(("mean", "std"), map(list, normalization(options.imagenet_default_mean_and_std)), strict=True))
+    if not taught or taught == own:
+        return
+    value, option = normalization_option(**taught), "--imagenet_default_mean_and_std"
+    print_main(
+        f"warning: the teacher of {options.initialize} saw images normalised with {normalization_words(**taught)}, and "
+        f"this run normalises by others; {option} " + (f"{value} gives these" if value else "cannot give these")
+    )
 
 
 def _as_student(options, model):

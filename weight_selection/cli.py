@@ -235,6 +235,7 @@ def select(args, selection, name: str, digest: Future | None) -> None:
     state_dict = output.cast(selection.weights(), args.dtype, selection.plan.tied)
     absent = selection.plan.left_out
     compared, agreement = agreement_of(selection)
+    taught = selection.normalization
     provenance = {
         "teacher": origin | {"sha256": digest},
         "student": {"name": args.student, "kwargs": args.student_kwargs}
@@ -246,6 +247,7 @@ def select(args, selection, name: str, digest: Future | None) -> None:
         | ({"dtype": args.dtype} if args.dtype != KEEP else {})
         | (selection.projection.provenance() if selection.projection is not None else {}),
         **({"agreement": agreement} if agreement else {}),
+        **({"normalization": dict(zip(("mean", "std"), taught, strict=True))} if taught is not None else {}),
         "left_out": absent,
     } | ({"left_behind": selection.plan.left_behind} if selection.plan.left_behind else {})
     student = output.initialised_student(selection, state_dict, args.seed)
@@ -296,7 +298,22 @@ def print_next(args, selection, path: Path) -> None:
         if height != width:
             return
         words = model_words(args.student, args.student_kwargs, width)
+    words += words_of_normalization(selection)
     print(f"to train it, with --data_set, --data_path and --output_dir: {training_command(words, path)}")
+
+
+def words_of_normalization(selection) -> list:
+    """The option that normalises the student's images as the teacher's were, unless main.py does so anyway; said."""
+    from weight_selection.sources.teachers import normalization_option, normalization_words
+
+    if selection.normalization is None or (value := normalization_option(*selection.normalization)) == "true":
+        return []
+    what = f"the teacher's images were normalised with {normalization_words(*selection.normalization)}, not ImageNet's"
+    if value is None:
+        print(f"{what}; main.py has no option for that")
+        return []
+    print(f"{what}; train with --imagenet_default_mean_and_std {value}, as features are worse otherwise")
+    return ["--imagenet_default_mean_and_std", value]
 
 
 def run() -> None:

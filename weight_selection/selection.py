@@ -22,6 +22,7 @@ from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection, structure_of
 from weight_selection.sources import names
 from weight_selection.sources.facts import check_classifier, unwrapped
+from weight_selection.sources.teachers import trained_normalization
 from weight_selection.tracing.tracer import skeleton_of
 
 
@@ -169,6 +170,11 @@ class Selection:
     def opened(self) -> tuple:
         """The teacher's weights, their provenance and their files, as of ``Teacher.open``."""
         return self.teacher.open(self.models[0], self.options.selects_all)
+
+    @cached_property
+    def normalization(self) -> tuple | None:
+        """(mean, std) by channel of the images that the teacher's weights were trained on; None if not known."""
+        return trained_normalization(self.models[0], self.teacher.path, self.teacher.weights_option)
 
     def weights(self) -> dict:
         """The student's first weights: its state_dict without what is left out, on the CPU or where the teacher's are.

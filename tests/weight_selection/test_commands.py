@@ -1,10 +1,13 @@
 """After selecting: the command that comes next, files for another model, and heads that are cut across."""
 
+import json
 import shlex
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from helpers import assert_same, meta
 from pairs import PAIRS, VIT
@@ -15,6 +18,9 @@ from weight_selection.cli import print_next
 from weight_selection.errors import InputError
 from weight_selection.plan import make_plan
 from weight_selection.report import head_warnings
+from weight_selection.sources.teachers import normalization
+
+HALVES = ["--imagenet_default_mean_and_std", "false"]
 
 
 def words_of(text, program):
@@ -48,8 +54,57 @@ def test_a_student_of_a_recipe_is_trained_by_it(cli, files, tmp_path, capsys):
     del command[start : command.index("--output_dir")]
     assert cli(select_main, *command) is None
     config = str(tmp_path / "student.yaml")
-    words = ["--config", config, "--initialize", str(tmp_path / "init.pth")]
+    words = ["--config", config, *HALVES, "--initialize", str(tmp_path / "init.pth")]  # as timm's ViT-S was trained
     assert words_of(capsys.readouterr().out, "main.py") == words
+
+
+CLIP = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+NORMALISED = {  # the teacher's images: what a checkpoint of main.py says, if it is one; the option that gives them
+    "timm's": (None, HALVES),
+    "main.py's, by halves": (False, HALVES),
+    "main.py's, by ImageNet's": (True, []),
+}
+
+
+@pytest.mark.parametrize("images", NORMALISED)
+def test_a_student_is_trained_on_images_normalised_as_its_teachers_were(images, cli, files, weights, tmp_path, capsys):
+    recorded, option = NORMALISED[images]
+    path = files["vit"] if recorded is None else tmp_path / "checkpoint.pth"
+    if recorded is not None:
+        torch.save({"model": weights["vit"], "args": {"imagenet_default_mean_and_std": recorded}}, path)
+    assert cli(select_main, *VIT.command(tmp_path / "init.pth", path)) is None
+    printed = capsys.readouterr().out
+    said = "the teacher's images were normalised with mean 0.5 0.5 0.5 and std 0.5 0.5 0.5, not ImageNet's; train with "
+    assert (said + " ".join(HALVES) in printed) == bool(option)
+    command = words_of(printed, "main.py")
+    assert [word for word in command if word in HALVES] == option
+    mean, std = normalization(recorded or False)
+    record = json.loads((tmp_path / "init.json").read_text())
+    assert record["normalization"] == {"mean": list(mean), "std": list(std)}
+    for more in ([], ["--imagenet_default_mean_and_std", "false" if recorded else "true"]):
+        trained_model([*command, *more])
+        right = "true" if recorded else "false"
+        warning = f"this run normalises by others; --imagenet_default_mean_and_std {right} gives these\n"
+        assert (warning in capsys.readouterr().out) == bool(more)
+
+
+def test_a_normalisation_that_main_cannot_give_is_said_before_and_in_training(cli, files, tmp_path, capsys):
+    print_next(
+        Namespace(student="vit_tiny", student_config="x.yaml"), SimpleNamespace(normalization=CLIP.values()), "f"
+    )
+    said = "normalised with mean 0.481455 0.457827 0.408211 and std 0.26863 0.261303 0.275777"
+    printed = capsys.readouterr().out
+    assert f"{said}, not ImageNet's; main.py has no option for that\n" in printed
+    assert words_of(printed, "main.py") == ["--config", "x.yaml", "--initialize", "f"]
+    assert cli(select_main, *VIT.command(tmp_path / "init.pth", files["vit"])) is None
+    command = words_of(capsys.readouterr().out, "main.py")
+    record = json.loads((tmp_path / "init.json").read_text())
+    for normalised in (CLIP, None):
+        (tmp_path / "init.json").write_text(json.dumps(record | {"normalization": normalised}))
+        trained_model(command)
+        printed = capsys.readouterr().out
+        assert ("warning" in printed) == (normalised is not None)
+        assert normalised is None or f"{said}, and this run normalises by others; " in printed
 
 
 def test_no_command_for_a_student_that_main_does_not_train(capsys):

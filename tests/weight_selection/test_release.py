@@ -17,6 +17,11 @@ from weight_selection.cli import main as select_main
 from weight_selection.sources.initial_weights import load_initial
 from weight_selection.sources.timm_models import create_model
 
+IMAGES = {  # how timm says that the teachers' were normalised
+    "vit": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+    "convnext": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+}
+
 
 def release_vit(teacher):
     """Every second neuron, in q, k and v each."""
@@ -122,6 +127,7 @@ def test_record_says_where_the_weights_came_from(release):
             "include_head_norm": False,
             "allow_unused": False,
         },
+        "normalization": IMAGES[release.family],
         "left_out": PAIRS[release.family].head,
     }
     assert versions == {"torch": torch.__version__, "timm": timm.__version__, "python": sys.version.split()[0]}

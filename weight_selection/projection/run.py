@@ -18,7 +18,7 @@ from weight_selection.projection.symmetries import Symmetries
 from weight_selection.projection.symmetry_check import check_streams
 from weight_selection.projection.traced_model import TracedModel, paired_groups
 from weight_selection.sources.facts import library_of
-from weight_selection.sources.teachers import trained_config
+from weight_selection.sources.teachers import normalization_words, trained_config
 
 RESIZING = {"interpolation": "bicubic", "crop_pct": 0.875}  # of images, where no library says it
 
@@ -125,8 +125,7 @@ class Projection:
             config = trained_config(teacher, self.teacher.path, self.teacher.weights_option)
         elif facts.normalization is not None:
             config = dict(zip(("mean", "std"), facts.normalization, strict=True)) | RESIZING
-            mean, std = (" ".join(f"{value:g}" for value in config[word]) for word in ("mean", "std"))
-            tqdm.write(f"calibration: images are normalised with mean {mean} and std {std}")
+            tqdm.write(f"calibration: images are normalised with {normalization_words(config['mean'], config['std'])}")
         else:
             raise InputError(
                 f"--calibration {options.calibration}: a {whose} does not say how its images are normalised; give "

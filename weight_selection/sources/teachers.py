@@ -1,7 +1,8 @@
 """A teacher's weights from a file or directory: under the model's own names, or in any layout that timm accepts."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import torch.nn as nn
 from weight_selection.errors import InputError
 from weight_selection.sources.architectures import NO_KEYS
 from weight_selection.sources.directories import files_of
-from weight_selection.sources.facts import facts_of
+from weight_selection.sources.facts import facts_of, library_of
 from weight_selection.sources.safe_load import check_archive
 from weight_selection.sources.weight_files import (
     StoredTensor,
@@ -210,6 +211,34 @@ def normalization(imagenet: bool) -> tuple:
     if imagenet:
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+
+
+def normalization_option(mean: Sequence, std: Sequence) -> str | None:
+    """The value of main.py's ``--imagenet_default_mean_and_std`` that gives a mean and std; None: neither does."""
+    values = {"true": normalization(True), "false": normalization(False)}
+    return next((word for word, known in values.items() if known == (tuple(mean), tuple(std))), None)
+
+
+def normalization_words(mean: Sequence, std: Sequence) -> str:
+    """A mean and std by channel in words: "mean 0.5 0.5 0.5 and std 0.5 0.5 0.5"."""
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (mean, std))
+    return f"mean {mean} and std {std}"
+
+
+def trained_normalization(model: nn.Module, path, option: str) -> tuple | None:
+    """(mean, std) by channel of the images that a model's weights were trained on; None if they are not known.
+
+    Args:
+        model: of any library.
+        path, option: as of ``trained_config``.
+    """
+    library = library_of(model)
+    if library == "transformers":  # its facts have what we assume if the model does not say
+        return import_module("weight_selection.sources.transformers_models").recorded_normalization(model)
+    if library != "timm":
+        return facts_of(model).normalization
+    config = trained_config(model, path, option)
+    return (tuple(config["mean"]), tuple(config["std"])) if {"mean", "std"} <= config.keys() else None
 
 
 def trained_config(model: nn.Module, path, option: str) -> dict:

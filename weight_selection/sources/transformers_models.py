@@ -47,23 +47,23 @@ def model_facts(model: nn.Module) -> ModelFacts:
         grid=_grid(model.config, convolution) if name else None,
         token_heads=token_heads(model),
         position_embeddings=_positions_of_patches(model, name) if name else (),
-        normalization=_normalization(model) if name else None,
+        normalization=(recorded_normalization(model) or HALVES) if name else None,  # 0.5 is ViT's
         prefix=prefix,
         spare=rf"{POOLER}|^(?!{re.escape(prefix)})" if prefix else POOLER,
     )
 
 
-def _normalization(model):
-    """(mean, std) of a model's images, as its preprocessor_config.json says; without one 0.5 and 0.5, as of ViT."""
+def recorded_normalization(model: nn.Module) -> tuple | None:
+    """(mean, std) by channel of a model's images, as its preprocessor_config.json says; None without one."""
     place = model.name_or_path
     path = Path(place, "preprocessor_config.json") if place else None
     if place and not path.is_file() and place.count("/") == 1:
         path = huggingface_hub.try_to_load_from_cache(place, "preprocessor_config.json")
     if not isinstance(path, (str, Path)) or not Path(path).is_file():
-        return HALVES
+        return None
     recorded = json.loads(Path(path).read_text(encoding="utf-8"))
     known = isinstance(recorded, dict) and recorded.get("image_mean") and recorded.get("image_std")
-    return (tuple(recorded["image_mean"]), tuple(recorded["image_std"])) if known else HALVES
+    return (tuple(recorded["image_mean"]), tuple(recorded["image_std"])) if known else None
 
 
 def _base_prefix(model):
