@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results.jsonl")
 RECIPES = {"flowers": "experiments/vit_half_112.yaml:flowers", "cifar100": "experiments/vit_half_112.yaml:cifar100"}
 EPOCHS = {"flowers": 20, "cifar100": 12}  # of these recipes
+NORMALIZATION = ("--imagenet_default_mean_and_std", "false")  # mean and std 0.5, as the teacher's images had
 FIRST = [(5e-4, "ridge"), (1e-3, "ridge")]  # what decides whether an arm goes on
 LATER = [(5e-4, "random"), (1e-3, "random"), (2e-3, "ridge"), (2e-3, "random"), (2.5e-4, "ridge"), (2.5e-4, "random")]
 CEILING_RATES = (5e-4, 2.5e-4, 1e-3)  # of the ceiling, which takes four times as long
