@@ -116,6 +116,8 @@ def _fitted(before, x, after, later, y, images, turned):
     """The ``StreamSum`` of rows before and after, if (12) holds."""
     if not x.shape == later.shape == y.shape or turned and len(x) % images:
         return None
+    if len(x) < 3:
+        return None  # a line goes through any two points
     x, later = (by_place(rows, images) if turned else rows for rows in (x, later))
     added, given = (later - x).double(), y.double()
     means = added.mean(0), given.mean(0)

@@ -1,0 +1,217 @@
+"""The second pass: how it stands still at each layer, where layers add to streams, and what a layer is fitted to."""
+
+import contextlib
+import threading
+
+import pytest
+import torch
+import torchvision
+
+from architectures import SMALL, SWIN_SIZES, TINY, lively, models
+from helpers import images_for, random
+from weight_selection import select_weights
+from weight_selection.plan import structure_of
+from weight_selection.projection import equations
+from weight_selection.projection.stepped_pass import SteppedPass
+from weight_selection.projection.stream_sums import find_sums
+from weight_selection.projection.traced_model import TracedModel
+from weight_selection.sources.timm_models import create_model
+
+TWO_LAYERS = TINY | {"patch_size": 8, "depth": 2}
+WIDTHS = (  # the student has half the width and all of the hidden units
+    {"embed_dim": 32, "num_heads": 4, "mlp_ratio": 2},
+    {"embed_dim": 16, "num_heads": 2, "mlp_ratio": 4},
+)
+
+
+def traced_model(model):
+    return TracedModel.of(model, structure_of(model, "model"))
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return traced_model(lively(create_model("vit_tiny_patch16_224", **TWO_LAYERS, **WIDTHS[1])))
+
+
+@contextlib.contextmanager
+def stepping(traced, batch=None, ahead=True):
+    one = SteppedPass(traced, random(2, 3, 32, 32) if batch is None else batch, ahead)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+def threads():
+    """The number of those that are no progress bar's."""
+    return sum(type(thread) in (threading.Thread, type(threading.main_thread())) for thread in threading.enumerate())
+
+
+def steps_to(one, key):
+    """The first step at a layer."""
+    return next(step for step in iter(one.next, None) if step.key == key)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_pass_stands_at_each_layer_in_their_order(vit, ahead):
+    block = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+    layers = ["patch_embed.proj", *(f"blocks.{number}.{name}" for number in (0, 1) for name in block), "norm", "head"]
+    with stepping(vit, ahead=ahead) as one:
+        steps = list(iter(one.next, None))
+    assert [step.key for step in steps] == [f"{layer}.weight" for layer in layers]
+    assert [step.key for step in steps if step.y is None] == [
+        f"{layer}.weight" for layer in layers if ahead and "norm" not in layer
+    ]
+
+
+def test_weights_that_are_changed_before_a_layer_runs_take_effect(vit):
+    mlp = vit.model.blocks[0].mlp
+    before = mlp.fc1.weight.detach().clone()
+    with stepping(vit) as one:
+        steps_to(one, "blocks.0.mlp.fc1.weight")
+        mlp.fc1.weight.data.zero_()
+        hidden = one.next().x
+    mlp.fc1.weight.data.copy_(before)
+    torch.testing.assert_close(hidden, torch.nn.functional.gelu(mlp.fc1.bias).expand_as(hidden))
+
+
+def test_what_the_model_raises_is_raised_by_the_next_step(vit):
+    with stepping(vit, random(2, 1, 32, 32)) as one:
+        assert one.next().key == "patch_embed.proj.weight"
+        with pytest.raises(RuntimeError, match="channels"):
+            one.next()
+
+
+def test_no_thread_is_left_of_a_pass_that_is_closed_or_of_a_projection_that_fails(vit, monkeypatch):
+    running = threads()
+    for number in (0, 3):
+        with stepping(vit) as one:
+            for _ in range(number):
+                one.next()
+            assert threads() == running + 1
+        assert threads() == running
+    solve, solved = equations.solve_up_map, []
+
+    def fail_at_the_third(*args, **kwargs):
+        solved.append(threads())
+        if len(solved) == 3:
+            raise MemoryError("of a layer")
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(equations, "solve_up_map", fail_at_the_third)
+    teacher = lively(create_model("vit_tiny_patch16_224", **TWO_LAYERS, **WIDTHS[0]))
+    with pytest.raises(MemoryError, match="of a layer"):
+        select_weights(teacher, vit.model, element_selection="project", calibration=random(4, 3, 32, 32))
+    assert solved == [running + 2] * 3, "teacher and student each ran in a thread"
+    assert threads() == running
+
+
+def efficientnet():
+    return create_model("efficientnet_lite0", channel_multiplier=0.25, **SMALL)
+
+
+def vision_transformer():
+    return torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=7)
+
+
+def layer_scales(model):
+    """{key of the dense layer before a LayerScale of a ViT: its gamma}."""
+    gains = {}
+    for number, block in enumerate(model.blocks):
+        gains |= {
+            f"blocks.{number}.attn.proj.weight": block.ls1.gamma,
+            f"blocks.{number}.mlp.fc2.weight": block.ls2.gamma,
+        }
+    return gains
+
+
+def block_scales(model):
+    """The same of ConvNeXt."""
+    blocks = [
+        (f"stages.{s}.blocks.{b}", block)
+        for s, stage in enumerate(model.stages)
+        for b, block in enumerate(stage.blocks)
+    ]
+    return {f"{name}.mlp.fc2.weight": block.gamma for name, block in blocks}
+
+
+def batch_norms(model):
+    """{key of the last convolution of a residual block: what the batch normalisation behind it multiplies by}."""
+    return {
+        f"{name}.conv_pwl.weight": block.bn3.weight / (block.bn3.running_var + block.bn3.eps).sqrt()
+        for name, block in model.named_modules()
+        if getattr(block, "has_skip", False) and hasattr(block, "conv_pwl")
+    }
+
+
+def ones(model):
+    """Swin's MLPs but for the last before the image shrinks; its attention where one window is the whole image."""
+    keys = [
+        "0.blocks.0.mlp.fc2",
+        *(f"1.blocks.{block}.{name}" for block in (0, 1) for name in ("attn.proj", "mlp.fc2")),
+    ]
+    return dict.fromkeys((f"layers.{key}.weight" for key in keys), torch.ones(()))
+
+
+def ones_of_torchvision(model):
+    names = "self_attention.out_proj", "mlp.3"
+    layers = (f"encoder.layers.encoder_layer_{number}" for number in (0, 1))
+    return {f"{layer}.{name}.weight": torch.ones(()) for layer in layers for name in names}
+
+
+SUMS = {  # name: (model, side of its images, its sums with their gains)
+    "vit": (lambda: models("vit")[1], 32, layer_scales),
+    "swin": (lambda: create_model("swin_tiny_patch4_window7_224", **TINY, window_size=4, **SWIN_SIZES[1]), 32, ones),
+    "convnext": (lambda: models("convnext")[1], 32, block_scales),
+    "efficientnet": (efficientnet, 64, batch_norms),
+    "torchvision": (vision_transformer, 32, ones_of_torchvision),
+    "resnet": (lambda: models("resnet")[1], 32, lambda model: {}),  # an activation comes between the sums
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_are_found_where_layers_add_to_a_stream_with_their_gains(name):
+    make, side, expected = SUMS[name]
+    model = lively(make())
+    found = find_sums(traced_model(model), random(3, 3, side, side))
+    gains = expected(model)
+    assert found.keys() == gains.keys()
+    for key, gain in gains.items():
+        torch.testing.assert_close(found[key].gain, gain.detach().double().expand_as(found[key].gain))
+        assert found[key].by_place == ("self_attention" in key), key
+
+
+def test_two_images_show_no_sum_behind_a_layer_that_sees_their_means():
+    model = lively(models("efficientnet")[1])  # one of its squeeze-and-excitations has the width of the stream
+    assert not [key for key in find_sums(traced_model(model), random(2, 3, 32, 32)) if ".se." in key]
+
+
+@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "beit_base_patch16_224", "eva_giant_patch14_224"])
+def test_a_layer_brings_the_students_stream_to_the_teachers_by_ridge_regression(architecture):
+    """On what the student computes, also with biases in tensors of their own (BEiT, EVA): q_bias and v_bias."""
+    layer_scale = {} if architecture.startswith("eva") else {"init_values": 0.1}
+    pair = [lively(create_model(architecture, **TWO_LAYERS, **layer_scale, **sizes)) for sizes in WIDTHS]
+    teacher, student = pair
+    images = images_for(teacher, 8)
+    given = select_weights(*pair, element_selection="greedy", include_head=True, calibration=images)
+    student.load_state_dict(given)
+    seen = []
+    for model in pair:
+        block, values = model.blocks[0], {}
+        block.norm2.register_forward_hook(lambda _, x, y, values=values: values.update(before=x[0]))
+        block.mlp.fc2.register_forward_hook(lambda _, x, y, values=values: values.update(z=x[0], y=y))
+        block.register_forward_hook(lambda _, x, y, values=values: values.update(after=y))
+        with torch.no_grad():
+            model(images)
+        seen.append({name: value.flatten(0, 1) for name, value in values.items()})
+    theirs, ours = seen
+    kept = (given["cls_token"][0, 0, :, None] == teacher.cls_token[0, 0]).int().argmax(1)  # greedy keeps coordinates
+    gain = (ours["after"] - ours["before"])[0] / ours["y"][0]
+    wanted = (theirs["after"][:, kept] - ours["before"]) / gain
+    z, prior = ours["z"], teacher.blocks[0].mlp.fc2.weight.detach()[kept].T
+    ridge = (equations.RIDGE * z.square().mean() * len(z)).sqrt()
+    towards = torch.cat([ridge * torch.eye(z.shape[1]), torch.zeros(z.shape[1], 1)], 1)
+    rows = torch.cat([torch.cat([z, torch.ones(len(z), 1)], 1), towards])
+    fitted = torch.linalg.lstsq(rows, torch.cat([wanted, ridge * prior])).solution
+    stream = ours["before"] + gain * (z @ fitted[:-1] + fitted[-1])
+    torch.testing.assert_close(ours["after"], stream, rtol=1e-6, atol=1e-8)
