@@ -119,5 +119,5 @@ def test_layers_that_end_in_no_plain_sum_write_nothing_for_others_and_it_is_said
     given = select_weights(teacher, student, element_selection="greedy", calibration=images, **layers)
     plain = select_weights(teacher, student, **layers)
     written = [key for key in plain if key.startswith(f"{layer}.") and ".bn" not in key]  # those have new statistics
-    assert all(torch.equal(given[key], plain[key]) for key in written)
+    assert written and all(torch.allclose(given[key], plain[key], rtol=0, atol=1e-13) for key in written)
     assert f"{layer}: ends in no plain sum; nothing makes up for what is left out to " in capsys.readouterr().out
