@@ -104,7 +104,7 @@ def test_calibration_images_are_written_whole_or_not_at_all(data, tmp_path, cli,
         cli(calibration_images.main, "CIFAR100", data, data)
         == f"OUT {data}: exists; remove it or name another directory"
     )
-    assert cli(calibration_images.main, "CIFAR100", data, out) == "--count 256: give a number from 1 to 200"
+    assert cli(calibration_images.main, "CIFAR100", data, out) == "--count 1024: give a number from 1 to 200"
     assert "no such directory" in cli(calibration_images.main, "CIFAR100", tmp_path / "none", out)
     (tmp_path / "empty").mkdir()
     assert "cannot read CIFAR100" in cli(calibration_images.main, "CIFAR100", tmp_path / "empty", out)
