@@ -44,14 +44,17 @@ class SteppedPass:
 
     def __init__(self, traced: TracedModel, batch: Tensor | Mapping, ahead: bool):
         self._steps, self._go_on = SimpleQueue(), SimpleQueue()
-        self._late, self._given = None, (None, None)
+        self._late, self._given, self._ended = None, (None, None), False
         self._thread = Thread(target=self._run, args=(traced, batch, ahead), daemon=True)
         self._thread.start()
 
     def next(self) -> Step | None:
-        """Go on to the next layer; None at the end. What the model raises is raised here."""
+        """Go on to the next layer; None at the end, and from then on. What the model raises is raised here."""
+        if self._ended:
+            return None
         self._go_on.put(True)
         step = self._steps.get()
+        self._ended = not isinstance(step, Step)
         if isinstance(step, BaseException):
             raise step
         return step

@@ -58,6 +58,7 @@ def test_a_pass_stands_at_each_layer_in_their_order(vit, ahead):
     layers = ["patch_embed.proj", *(f"blocks.{number}.{name}" for number in (0, 1) for name in block), "norm", "head"]
     with stepping(vit, ahead=ahead) as one:
         steps = list(iter(one.next, None))
+        assert one.next() is None, "once more after the end"
     assert [step.key for step in steps] == [f"{layer}.weight" for layer in layers]
     assert [step.key for step in steps if step.y is None] == [
         f"{layer}.weight" for layer in layers if ahead and "norm" not in layer
