@@ -1,9 +1,9 @@
 """Projection: a student's first weights, made from a teacher's by least squares on a few images.
 
 The plan says which teacher tensor each student tensor comes from; least squares decides the values. First the teacher
-sees some of the images and shows the moments of its activations (activation_stats.py). From these we choose the down map
-of every neuron group (maps.py). Then both models see all images, and we fit the student's layers one after the other
-(up_maps.py).
+sees some of the images and shows the moments of its activations (activation_stats.py). From these we choose the down
+map of every neuron group (maps.py). Then both models see all images, and we fit the student's layers one after the
+other (up_maps.py).
 """
 
 import inspect
