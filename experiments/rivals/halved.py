@@ -3,9 +3,9 @@
 
 python experiments/rivals/halved.py FOLDERS --teacher_path FILE
 
-FOLDERS holds class folders in train/ and val/, as run.py writes them to OUT/data/. 256 images of train calibrate;
---images of val are classified, in 1000 classes, by the teacher and by each student of mlp_ratio 2: by plain selection,
-by CORP (2602.05243), and by project.
+FOLDERS holds class folders in train/ and val/, as run.py writes them to OUT/data/. As many images of train calibrate as
+projection takes by default; --images of val are classified, in 1000 classes, by the teacher and by each student of
+mlp_ratio 2: by plain selection, by CORP (2602.05243), and by project.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from rivals.arms import Pair
 from rivals.corp import compensated
 from rivals.first_weights import TEACHER, open_teacher
 from weight_selection import select_weights
+from weight_selection.agreement import top1_classes
 from weight_selection.arguments import Parser
 from weight_selection.errors import run_program
 from weight_selection.sources.timm_models import create_model
@@ -28,10 +29,9 @@ from weight_selection.sources.timm_models import create_model
 BATCH_SIZE = 64
 
 
-@torch.no_grad()
 def classes(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     """The model's first choice for each image, int64 (images,)."""
-    return torch.cat([model.eval()(batch).argmax(1) for batch in images.split(BATCH_SIZE)])
+    return torch.cat([top1_classes(model, batch)[0] for batch in images.split(BATCH_SIZE)])
 
 
 def get_args_parser() -> Parser:

@@ -249,12 +249,10 @@ def solve_up_map(across: Tensor, own: Tensor, prior: Tensor, constant: bool = Tr
     Returns:
         B~ = (B, c), (D, d + 1); without a constant B, (D, d).
     """
-    prior, start = prior[:, :-1], prior[:, -1:]
+    prior = prior[:, :-1]
     (across, x), (own, z) = ((moments[:, :-1], moments[:, -1:]) for moments in (across, own[:-1]))
     ridge = RIDGE * own.diagonal().mean().clamp(min=torch.finfo(own.dtype).tiny)
     if constant:  # it is free: what is left is the regression of the deviations from the means
-        if torch.equal(x, prior @ z + start) and torch.equal(across, prior @ own + start @ z.T):
-            return torch.cat([prior, start], dim=1)
         across, own = across - x @ z.T, own - z @ z.T
     ridges = ridge * torch.eye(len(own), dtype=own.dtype, device=own.device)
     up_map = prior + torch.linalg.solve(own + ridges, (across - prior @ own).T).T

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +149,18 @@ def first_images(batch: torch.Tensor | Mapping, count: int) -> torch.Tensor | di
     return {name: value[:count] for name, value in batch.items()} if isinstance(batch, Mapping) else batch[:count]
 
 
+def joined(batches: Iterable, count: int) -> Iterator:
+    """Batches of up to ``count`` images: neighbours that are alike but for their numbers of images are put together."""
+    waiting = []
+    for batch in batches:
+        if waiting and (not _alike(waiting[0], batch) or sum(map(images_in, [*waiting, batch])) > count):
+            yield _together(waiting)
+            waiting = []
+        waiting.append(batch)
+    if waiting:
+        yield _together(waiting)
+
+
 def inputs_with(inputs: tuple | dict, batch) -> tuple | dict:
     """The inputs of a forward pass of a batch: arguments, or keyword arguments.
 
@@ -196,6 +208,18 @@ def check_batches(images, inputs: tuple | dict, count: int | None, side: int | N
     if first.shape[1] != channels:
         raise InputError(f"calibration: images have {first.shape[1]} channels, the model takes {channels}")
     return images
+
+
+def _alike(batch, other):
+    if isinstance(batch, Mapping):
+        return batch.keys() == other.keys() and all(_alike(value, other[name]) for name, value in batch.items())
+    return batch.shape[1:] == other.shape[1:]
+
+
+def _together(batches):
+    if isinstance(batches[0], Mapping):
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    return torch.cat(batches)
 
 
 def _find_images(root):

@@ -18,11 +18,9 @@ class Skipped:
     """Layers of the teacher that the student leaves out, between one that it keeps and the next.
 
     Attributes:
-        source: key of the teacher's dense weight that is to make up for them, the last of the layer before them.
         before, last: names of the layer before them, and of the last that is left out.
     """
 
-    source: str
     before: str
     last: str
 
@@ -52,5 +50,5 @@ def find_skipped(entries: dict, teacher: Layers, student: Layers, up_mapped: Ite
         after = [other for other in kept[container] if other > number]
         missing = [n for n in teacher.containers[container] if number < n < min(after, default=0)]
         if missing:
-            skipped[key] = Skipped(entries[key].teacher_key, f"{container}{number}", f"{container}{max(missing)}")
+            skipped[key] = Skipped(f"{container}{number}", f"{container}{max(missing)}")
     return skipped

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from weight_selection.projection.activation_tap import ActivationTap, vectors
 from weight_selection.projection.images import images_in
@@ -37,6 +38,12 @@ class StreamSum:
     gain: Tensor
     constant: Tensor
     by_place: bool = False
+
+
+def rows(traced: TracedModel, key: str, x: Tensor) -> Tensor:
+    """What a dense layer or a norm takes or gives, as rows (n, channels); ``key`` is of its weight or gain."""
+    batch_norm = isinstance(traced.symmetries.modules[key.rpartition(".")[0]], _BatchNorm)
+    return vectors(x, x.ndim if batch_norm else len(traced.structure.shapes[key]))
 
 
 def by_place(rows: Tensor, images: int) -> Tensor:
@@ -93,23 +100,22 @@ class _Seen:
         self.traced, self.places, self.writes, self.ran = traced, [], [], Counter()
 
     def norm(self, key, x, y):
-        self._place(key, x.reshape(-1, x.shape[-1]))
+        self._place(key, x)
         return y
 
     def dense(self, key, x, y):
-        ndim = len(self.traced.structure.shapes[key])
-        self._place(key, vectors(x, ndim))
+        self._place(key, x)
         symmetries = self.traced.symmetries
         slices = symmetries.slices(key, symmetries.output_dim(key)) if key in symmetries.dense else ()
         self.ran[key] += 1
         if len(slices) == 1:
-            self.writes.append((len(self.places), key, slices[0].group, vectors(y, ndim).clone()))
+            self.writes.append((len(self.places), key, slices[0].group, rows(self.traced, key, y).clone()))
         return y
 
-    def _place(self, key, rows):
+    def _place(self, key, x):
         group = stream_taken(self.traced, key)
         if group is not None:
-            self.places.append((key, group, rows.clone()))  # the model may change it in place
+            self.places.append((key, group, rows(self.traced, key, x).clone()))  # the model may change it in place
 
 
 def _fitted(before, x, after, later, y, images, turned):

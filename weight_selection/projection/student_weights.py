@@ -78,13 +78,7 @@ class StudentWeights:
 
         Its module puts them together before the layer runs.
         """
-        if self._shifts[key].keys() <= {bias_of(key)}:
-            return None
-        outputs = self._by_outputs(key).shape[0]
-        bias = torch.zeros(outputs, dtype=torch.float64, device=self.teacher.device)
-        for name, (places, _) in self._shifts[key].items():
-            bias[places] = self.state[name].double()
-        return bias
+        return None if self._shifts[key].keys() <= {bias_of(key)} else self._bias(key)
 
     def without_shift(self, key: str, z: Tensor) -> Tensor:
         """What a dense layer takes, without the shift of ones by which the norm before it gives constants, (11)."""
@@ -98,10 +92,7 @@ class StudentWeights:
             across, own: E[y z~'] and E[z~ z~'], with y what the layer should give.
         """
         weight, biases = self._by_outputs(key), self._shifts[key]
-        bias = across.new_zeros(len(across), 1)
-        for name, (outputs, _) in biases.items():
-            bias[outputs, 0] = self.state[name].double()
-        prior = torch.cat([weight.flatten(1).double(), bias], dim=1)
+        prior = torch.cat([weight.flatten(1).double(), self._bias(key)[:, None]], dim=1)
         solved = equations.solve_up_map(across, own, prior, constant=bool(biases))
         weight.copy_(solved[:, : weight.shape[1]].reshape(weight.shape))
         for name, (outputs, _) in biases.items():
@@ -176,6 +167,13 @@ class StudentWeights:
     def _by_outputs(self, key):
         """The student's weight of a dense layer as (outputs, inputs, ...), a view."""
         return self.student.symmetries.by_outputs(key, self.state[key])
+
+    def _bias(self, key):
+        """What the biases of a dense layer add to each output, float64 (outputs,); zero where there is none."""
+        bias = torch.zeros(len(self._by_outputs(key)), dtype=torch.float64, device=self.teacher.device)
+        for name, (outputs, _) in self._shifts[key].items():
+            bias[outputs] = self.state[name].double()
+        return bias
 
     def _convert(self, key, entry):
         """Give a tensor its value; of a dense weight with an up map, prepare it."""

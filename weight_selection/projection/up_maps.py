@@ -9,18 +9,17 @@ before it are final, so we fit this one to what the student really computes:
 - A batch normalisation gets the statistics of what it takes, and gives the mean that it should, by (13).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from weight_selection.projection.activation_tap import vectors
 from weight_selection.projection.batch_norms import find_batch_norms, fit_batch_norm, mean_given
 from weight_selection.projection.equations import Moments, Variances
-from weight_selection.projection.images import first_images, images_in
+from weight_selection.projection.images import first_images, images_in, joined
 from weight_selection.projection.stepped_pass import Step, SteppedPass
-from weight_selection.projection.stream_sums import by_place, find_sums, stream_taken
+from weight_selection.projection.stream_sums import by_place, find_sums, rows, stream_taken
 from weight_selection.projection.student_weights import StudentWeights
 
 PASS_IMAGES = 128  # of a pass: many small passes would scatter what they keep all over the memory
@@ -36,7 +35,7 @@ def fit_up_maps(weights: StudentWeights, skipped: dict, images: Iterable) -> Non
         skipped: the layers that it leaves out, as of ``find_skipped``.
         images: batches on the device of the models. All of them are gone through at once.
     """
-    batches = list(_joined(images))
+    batches = list(joined(images, PASS_IMAGES))
     sums = find_sums(weights.student, first_images(batches[0], SUM_IMAGES))
     for key in skipped.keys() - sums.keys():
         if key in weights.rows:
@@ -52,31 +51,6 @@ def fit_up_maps(weights: StudentWeights, skipped: dict, images: Iterable) -> Non
     finally:
         for one in passes:
             one.close()
-
-
-def _joined(batches):
-    """Batches of up to ``PASS_IMAGES``: neighbours that fit are put together."""
-    waiting = []
-    for batch in batches:
-        if waiting and (not _fits(waiting[0], batch) or sum(map(images_in, waiting)) + images_in(batch) > PASS_IMAGES):
-            yield _together(waiting)
-            waiting = []
-        waiting.append(batch)
-    if waiting:
-        yield _together(waiting)
-
-
-def _fits(batch, other):
-    """Whether two batches are alike but for their numbers of images."""
-    if isinstance(batch, Mapping):
-        return batch.keys() == other.keys() and all(_fits(value, other[name]) for name, value in batch.items())
-    return batch.shape[1:] == other.shape[1:]
-
-
-def _together(batches):
-    if isinstance(batches[0], Mapping):
-        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    return torch.cat(batches)
 
 
 class _Fit:
@@ -112,7 +86,7 @@ class _Fit:
             return False
         across, own = self._moments.setdefault(key, (Moments(), Moments()))
         for one, ours, theirs in zip(passes, steps, taught, strict=True):
-            z = self.weights.without_shift(key, self._rows(ours))
+            z = self.weights.without_shift(key, rows(self.weights.student, key, ours.x))
             wanted = self._wanted(key, one, theirs)
             if len(wanted) != len(z):  # the layer works along another axis than that of its neurons, such as tokens
                 return False
@@ -131,8 +105,8 @@ class _Fit:
     def _fit_batch_norm(self, key, steps, taught):
         norm, taken, given = self.batch_norms[key], Variances(), Variances()
         for ours, theirs in zip(steps, taught, strict=True):
-            taken.add(self._rows(ours))
-            given.add(vectors(theirs.y, theirs.y.ndim))
+            taken.add(rows(self.weights.student, key, ours.x))
+            given.add(rows(self.weights.teacher, theirs.key, theirs.y))
         wanted = self.weights.map_output(self.weights.entries[key], given.mean)
         if steps[0].behind in self._means:  # the stream should come to where the teacher's is
             wanted = mean_given(norm, self._means[steps[0].behind])
@@ -140,38 +114,26 @@ class _Fit:
 
     def _stream(self, key, ours, theirs):
         """(Q x, s) as rows: where the student's stream should be, and where it is."""
-        x = vectors(theirs.x, self._ndim(self.weights.teacher, theirs.key))
-        return self.weights.map_stream(self.streams[key], x), self._rows(ours).clone()
+        x = rows(self.weights.teacher, theirs.key, theirs.x)
+        return self.weights.map_stream(self.streams[key], x), rows(self.weights.student, key, ours.x).clone()
 
     def _wanted(self, key, one, theirs):
         """What the layer should give, if it adds to a stream; else what the teacher's layer takes. Rows."""
-        ndim = self._ndim(self.weights.teacher, theirs.key)
         if key not in self.sums:
-            return vectors(theirs.x, ndim)
+            return rows(self.weights.teacher, theirs.key, theirs.x)
         found = self.sums[key]
         should, is_now = one.streams.pop(found.before) if self.last[found.before] == key else one.streams[found.before]
         after = one.ahead(self.sources[found.after]) if key in self.skipped and found.after in self.sources else None
         if after is not None:
-            x = vectors(after.x, self._ndim(self.weights.teacher, after.key))
+            x = rows(self.weights.teacher, after.key, after.x)
             lost = self.weights.map_stream(self.streams[found.before], x) - is_now - found.constant.to(is_now)
             given = 0
         else:
             lost = should - is_now
-            given = vectors(
-                self.weights.map_output(self.weights.entries[key], theirs.y), self._ndim(self.weights.student, key)
-            )
+            given = rows(self.weights.student, key, self.weights.map_output(self.weights.entries[key], theirs.y))
         lost = by_place(lost, one.images) if found.by_place else lost
         gain = found.gain.to(lost)
         return given + torch.where(gain.abs() < LEAST_GAIN * gain.abs().max(), 0, lost / gain)
-
-    def _rows(self, step):
-        ndim = step.x.ndim if step.key in self.batch_norms else self._ndim(self.weights.student, step.key)
-        return vectors(step.x, ndim)
-
-    @staticmethod
-    def _ndim(traced, key):
-        """Dimensions of a weight; norms take vectors along the last dimension, like linear layers."""
-        return max(2, len(traced.structure.shapes[key]))
 
 
 class _Pass:
