@@ -4,11 +4,11 @@
 python experiments/rivals/run.py --phase tune --data_path data/ --output_dir rivals/ --processes 2 -- --use_amp false
 python experiments/rivals/run.py --phase test ...
 
-``tune`` trains every arm on the training images of Flowers-102 and evaluates on its validation images, with at least
-four learning rates, one more while the best is the largest or the smallest, and with both first classifiers. An arm 10
-points behind the best at the first settings stops there, unless it is one of FINAL or the best of the others. ``test``
-trains FINAL, the best of the others and the ceiling at their best settings, with three seeds, and evaluates on the test
-images.
+``tune`` trains every arm on the training images of Flowers-102 and evaluates on its validation images. From a
+classifier in closed form it tries at least four learning rates, and goes on while the best is the largest or the
+smallest; then it tries the best one with a random classifier. An arm 10 points behind the best at the first two
+learning rates stops there, unless it is one of FINAL or the best of the others. ``test`` trains FINAL, the best of the
+others and the ceiling at their best settings, with three seeds, and evaluates on the test images.
 
 What follows -- goes to main.py. DATA holds flowers-102/ and, for --data cifar100, cifar100_50/
 (experiments/cifar100_folders.py). A run that stands in results.jsonl is skipped, so the queue goes on where it stopped;
@@ -41,8 +41,8 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 RECIPES = {"flowers": "experiments/vit_half_112.yaml:flowers", "cifar100": "experiments/vit_half_112.yaml:cifar100"}
 EPOCHS = {"flowers": 20, "cifar100": 12}  # of these recipes
 NORMALIZATION = ("--imagenet_default_mean_and_std", "false")  # mean and std 0.5, as the teacher's images had
-FIRST = [(5e-4, "ridge"), (1e-3, "ridge")]  # what decides whether an arm goes on
-LATER = [(5e-4, "random"), (1e-3, "random"), (2e-3, "ridge"), (2e-3, "random"), (2.5e-4, "ridge"), (2.5e-4, "random")]
+FIRST = (5e-4, 1e-3)  # the learning rates that decide whether an arm goes on
+LATER = (2.5e-4, 2e-3)
 CEILING_RATES = (5e-4, 2.5e-4, 1e-3)  # of the ceiling, which takes four times as long
 SPLITS = {  # of Flowers-102: to train on 1,020 or 2,040 images, and to evaluate on 1,020 or 6,149
     "tune": {"train": ["trnid"], "val": ["valid"]},
@@ -81,28 +81,33 @@ def finalists(rows: list[dict]) -> list[str]:
 def tuning(rows: list[dict], arms: list[str]) -> list[dict]:
     """The runs of the tuning, the most telling first, as far as the finished ones show that they are wanted."""
     students = [arm for arm in arms if arm != CEILING]
-    wanted = [(*setting, arm) for setting in FIRST for arm in students]
+    wanted = [(lr, "ridge", arm) for lr in FIRST for arm in students]
     students = [arm for arm in students if _goes_on(rows, arm)]
-    wanted += [(*setting, arm) for setting in LATER for arm in students]
-    wanted += [(*setting, arm) for arm in students if (setting := _beyond(rows, arm))]
+    wanted += [(lr, "ridge", arm) for lr in LATER for arm in students]
+    wanted += [(*setting, arm) for arm in students if (setting := _next_setting(rows, arm))]
     wanted += [(lr, "ridge", CEILING) for lr in CEILING_RATES if CEILING in arms]
     keys = [("flowers", arm, EPOCHS["flowers"], lr, classifier, 0, "tune") for lr, classifier, arm in wanted]
     return [dict(zip(KEY, key, strict=True)) for key in keys]
 
 
 def _goes_on(rows, arm):
-    first = [row for row in rows if row["phase"] == "tune" and (row["lr"], row["classifier"]) in FIRST]
+    first = [row for row in rows if row["phase"] == "tune" and row["lr"] in FIRST and row["classifier"] == "ridge"]
     own = [row["accuracy"] for row in first if row["arm"] == arm]
     best = max((row["accuracy"] for row in first if row["arm"] != CEILING), default=0)
     return arm in finalists(rows) or len(own) < len(FIRST) or max(own) > best - BEHIND
 
 
-def _beyond(rows, arm):
-    """The next setting of an arm whose best learning rate is the largest or the smallest that it was tuned at."""
-    rates, best = {row["lr"] for row in tuning_rows(rows, arm)}, tuned(rows, arm)
-    if len(rates) < 4 or min(rates) < best["lr"] < max(rates):
+def _next_setting(rows, arm):
+    """A learning rate beyond the tried ones if the best is at their end, otherwise a random classifier at the best."""
+    rates = {row["lr"] for row in tuning_rows(rows, arm) if row["classifier"] == "ridge"}
+    best = tuned(rows, arm)
+    if len(rates) < len(FIRST + LATER):
         return None
-    return (best["lr"] / 2 if best["lr"] == min(rates) else best["lr"] * 2), best["classifier"]
+    if best["lr"] == min(rates):
+        return best["lr"] / 2, "ridge"
+    if best["lr"] == max(rates):
+        return best["lr"] * 2, "ridge"
+    return best["lr"], "random"
 
 
 def testing(rows: list[dict], arms: list[str], data: str, epochs: int) -> list[dict]:

@@ -49,24 +49,22 @@ def table(rows: list[dict], data: str, epochs: int) -> list[tuple]:
 
 
 def draw(rows: list[dict], data: str):
-    """Validation accuracy against learning rate, dotted from random classifiers; test accuracy against epochs."""
+    """Validation accuracy against learning rate, from a classifier in closed form; test accuracy against epochs."""
     import style
 
     figure, panels = style.new_figure(2)
     for number, arm in enumerate(finalists(rows)):
         look = style.look(number)
-        for classifier, line in (("ridge", "-"), ("random", ":")):
-            found = {row["lr"]: row["accuracy"] for row in tuning_rows(rows, arm) if row["classifier"] == classifier}
-            label = {"label": arm} if classifier == "ridge" else {}
-            if found:
-                panels[0].plot(*zip(*sorted(found.items()), strict=True), linestyle=line, markersize=4, **look, **label)
+        found = {row["lr"]: row["accuracy"] for row in tuning_rows(rows, arm) if row["classifier"] == "ridge"}
+        if found:
+            panels[0].plot(*zip(*sorted(found.items()), strict=True), markersize=4, label=arm, **look)
         by_epochs = {}
         for row in sorted(tests(rows, arm, data), key=lambda row: row["epochs"]):
             by_epochs.setdefault(row["epochs"], []).append(row["accuracy"])
         if by_epochs:
             style.draw_seeds(panels[1], list(by_epochs), list(by_epochs.values()), arm, **look)
     rates = sorted({row["lr"] for row in rows if row["phase"] == "tune"})
-    panels[0].set(xscale="log", xlabel="learning rate (dotted: random classifier)", ylabel="validation accuracy, %")
+    panels[0].set(xscale="log", xlabel="learning rate", ylabel="validation accuracy, %")
     panels[0].set_xticks(rates, [f"{rate:g}" for rate in rates])
     panels[0].minorticks_off()
     panels[0].legend()
