@@ -36,9 +36,9 @@ def test_status_and_line_of_each_way_to_end(error, status, lines, capsys):
     assert capsys.readouterr().err == lines
 
 
-def test_error_is_one_line_and_status_2():
-    command = [sys.executable, str(ROOT / "main.py"), "--model", "vit_tinny", "--data_set", "digits"]
-    ended = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True)
+def test_error_is_one_line_and_status_2(tiny_run):
+    command = [sys.executable, str(ROOT / "main.py"), *tiny_run, "--model", "vit_tinny"]
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert len(ended.stderr.splitlines()) == 1

@@ -1,10 +1,8 @@
 """torchvision's models: a student hidden in a larger teacher is found again; layers, classifiers, positions."""
 
 import re
-import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer,
 from torchvision.models.vgg import VGG, make_layers
 from torchvision.models.vision_transformer import VisionTransformer
 
+from processes import environment, start
 from proofs import check_consistent, check_hidden, structures
 from weight_selection import select_weights
 from weight_selection.apply import apply_plan
@@ -30,7 +29,6 @@ from weight_selection.errors import InputError
 from weight_selection.plan import make_plan
 from weight_selection.sources.torchvision_models import model_facts
 
-ROOT = Path(__file__).parents[3]
 CLASSES = 7
 
 
@@ -252,18 +250,21 @@ def test_windows_of_swin_v2_have_no_table():
     assert constants == {"relative_position_index", "relative_coords_table"}
 
 
-def test_timm_and_hugging_face_are_not_needed():
-    """The student of two published architectures, in a process that cannot import any other library of models."""
-    code = """
-import sys
-for absent in ("timm", "transformers", "huggingface_hub"):
-    sys.modules[absent] = None
-import torch, torchvision
-from weight_selection import select_weights
-with torch.device("cpu"):
-    teacher, student = torchvision.models.resnet34(), torchvision.models.resnet18()
-report = student.load_state_dict(select_weights(teacher, student), strict=False)
-assert report.missing_keys == ["fc.weight", "fc.bias"] and not report.unexpected_keys
-assert torch.equal(student.layer4[1].conv2.weight, teacher.layer4[1].conv2.weight)
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+def select_alone():
+    """Select the student of two published architectures, where no other library of models can be imported."""
+    others = ("timm", "transformers", "huggingface_hub")
+    for name in list(sys.modules):
+        if name.partition(".")[0] in (*others, "open_clip", "weight_selection"):
+            del sys.modules[name]
+    sys.modules.update(dict.fromkeys(others))
+    import weight_selection
+
+    teacher, student = models.resnet34(), models.resnet18()
+    report = student.load_state_dict(weight_selection.select_weights(teacher, student), strict=False)
+    assert report.missing_keys == ["fc.weight", "fc.bias"] and not report.unexpected_keys
+    assert torch.equal(student.layer4[1].conv2.weight, teacher.layer4[1].conv2.weight)
+
+
+def test_timm_and_hugging_face_are_not_needed(tmp_path):
+    alone = start(select_alone, [environment()], tmp_path)
+    assert alone.wait() == [0], alone.printed(0, "err")
