@@ -5,7 +5,6 @@ A student hidden in a larger teacher: the teacher computes what the student does
 
 import copy
 from functools import cache
-from unittest import mock
 
 import numpy as np
 import torch
@@ -13,39 +12,24 @@ import torch.nn as nn
 
 from architectures import lively, models, reads
 from helpers import assert_same
-from weight_selection import plan as plan_module
+from traces import structure_of, trace_of
 from weight_selection.apply import apply_plan
 from weight_selection.options import SelectionOptions
-from weight_selection.plan import plan_selection, structure_of
+from weight_selection.plan import plan_selection
 from weight_selection.tied import tied_keys
-from weight_selection.tracing.tracer import run_forward, trace
-
-TRACES = {}  # id of a structure: it, and the trace that it was made from
+from weight_selection.tracing.tracer import run_forward
 
 
 def structures(teacher, student, inputs=None, student_inputs=None):
     """What plans need to know of both; ``inputs`` as of ``select_weights``."""
-    theirs = _structure(teacher, "teacher", inputs)
-    return theirs, _structure(student, "student", inputs if student_inputs is None else student_inputs)
+    theirs = structure_of(teacher, "teacher", inputs)
+    return theirs, structure_of(student, "student", inputs if student_inputs is None else student_inputs)
 
 
 @cache
 def structures_of_pair(name):
     """Of a pair of ``architectures.MODELS``, traced once for all test files."""
     return structures(*models(name))
-
-
-def _structure(model, name, inputs):
-    traces = []
-
-    def recording(*args):
-        traces.append(trace(*args))
-        return traces[0]
-
-    with mock.patch.object(plan_module, "trace", recording):
-        structure = structure_of(model, name, inputs)
-    TRACES[id(structure)] = structure, traces[0]
-    return structure
 
 
 def plan_all(both, method):
@@ -115,7 +99,7 @@ def check_consistent(teacher, both):
     Args:
         both: of ``structures``.
     """
-    traces = [TRACES[id(structure)][1] for structure in both]
+    traces = [trace_of(structure) for structure in both]
     for method in ("uniform", "random"):
         check_neurons(plan_all(both, method), teacher, *traces)
 

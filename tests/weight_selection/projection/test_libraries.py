@@ -9,9 +9,9 @@ import transformers
 
 from architectures import lively
 from helpers import assert_same, random
+from traces import structure_of
 from weight_selection import select_weights
 from weight_selection.errors import InputError
-from weight_selection.plan import structure_of
 from weight_selection.projection import equations
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.images import Calibration

@@ -12,11 +12,12 @@ from timm.layers import StdConv2d
 from architectures import MODELS, lively, models, reads
 from helpers import images_for, random
 from proofs import structures_of_pair
+from traces import structure_of
 from weight_selection import select_weights
 from weight_selection.apply import apply_plan
 from weight_selection.errors import InputError
 from weight_selection.options import SelectionOptions
-from weight_selection.plan import plan_selection, structure_of
+from weight_selection.plan import plan_selection
 from weight_selection.projection import equations
 from weight_selection.projection.project import project
 from weight_selection.projection.symmetries import HEADS, Symmetries
@@ -44,10 +45,10 @@ SMALL_IMAGES = {name: 32 for name in MODELS if "img_size" not in MODELS[name][1]
 
 
 @cache
-def large(name):
-    """A teacher with random values, traced, and images that it takes."""
-    model = lively(models(name)[0])
-    return TracedModel.of(model, structures_of_pair(name)[0]), images_for(model, 3, SMALL_IMAGES.get(name))
+def traced_model(name):
+    """A small model with random values, traced, and images that it takes."""
+    model = lively(models(name)[1])
+    return TracedModel.of(model, structures_of_pair(name)[1]), images_for(model, 3, SMALL_IMAGES.get(name))
 
 
 def first_weights(plan, teacher, student, images, method):
@@ -70,7 +71,7 @@ def projected(teacher, student, images, method):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", ["project", "greedy"])
 def test_a_student_as_large_as_its_teacher_has_its_function(name, method):
-    teacher, images = large(name)
+    teacher, images = traced_model(name)
     if method == "project" and not teacher.symmetries.rotated():
         with pytest.raises(InputError, match="choose greedy"):
             check_streams(teacher.symmetries, name)

@@ -7,11 +7,12 @@ import torch
 
 from architectures import SWIN_SIZES, TINY, VIT_SIZES, lively
 from helpers import images_for
+from traces import structure_of
 from weight_selection import select_weights
 from weight_selection.apply import apply_plan
 from weight_selection.cli import main as select_main
 from weight_selection.options import SelectionOptions
-from weight_selection.plan import plan_selection, structure_of
+from weight_selection.plan import plan_selection
 from weight_selection.projection import equations
 from weight_selection.projection.project import project
 from weight_selection.projection.traced_model import TracedModel

@@ -8,9 +8,9 @@ import torch.nn as nn
 
 from architectures import lively, models
 from helpers import images_for, meta
+from traces import structure_of
 from weight_selection import select_weights
 from weight_selection.errors import InputError
-from weight_selection.plan import structure_of
 from weight_selection.projection import equations
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.symmetries import HEADS, ROTATED, Symmetries

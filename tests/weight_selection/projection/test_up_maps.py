@@ -9,8 +9,8 @@ import torchvision
 
 from architectures import SMALL, SWIN_SIZES, TINY, lively, models
 from helpers import images_for, random
+from traces import structure_of
 from weight_selection import select_weights
-from weight_selection.plan import structure_of
 from weight_selection.projection import equations
 from weight_selection.projection.stepped_pass import SteppedPass
 from weight_selection.projection.stream_sums import find_sums
