@@ -50,9 +50,9 @@ SPACES = {"vit": vit_spaces(), "convnext": convnext_spaces()}
 
 WIDTHS = {  # of the teacher; of a student that divides it and of one that does not
     "vit": (
-        {"embed_dim": 384, "depth": 2, "num_heads": 6, "mlp_ratio": 2, **IMAGE},
-        {"half": {"embed_dim": 192, "depth": 1, "num_heads": 3, "mlp_ratio": 2, **IMAGE}},
-        {"other": {"embed_dim": 320, "depth": 1, "num_heads": 5, "mlp_ratio": 2, **IMAGE}},
+        {"embed_dim": 96, "depth": 2, "num_heads": 6, "mlp_ratio": 2, **IMAGE},
+        {"half": {"embed_dim": 48, "depth": 1, "num_heads": 3, "mlp_ratio": 2, **IMAGE}},
+        {"other": {"embed_dim": 80, "depth": 1, "num_heads": 5, "mlp_ratio": 2, **IMAGE}},
     ),
     "convnext": (
         {"dims": (24, 48, 96, 192), "depths": (2, 1, 2, 1), "num_classes": 5},
@@ -130,7 +130,7 @@ def test_inconsistent_rules_choose_anew_in_every_tensor(family, method):
 
 def test_stream_of_a_width_that_does_not_divide_is_the_rounded_grid():
     kept = kept_neurons("vit", "uniform", *widths("vit", "other"))["stream"]
-    assert kept == {tuple(torch.linspace(0, 383, 320, dtype=torch.float64).round().int().tolist())}
+    assert kept == {tuple(torch.linspace(0, 95, 80, dtype=torch.float64).round().int().tolist())}
 
 
 @pytest.mark.parametrize("method", ELEMENT_SELECTION)
