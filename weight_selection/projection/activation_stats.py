@@ -9,7 +9,7 @@ from torch import Tensor
 from weight_selection.errors import InputError
 from weight_selection.projection.activation_tap import ActivationTap, vectors
 from weight_selection.projection.equations import Moments, Variances
-from weight_selection.projection.symmetries import LAYER_NORM, RMS_NORM, STRONGEST
+from weight_selection.projection.symmetries import LAYER_NORM, STRONGEST
 from weight_selection.projection.traced_model import TracedModel
 
 
@@ -41,7 +41,7 @@ class ActivationStats:
         followed = set()
         for batch in images:
             recorder = _BatchRecorder(self)
-            with ActivationTap(teacher.model, recorder.dense, recorder.norm, recorder.scale):
+            with ActivationTap(teacher, recorder.dense, recorder.norm, recorder.scale):
                 teacher.run(batch)
             followed = recorder.followed
         for key, moments in self.moments.items():
@@ -122,7 +122,5 @@ class _BatchRecorder:
         return y
 
     def scale(self, key, x):
-        if self.stats.teacher.symmetries.kind(key) == RMS_NORM:  # it is written out, and x is normalised already
-            self.norm(key, x, x)
-        elif isinstance(x, torch.Tensor) and x.data_ptr() in self._outputs:
+        if isinstance(x, torch.Tensor) and x.data_ptr() in self._outputs:
             self.stats.scaled[key] = self._outputs[x.data_ptr()][0]

@@ -70,7 +70,7 @@ class SteppedPass:
 
     def _run(self, traced, batch, ahead):
         tap = ActivationTap(
-            traced.model,
+            traced,
             self._pass_on if ahead else self._stand,
             self._stand,
             batch_norm=(lambda key, x, y: y) if ahead else self._stand,

@@ -58,7 +58,7 @@ def find_sums(traced: TracedModel, batch: Tensor) -> dict:
         batch: of inputs. Rows of other layers may be in another order, such as that of windows; then (12) fails.
     """
     seen = _Seen(traced)
-    with torch.no_grad(), ActivationTap(traced.model, seen.dense, seen.norm):
+    with torch.no_grad(), ActivationTap(traced, seen.dense, seen.norm):
         traced.run(batch)
     images = images_in(batch)
     times, found = Counter(key for key, *_ in seen.places), {}

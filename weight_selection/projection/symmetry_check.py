@@ -67,9 +67,9 @@ def _is_unchanged(stats, batch, streams, attentions):
     maps = random_down_maps(teacher, paired_groups(entries, teacher.structure, teacher.structure), streams, attentions)
     weights = StudentWeights(entries, mixed, stats, maps)
     comparison = _Comparison(weights)
-    with ActivationTap(teacher.model, comparison.record, comparison.record_norm):
+    with ActivationTap(teacher, comparison.record, comparison.record_norm):
         teacher.run(batch)
-    with ActivationTap(mixed.model, comparison.compare, comparison.replace_norm):
+    with ActivationTap(mixed, comparison.compare, comparison.replace_norm):
         mixed.run(batch)
     return bool(comparison.errors) and max(comparison.errors) < TOLERANCE
 
