@@ -67,7 +67,8 @@ class _Fit:
         self.wanted = {self.sources[key] for key in (*weights.rows, *self.streams, *self.batch_norms)}
         self.wanted |= {self.sources.get(self.sums[key].after) for key in skipped.keys() & self.sums.keys()}
         self._means = {}  # {key of a dense weight that adds to a stream: the mean of what it should give}
-        self._moments = {}  # {key: moments of what is wanted with what the layer takes, and of the latter alone}
+        again = (key for key in weights.rows if self.sources[key] in weights.stats.again)
+        self._again = {key: (Moments(), Moments()) for key in again}
 
     def see(self, passes: list, steps: list[Step]) -> bool:
         """Look at a layer before which all batches wait; whether it is fitted now."""
@@ -84,7 +85,7 @@ class _Fit:
             self._fit_batch_norm(key, steps, taught)
         if key not in self.weights.rows:
             return False
-        across, own = self._moments.setdefault(key, (Moments(), Moments()))
+        across, own = self._again.get(key) or (Moments(), Moments())  # of what is wanted with z, and of z alone
         for one, ours, theirs in zip(passes, steps, taught, strict=True):
             z = self.weights.without_shift(key, rows(self.weights.student, key, ours.x))
             wanted = self._wanted(key, one, theirs)
