@@ -10,6 +10,7 @@ import torchvision
 from architectures import SMALL, SWIN_SIZES, TINY, lively, models
 from helpers import images_for, random
 from weight_selection import select_weights
+from weight_selection.errors import InputError
 from weight_selection.plan import structure_of
 from weight_selection.projection import equations
 from weight_selection.projection.stepped_pass import SteppedPass
@@ -246,3 +247,19 @@ def test_a_layer_that_runs_twice_is_fitted_to_both_runs():
     weight, bias = teacher.second.weight.detach(), teacher.second.bias.detach()
     fitted = ridge_regression(z, x @ weight.T + bias, weight[:, kept].T)
     torch.testing.assert_close(student.second.weight, fitted[:-1].T, rtol=1e-4, atol=1e-5)
+
+
+class OfLittleMemory(BothHalves):
+    """A model that has no room for more than 64 images at a time."""
+
+    def forward(self, images):
+        if len(images) > 64:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return super().forward(images)
+
+
+def test_too_little_memory_is_said_in_one_line():
+    teacher, student, images = lively(BothHalves(16)), OfLittleMemory(8), random(80, 1, 4, 6)
+    options = {"example_inputs": images[:1], "calibration": images, "classifier": ()}
+    with pytest.raises(InputError, match=r"^calibration: cpu has too little memory .* give fewer images \(tried to"):
+        select_weights(teacher, student, element_selection="greedy", **options)
