@@ -30,8 +30,8 @@ class ActivationStats:
         normalised: {key of a norm's gain: ``Moments`` of what the norm gives before gain and shift}.
         norm_of: {key of a dense weight: key of the last norm before it over the same neurons}.
         scaled: {key of a LayerScale: key of the dense weight whose output it scales}.
-        early: {key of a norm in the stream itself, which no dense layer but another norm takes: keys of the dense
-            weights before it}.
+        early: {key of a norm in the stream itself: keys of the dense weights that ran before it}. Another norm takes
+            what such a norm gives; no dense layer does.
         again: keys of the dense weights that run more than once in a forward pass.
     """
 

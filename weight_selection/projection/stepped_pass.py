@@ -60,7 +60,7 @@ class SteppedPass:
         return step
 
     def add_late(self, bias: Tensor) -> None:
-        """Add a change of biases that the module has read already to what the next dense layer gives."""
+        """Add a change of biases to what the next dense layer gives: its module has read the old ones already."""
         self._late = bias
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ def rows(traced: TracedModel, key: str, x: Tensor) -> Tensor:
 
 
 def by_place(rows: Tensor, images: int) -> Tensor:
-    """Rows that are in the order of the images, in the order of the places."""
+    """Bring rows from an order image by image to an order place by place."""
     return rows.unflatten(0, (images, -1)).transpose(0, 1).flatten(0, 1)
 
 

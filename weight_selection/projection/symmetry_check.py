@@ -60,7 +60,7 @@ def check_symmetries(stats: ActivationStats, student: TracedModel, batch: Tensor
 
 
 def _is_unchanged(stats, batch, streams, attentions):
-    """Whether the dense layers of a copy of the teacher, with streams rotated and heads mixed, give what they gave."""
+    """Whether the dense layers give the same when a copy of the teacher has its streams rotated and its heads mixed."""
     teacher = stats.teacher
     entries = plan_selection(teacher.structure, teacher.structure, SelectionOptions()).selected
     mixed = TracedModel(copy.deepcopy(teacher.model), teacher.structure, teacher.symmetries)

@@ -33,7 +33,7 @@ def fit_up_maps(weights: StudentWeights, skipped: dict, images: Iterable) -> Non
     Args:
         weights: of the student; they are changed.
         skipped: the layers that it leaves out, as of ``find_skipped``.
-        images: batches on the device of the models. All of them are gone through at once.
+        images: batches on the device of the models. All of them are held in memory and pass at the same time.
     """
     batches = list(joined(images, PASS_IMAGES))
     sums = find_sums(weights.student, first_images(batches[0], SUM_IMAGES))
@@ -71,7 +71,7 @@ class _Fit:
         self._again = {key: (Moments(), Moments()) for key in again}
 
     def see(self, passes: list, steps: list[Step]) -> bool:
-        """Look at a layer before which all batches wait; whether it is fitted now."""
+        """Look at the layer before which all batches wait, and fit it if it needs that. Returns whether it did."""
         key = steps[0].key
         if not any(key in those for those in (self.streams, self.weights.rows, self.batch_norms)):
             return False
@@ -162,7 +162,7 @@ class _Pass:
         return None
 
     def ahead(self, key: str) -> Step | None:
-        """As ``taught``, but it can be asked for once more."""
+        """As ``taught``, but ``taught`` will give the same step once more."""
         step = self.taught(key)
         if step is not None:
             self._keep(step)
