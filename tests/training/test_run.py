@@ -226,7 +226,7 @@ def test_compiled_run_computes_the_same(train, tmp_path, capsys, monkeypatch):
         torch.nn.Module, "compile", lambda self: (compiled_modules.append(self), compile_module(self))[1]
     )
     for name, compiled in (("plain", "false"), ("compiled", "true")):
-        size = "embed_dim=32 depth=0 num_heads=2 patch_size=4"  # a C++ compiler takes half a minute for a block
+        size = "embed_dim=32 depth=1 num_heads=2 patch_size=4"
         train(f"--epochs 1 --model_kwargs {size} --compile {compiled} --output_dir", tmp_path / name)
         said = capsys.readouterr().out
     if "--compile true: goes on without" in said:

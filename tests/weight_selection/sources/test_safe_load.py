@@ -406,7 +406,7 @@ def whole(short, tmp_path_factory):
 @settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.generate],
-    max_examples=40,
+    max_examples=60,
 )
 def test_checkpoint_with_an_odd_value_anywhere_goes_on_or_is_refused(short, whole, data):
     every = list(places(whole))
