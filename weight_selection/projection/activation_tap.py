@@ -13,6 +13,7 @@ DENSE = {F.linear: (0, 1), F.conv2d: (0, 1), torch.conv2d: (0, 1), torch.addmm: 
 DENSE |= dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), (0, 1))
 NORMS = {F.layer_norm, F.rms_norm}
 PRODUCTS = {"mul", "mul_", "__mul__", "__rmul__"}
+SUMS = {"add", "add_"}
 
 
 class ActivationTap(TorchFunctionMode):
@@ -29,6 +30,7 @@ class ActivationTap(TorchFunctionMode):
         batch_norm: as ``norm``, called after every batch normalisation that has a gain.
         before: ``(key of the weight, input)``, called before every linear layer, convolution and, if ``batch_norm`` is
             given, batch normalisation. It may change their parameters.
+        added: called after every sum with what it gives.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class ActivationTap(TorchFunctionMode):
         scaled: Callable | None = None,
         batch_norm: Callable | None = None,
         before: Callable | None = None,
+        added: Callable | None = None,
     ):
         super().__init__()
         self.keys = {id(parameter): key for key, parameter in model.named_parameters()}
@@ -46,6 +49,7 @@ class ActivationTap(TorchFunctionMode):
         self.places = {parameter.data_ptr(): key for key, parameter in self.parameters.items()}
         self.dense, self.norm, self.scaled, self.batch_norm = dense, norm, scaled, batch_norm
         self.before = before or (lambda key, x: None)
+        self.added = added
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -67,6 +71,10 @@ class ActivationTap(TorchFunctionMode):
             if key is not None:
                 self.before(key, args[0])
                 return self.batch_norm(key, args[0], func(*args, **kwargs))
+        elif self.added is not None and getattr(func, "__name__", "") in SUMS:
+            y = func(*args, **kwargs)
+            self.added(y)
+            return y
         elif self.scaled is not None and getattr(func, "__name__", "") in PRODUCTS:
             factors = (*args, *kwargs.values())[:2]
             for one, other in (factors, factors[::-1]):
