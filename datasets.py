@@ -162,7 +162,7 @@ DATA_SETS = {
 
 
 def find_data(args, say: Callable[[str], object] = print):
-    """Options whose ``--data_path`` holds the data set, if it lies there, one level higher or one level deeper.
+    """Options whose ``--data_path`` holds the data set, if it lies there, one or two levels higher, or one deeper.
 
     Args:
         args: options of main.py.

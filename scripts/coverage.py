@@ -189,8 +189,8 @@ architecture and differ in their number of parameters. It needs no weights. `--l
 - *planned*: every tensor of the smaller model but the classifier has its place in the larger one.
 - *with `--allow_unused`*: the same, but the larger model has tensors that the smaller one has no place for (a
   LayerScale, another token).
-- *refused*: all other pairs, counted by reason. Most pairs of an architecture are no narrower or shallower versions of
-  each other.
+- *refused*: all other pairs, counted by reason. In most pairs of an architecture the smaller model is not a narrower or
+  shallower version of the larger one.
 """
 
 

@@ -56,11 +56,11 @@ class Range:
 
 @dataclass(frozen=True)
 class Need:
-    """What an option needs to have an effect."""
+    """A condition under which an option has an effect."""
 
-    met: Callable[[Options], bool]  # tells whether given options meet it
-    otherwise: str  # those of them that do not, for the error; {name} stands for the value of an option
-    always: bool = False  # refuse the option in a --config file too, not only on the command line
+    met: Callable[[Options], bool]  # tells whether options meet the condition
+    otherwise: str  # for the error: the options that do not meet it; {name} stands for the value of an option
+    always: bool = False  # if it is not met, refuse the option in a --config file too, not only on the command line
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class Option:
     """All that is to be known about one option.
 
     Attributes:
-        may_change_on_resume: a run may go on with another value than it was started with. The result may be another
-            one then: these are options of the machine and of what is kept, not of the experiment.
-        cannot_change_result: two runs that differ in nothing else have the same weights, log and accuracies to the
-            last bit. (Of a path: if the same data lie there.)
+        may_change_on_resume: a run may go on with another value than it was started with. These are options of the
+            machine and of what is kept, not of the experiment. The result may still differ.
+        cannot_change_result: two runs that differ only in this option have the same weights, log and accuracies to the
+            last bit. (For a path: if the same data lie there.)
     """
 
     name: str  # without dashes
@@ -83,13 +83,13 @@ class Option:
     nargs: int | str | None = None
     metavar: str | None = None
     ranges: tuple[Range, ...] = ()  # each refuses values in its own words; None is in every range
-    needs: tuple[Need, ...] = ()  # given on the command line without what it needs to have an effect, it is refused
+    needs: tuple[Need, ...] = ()  # the option is refused on the command line if one of these is not met
     set_by: dict[str, str] = field(default_factory=dict)  # {argument of a model: option that sets it}, of a dict
     may_change_on_resume: bool = False
     cannot_change_result: bool = False
 
 
-# What an option names, by its metavar. An empty text, as of a shell's unset variable, is never one of these.
+# What an option names, by its metavar. An empty text, which a shell's unset variable gives, is refused for all of them.
 NAMED = {"DIR": "a directory", "FILE": "a file", "PATH": "a file or directory", "NAME": "a name"}
 
 FREE = {"may_change_on_resume": True}
@@ -129,12 +129,12 @@ TABLE = {  # the rows, by their group in --help
     None: (
         Option("config", str, None, "YAML file of options; those on the command line win", metavar="FILE", **NEUTRAL),
         # Another machine may share the total out in another way; mixup then draws for other micro-batches.
-        Option("batch_size", int, 64, "images in a process's micro-batch (with --total_batch_size: at most)",
+        Option("batch_size", int, 64, "images in a process's micro-batch; with --total_batch_size it may be smaller",
                ranges=FROM_1, **FREE),
         Option("update_freq", int, 1, "micro-batches per step: gradient accumulation", ranges=FROM_1, needs=(NO_TOTAL,),
                **FREE),
         Option("total_batch_size", int, None,
-               "images per step over all processes; sets accumulation (and micro-batch: mixup pairs within it)"),
+               "images per step over all processes; micro-batch and accumulation follow from it"),
         Option("epochs", int, 300, "passes over the training images", ranges=FROM_1),
     ),
     "model": (
@@ -144,15 +144,16 @@ TABLE = {  # the rows, by their group in --help
                set_by={"num_classes": "--data_set", "drop_path_rate": "--drop_path", "img_size": "--input_size"}),
         Option("drop_path", float, 0.0, "stochastic depth", metavar="RATE", ranges=FROM_0_TO_1),
         Option("input_size", int, 224, "side of the input in pixels", ranges=FROM_1),
-        Option("layer_scale_init_value", float, 1e-6, "LayerScale of ConvNeXt at random init"),
+        Option("layer_scale_init_value", float, 1e-6, "first value of ConvNeXt's LayerScale at random initialisation"),
         Option("head_init_scale", float, 1.0, "factor on the classifier's first weights", needs=(TRAINED_FEATURES,)),
         Option("init", str, "timm", "random initialisation", choices=SCHEMES, needs=(FIRST_WEIGHTS,)),
         Option("classifier_init", str, "random",
-               "first weights of the classifier; ridge: regression from the features of the training images",
+               "first weights of the classifier; ridge: fitted to the features of the training images in closed form",
                choices=("random", "ridge"), needs=(TRAINING, TRAINED_FEATURES, NO_SCALE)),
-        Option("initialize", str, None, "weight_selection.py's file, or the directory it is in", metavar="PATH"),
+        Option("initialize", str, None, "file that weight_selection.py wrote, or its directory", metavar="PATH"),
         Option("finetune", str, None, "weights of a trained model of this architecture", metavar="PATH"),
-        Option("model_key", str, "model|module", "keys of the weights in the --finetune or --initialize file, by |",
+        Option("model_key", str, "model|module",
+               "keys under which the --finetune or --initialize file may hold the weights, with | between them",
                needs=(WEIGHT_FILE,)),
         Option("linear_probe", bool, False, "train only a new classifier, on frozen features"),
         Option("model_ema", bool, False, "keep an exponential moving average of the weights"),
@@ -166,17 +167,17 @@ TABLE = {  # the rows, by their group in --help
                choices=("none", "logit", "feature")),
         Option("distillation_alpha", float, 1.0, "weight of the distillation loss", metavar="A", ranges=FROM_0,
                needs=(DISTILLATION,)),
-        Option("teacher", str, None, "as --model: a name that has weights; --teacher_path of main.py says its own",
+        Option("teacher", str, None, "name as for --model; not needed if main.py trained what --teacher_path names",
                metavar="NAME", needs=(DISTILLATION,)),
-        Option("teacher_path", str, None, "the teacher's weights on disk; from the hub when not given", metavar="PATH",
-               needs=(DISTILLATION,)),
+        Option("teacher_path", str, None, "the teacher's weights on disk; when not given, they come from the hub",
+               metavar="PATH", needs=(DISTILLATION,)),
         Option("teacher_kwargs", dict, {}, "arguments of the teacher, such as embed_dim=384", needs=(DISTILLATION,),
                set_by={"num_classes": "--data_set", "img_size": "--input_size"}),
     ),
     "optimisation": (
         Option("opt", str, "adamw", "any optimiser of timm"),
         Option("opt_eps", float, 1e-8, "epsilon of the optimiser"),
-        Option("opt_betas", float, None, "betas of the optimiser; its own when not given", nargs="+"),
+        Option("opt_betas", float, None, "betas of the optimiser; when not given, its own defaults", nargs="+"),
         Option("momentum", float, 0.9, "momentum, for optimisers that have one"),
         Option("clip_grad", float, None, "largest gradient norm; no clipping when not given", metavar="NORM",
                ranges=ABOVE_0),
@@ -184,31 +185,33 @@ TABLE = {  # the rows, by their group in --help
         Option("weight_decay_end", float, None, "weight decay at the end of a cosine schedule; constant when not given",
                needs=(WEIGHT_DECAY,)),
         Option("lr", float, 4e-3, "peak learning rate, used as it is for any batch size", ranges=FROM_0),
-        Option("layer_decay", float, 1.0, "factor on the learning rate per layer below the top", ranges=ABOVE_0_UP_TO_1,
-               needs=(TRAINED_FEATURES,)),
-        Option("min_lr", float, 1e-6, "learning rate the cosine ends at", ranges=FROM_0),
+        Option("layer_decay", float, 1.0, "factor on the learning rate for each layer below the top",
+               ranges=ABOVE_0_UP_TO_1, needs=(TRAINED_FEATURES,)),
+        Option("min_lr", float, 1e-6, "learning rate at which the cosine ends", ranges=FROM_0),
         Option("warmup_epochs", int, None,
-               "epochs in which the learning rate rises from 0 to its peak; a sixth, and at most 50, when not given",
+               "epochs in which the learning rate rises from 0 to its peak; when not given, a sixth and at most 50",
                ranges=FROM_0, needs=(EPOCHS_OF_WARMUP,)),
-        Option("warmup_steps", int, -1, "warm-up in steps instead, when not negative"),
+        Option("warmup_steps", int, -1, "steps of warm-up, in place of epochs; a negative number: count epochs"),
     ),
     "augmentation": (
-        Option("color_jitter", float, 0.4, "used with --aa none", needs=(NO_POLICY,)),
+        Option("color_jitter", float, 0.4, "strength of random changes of colour, with --aa none", needs=(NO_POLICY,)),
         Option("aa", str, "rand-m9-mstd0.5-inc1", "timm's auto-augment policy, or none", metavar="POLICY"),
         Option("smoothing", float, 0.1, "label smoothing", ranges=FROM_0_TO_1),
         Option("train_interpolation", str, "bicubic", "resampling of the random crop",
                choices=("random", "bilinear", "bicubic")),
         Option("scale", float, [0.08, 1.0], "smallest and largest area of the random crop", nargs=2),
         Option("hflip", float, 0.5, "probability of a horizontal flip", ranges=FROM_0_TO_1),
-        Option("crop_pct", float, None, "centre crop in evaluation; 224/256 below 384 pixels when not given",
+        Option("crop_pct", float, None,
+               "share of a test image's side that the centre crop keeps; when not given 224/256, or 1 from 384 pixels",
                ranges=ABOVE_0 + ABOVE_0_UP_TO_1),
         Option("reprob", float, 0.25, "random erasing: probability", ranges=FROM_0_TO_1),
-        Option("remode", str, "pixel", "random erasing: fill", choices=("const", "rand", "pixel"), needs=(ERASING,)),
-        Option("recount", int, 1, "random erasing: rectangles", needs=(ERASING,)),
+        Option("remode", str, "pixel", "random erasing: what fills the rectangles", choices=("const", "rand", "pixel"),
+               needs=(ERASING,)),
+        Option("recount", int, 1, "random erasing: number of rectangles", needs=(ERASING,)),
         Option("mixup", float, 0.8, "mixup's alpha; 0: no mixup", metavar="ALPHA", ranges=FROM_0),
         Option("cutmix", float, 1.0, "cutmix's alpha; 0: no cutmix", metavar="ALPHA", ranges=FROM_0,
                needs=(NO_MINMAX,)),
-        Option("cutmix_minmax", float, None, "bounds of the cut, instead of --cutmix", nargs=2),
+        Option("cutmix_minmax", float, None, "bounds of the share of a side to cut, in place of --cutmix", nargs=2),
         Option("mixup_prob", float, 1.0, "probability of mixup or cutmix", ranges=FROM_0_TO_1, needs=(MIXING,)),
         Option("mixup_switch_prob", float, 0.5, "probability of cutmix when both are on", ranges=FROM_0_TO_1,
                needs=(MIXING,)),
@@ -218,12 +221,14 @@ TABLE = {  # the rows, by their group in --help
     "data": (
         Option("data_set", str, "IMNET", "what to train and test on", choices=tuple(DATA_SETS)),
         Option("data_path", str, None, "directory of the data set", metavar="DIR", needs=(DATA_FILES,), **NEUTRAL),
-        Option("eval_data_path", str, None, "class folders to test on; --data_path then holds those to train on",
+        Option("eval_data_path", str, None, "class folders to test on; --data_path then has those to train on",
                metavar="DIR", needs=(CLASS_FOLDERS,), **NEUTRAL),
-        Option("nb_classes", int, None, "checked against the data set, which knows it", cannot_change_result=True),
+        Option("nb_classes", int, None, "number of classes; only compared with that of the data set",
+               cannot_change_result=True),
         Option("imagenet_default_mean_and_std", bool, True,
-               "normalise by ImageNet's mean and deviation; false: by 0.5 and 0.5"),
-        Option("num_workers", int, None, "loader processes; 10, or this process's share of the cores, when not given",
+               "normalise images by ImageNet's mean and deviation; false: by 0.5 and 0.5"),
+        Option("num_workers", int, None,
+               "loader processes; when not given 10, or this process's share of the cores if that is less",
                ranges=FROM_0, **NEUTRAL),
         Option("augment_device", bool, False, "augment on the device that trains, not in workers", **FREE),
         Option("cache_images", bool, False, "decode all images at the start and keep them in memory", **NEUTRAL),
@@ -232,27 +237,32 @@ TABLE = {  # the rows, by their group in --help
                **FREE),
     ),
     "run": (
-        Option("output_dir", str, None, "of a run, or with --eval of a report; nothing is written without it",
-               metavar="DIR", **NEUTRAL),
+        Option("output_dir", str, None,
+               "directory of the run, or with --eval of the report; without it nothing is written", metavar="DIR",
+               **NEUTRAL),
         Option("log_dir", str, None, "directory of a TensorBoard log", metavar="DIR", **NEUTRAL),
-        Option("device", str, None, "cuda where there is one when not given", choices=("cuda", "cpu"), **FREE),
-        Option("seed", int, 0, "seed of all random numbers", ranges=FROM_0),
-        Option("deterministic", bool, False, "only algorithms that give the same bits each time", **FREE),
-        Option("compile", bool, False, "torch.compile; goes on without, and says so, where it fails", needs=(TRAINING,),
+        Option("device", str, None, "where to compute; when not given, cuda if there is one", choices=("cuda", "cpu"),
                **FREE),
-        Option("channels_last", bool, False, "memory layout that convolutions on GPUs like", **FREE),
+        Option("seed", int, 0, "seed of all random numbers", ranges=FROM_0),
+        Option("deterministic", bool, False, "use only algorithms that give the same bits each time", **FREE),
+        Option("compile", bool, False, "compile the model with torch.compile; if that fails, say so and go on without",
+               needs=(TRAINING,), **FREE),
+        Option("channels_last", bool, False, "memory layout in which convolutions on GPUs are faster", **FREE),
         Option("use_amp", bool, False, "mixed precision"),
-        Option("amp_dtype", str, None, "float16 on cuda and bfloat16 on cpu when not given",
+        Option("amp_dtype", str, None, "type of mixed precision; when not given, float16 on cuda and bfloat16 on cpu",
                choices=("float16", "bfloat16"), needs=(USE_AMP,), **FREE),
-        Option("eval", bool, False, "only evaluate --resume, --initialize or --finetune, as that file says", **FREE),
+        Option("eval", bool, False,
+               "only evaluate the weights of --resume, --initialize or --finetune; a checkpoint names model and data",
+               **FREE),
         # An evaluation draws no random numbers, but which epochs have one decides which epoch is the best.
         Option("disable_eval", bool, False, "evaluate after the last epoch only", **FREE),
         Option("eval_interval", int, 1, "epochs from one evaluation to the next", metavar="EPOCHS", ranges=FROM_1,
                needs=(EVALUATION,), **FREE),
-        Option("eval_batch_size", int, None, "one and a half times --batch_size when not given", metavar="IMAGES",
-               ranges=ABOVE_0, **FREE),
+        Option("eval_batch_size", int, None,
+               "images in a process's batch in evaluation; when not given, one and a half times --batch_size",
+               metavar="IMAGES", ranges=ABOVE_0, **FREE),
         Option("dist_eval", bool, True, "share the test images out among the processes", **FREE),
-        Option("resume", str, None, "checkpoint to continue from, or the run it is of", metavar="PATH", **FREE),
+        Option("resume", str, None, "checkpoint to continue from, or the directory of its run", metavar="PATH", **FREE),
         Option("auto_resume", bool, True, "continue the run that --output_dir holds", **NEUTRAL),
         Option("overwrite", bool, False, "replace the run, or with --eval the report, that --output_dir holds",
                needs=(OUTPUT,), **NEUTRAL),
@@ -261,8 +271,8 @@ TABLE = {  # the rows, by their group in --help
                needs=(OUTPUT, CHECKPOINTS), **NEUTRAL),
         Option("save_ckpt_steps", int, None, "checkpoints within an epoch too, every so many steps", metavar="STEPS",
                ranges=ABOVE_0, needs=(OUTPUT, CHECKPOINTS), **NEUTRAL),
-        Option("save_ckpt_num", int, 3, "numbered checkpoints to keep, of each kind", ranges=FROM_1,
-               needs=(OUTPUT, CHECKPOINTS), **NEUTRAL),
+        Option("save_ckpt_num", int, 3, "checkpoints to keep, of those after an epoch and likewise of those within one",
+               ranges=FROM_1, needs=(OUTPUT, CHECKPOINTS), **NEUTRAL),
         Option("start_epoch", int, 0, "first epoch, counted from 0; a checkpoint sets its own", ranges=FROM_0, **FREE),
         Option("enable_wandb", bool, False, "log to Weights & Biases", **NEUTRAL),
         Option("project", str, "weight-selection", "project of Weights & Biases", needs=(WANDB,), **NEUTRAL),
@@ -281,7 +291,7 @@ TABLE = {  # the rows, by their group in --help
 }
 # fmt: on
 
-# What a checkpoint's own options say of its model, and of what it was trained on. The first ones fit its weights.
+# The options of a checkpoint that say what its model is, and what it was trained on.
 RECORDED_MODEL = ("model", "model_kwargs", "input_size", "imagenet_default_mean_and_std")
 RECORDED = (*RECORDED_MODEL, "linear_probe", "crop_pct", "data_set", "data_path", "eval_data_path")
 
@@ -336,18 +346,20 @@ def _print_if_first(line, file=None):
 
 
 def default_options() -> Options:
-    """The options of a command without words."""
+    """The options of a command line that gives none."""
     return Options(**{name: copy.copy(option.default) for name, option in OPTIONS.items()})
 
 
 def parse_args(argv=None, recorded: dict | None = None) -> Options:
-    """Options from the command line over those of ``--config`` over the defaults, checked against each other.
+    """Options from the command line, then from ``--config``, then the defaults: the first that gives one decides.
+
+    The options are checked against each other.
 
     Args:
-        recorded: options that come over the defaults too, but below all others.
+        recorded: options that replace defaults, but nothing that command line or ``--config`` give.
 
     Raises:
-        InputError: see ``check_options``; or the words are no options.
+        InputError: see ``check_options``; or a word is no option.
     """
     parser = get_args_parser()
     given = _parse_given(parser, argv)
@@ -358,13 +370,13 @@ def parse_args(argv=None, recorded: dict | None = None) -> Options:
 
 
 def _fitting(recorded, given):
-    """Recorded options that go with those given: recorded paths are of the recorded data set, and go together."""
+    """The recorded options, without the recorded paths if another data set or another path is given."""
     same = given.get("data_set", recorded.get("data_set")) == recorded.get("data_set") and "data_path" not in given
     return {name: value for name, value in recorded.items() if same or name not in ("data_path", "eval_data_path")}
 
 
 def parse_args_with(found: list, argv=None) -> Options:
-    """As ``parse_args``, with options that checkpoints record; prints which ones are theirs and which are not.
+    """As ``parse_args``, with options that checkpoints record. It prints which options it takes from them.
 
     Args:
         found: [({option: value}, path of the checkpoint that records them)].
@@ -409,8 +421,8 @@ def _parse_given(parser, argv):
 def check_options(args: Options, given: set) -> None:
     """Refuse options that are out of range, contradict each other, or would have no effect.
 
-    Only those that are ``given`` on the command line with another value than their default are refused for having no
-    effect: a recipe may set what a command switches off.
+    An option without effect is refused only if it is ``given`` on the command line with another value than its default.
+    A recipe may set options that the command line makes useless.
 
     Raises:
         InputError: names an option, its value and what to do instead.
@@ -478,15 +490,15 @@ def check_weights(args: Options) -> None:
 
 
 def complete_warmup(args: Options) -> Options:
-    """Options with a number of warm-up epochs: if none is given a sixth of all, as 50 of the paper's 300 (Table 13)."""
+    """Options with a number of warm-up epochs. Default: a sixth of all, at most 50, as in Table 13 (50 of 300)."""
     return args if args.warmup_epochs is not None else args.replace(warmup_epochs=min(50, args.epochs // 6))
 
 
 def share_batch(args: Options, world_size: int) -> Options:
     """Options in which micro-batch, accumulation and ``--total_batch_size`` agree for a number of processes.
 
-    A given total decides the other two: the largest micro-batch up to ``--batch_size`` that divides a process's share
-    of it. Otherwise they decide the total.
+    If the total is given, it decides the other two: the micro-batch is the largest one up to ``--batch_size`` that
+    divides a process's share of the total. If not, the other two decide the total.
 
     Raises:
         InputError: the total cannot be shared out, or mixup gets an odd micro-batch.

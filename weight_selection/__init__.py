@@ -1,12 +1,12 @@
 """Weight selection: first weights for a small model, from a larger pretrained one.
 
-"Initializing Models with Larger Ones" (ICLR 2024), section 3. Three steps: select layers, match components, select
-elements. A plan is made first, from shapes alone; applying it touches the weights.
+The method is that of "Initializing Models with Larger Ones" (ICLR 2024), section 3. It has three steps: select layers,
+match components, select elements. First a plan is made from shapes alone; then the plan is applied to the weights.
 
     from weight_selection import select_weights
     student.load_state_dict(select_weights(teacher, student), strict=False)
 
-Torch is imported when something is selected, not before.
+Importing this package does not import torch. Its functions import it when they are used.
 """
 
 from __future__ import annotations
@@ -63,33 +63,33 @@ def select_weights(
     calibration_size: int | None = None,
     fused_qkv: str = "parts",
 ) -> dict:
-    """Select a student's first weights from a teacher's (paper, section 3), or project the teacher's onto it.
+    """Select a student's first weights from a teacher (paper, section 3), or fit them to it by projection.
 
     Args:
-        teacher: any module, or the name of a model, which ``--pretrained_model`` would take. Its own weights are taken,
-            unless ``weights`` are given; then it may be on the meta device, or None for a run's of main.py.
+        teacher: any module, or the name of a model as for ``--pretrained_model``. Without ``weights`` its own weights
+            are taken. With ``weights`` it may be on the meta device; it may be None if these are of a run of main.py.
         student: a smaller model whose tensors have counterparts in the teacher, or a name. Only its shapes matter: it
             may be on the meta device, but not for a projection.
-        example_inputs: inputs of the forward pass, a tensor, a tuple, or a dict of keyword arguments. Models of timm,
-            torchvision and Hugging Face say themselves what they take.
-        student_inputs: the student's, where they differ.
-        classifier: names of the modules that belong to the task, and keep the student's own initialisation. ``()``
-            selects everything, as ``include_head`` does. Default: the classification head that the library knows; of
-            other modules the linear layer that gives the output, if the two models' outputs differ in size.
-        weights: the teacher's weights apart from it: a state_dict with the teacher's keys, or a file or directory that
-            ``--pretrained_path`` would take.
+        example_inputs: inputs of the forward pass: a tensor, a tuple, or a dict of keyword arguments. They are not
+            needed for models of timm, torchvision and Hugging Face.
+        student_inputs: the same for the student, if its inputs are others.
+        classifier: names of the modules that belong to the task and keep the student's own initialisation. ``()``
+            selects everything, as ``include_head`` does. Default: the classification head that the library knows. In
+            other modules it is the linear layer that gives the output, if the two models' outputs differ in size.
+        weights: the teacher's weights, if they are not in the module: a state_dict with the teacher's keys, or a file
+            or directory as for ``--pretrained_path``.
         layer_selection: one of ``LAYER_SELECTION`` (section 3.1), applied to the layers of each stage.
-        element_selection: one of ``ELEMENT_SELECTION`` (section 3.2), or of ``PROJECTION``, which runs both models on
-            the device of the teacher.
-        exclude: what keeps the student's own initialisation: attention, mlp, norm, patch_embed, pos_embed (Table 10).
+        element_selection: one of ``ELEMENT_SELECTION`` (section 3.2), or of ``PROJECTION``. A projection runs both
+            models on the device of the teacher.
+        exclude: of attention, mlp, norm, patch_embed, pos_embed, those that keep the student's own values (Table 10).
         include_head: select the classifier too; both models must have the same classes.
         include_head_norm: select the normalisation inside ConvNeXt's head too, which the paper's release leaves out.
-        allow_unused: let teacher tensors go that the student has no counterpart of (LayerScale, registers).
+        allow_unused: drop teacher tensors that the student has no place for (LayerScale, registers).
         seed: of the random rules, of noise, and of the draw of images.
         calibration: for a projection: a directory of images, ``"noise"``, a tensor of normalised images (n, channels,
-            height, width), or a list of batches of these, or of other inputs (``[{"input_ids": ids}, ...]``).
+            height, width), or a list of batches: of such images, or of other inputs (``[{"input_ids": ids}, ...]``).
         calibration_images: how many images of the directory or of noise; default: 1,024, or all if there are fewer.
-        calibration_size: side of these images in pixels; default: as the student takes them.
+        calibration_size: side of these images in pixels; default: the size that the student takes.
         fused_qkv: uniform selection spreads its indices over each of the ``parts`` of fused queries, keys and values,
             or over the ``whole``, as the paper's release does.
 
@@ -98,7 +98,7 @@ def select_weights(
         without the classifier and the excluded components.
 
     Raises:
-        InputError: these cannot be used together. The message is one line and says what to do.
+        InputError: the arguments cannot be used together. The message is one line and says what to do.
     """
     from weight_selection.selection import Selection, Student, Teacher
 

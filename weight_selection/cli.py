@@ -1,6 +1,6 @@
-"""The command: its options and their checks, before torch is imported; then it plans, selects and writes.
+"""The command. It checks its options before it imports torch; then it plans, selects and writes.
 
-weight-selection, python -m weight_selection, python weight_selection.py: all three are this.
+``weight-selection``, ``python -m weight_selection`` and ``python weight_selection.py`` all run it.
 """
 
 import argparse
@@ -47,50 +47,61 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", metavar="PATH",
         help="a directory, in which MODEL_TYPE.pth is written, or a .pth, .pt or .safetensors file")
     add("--format", **one_of(["hub"]),
-        help="PATH becomes a directory that timm's local-dir:PATH or from_pretrained(PATH) opens, a whole checkpoint")
-    add("--dtype", **one_of(DTYPES), default=KEEP, help="of the written values; keep: the teacher's")
+        help="PATH becomes a directory with a whole checkpoint, which timm's local-dir:PATH or from_pretrained(PATH) "
+        "opens")
+    add("--dtype", **one_of(DTYPES), default=KEEP, help="type of the written values; keep: the teacher's")
     add("--model_type", **one_of(MODEL_TYPES),
         help="sets the default student and teacher; not needed when both are named")
     add("--pretrained_model", metavar="NAME",
-        help="teacher: a timm name, old or new; hf-hub:ORG/NAME, timm/NAME or local-dir:DIR of timm's; "
-        "transformers:ID or DIR; torchvision:NAME[.WEIGHTS]")
+        help="the teacher: a timm name, old or new; timm's hf-hub:ORG/NAME, timm/NAME or local-dir:DIR; "
+        "transformers:ORG/NAME or transformers:DIR; torchvision:NAME[.WEIGHTS]")
     add("--pretrained_path", metavar="PATH",
-        help="teacher's weights from disk, not from the hub: a file (.pth .safetensors .npz ...), moving average "
-        "first; a directory that a library saved; or one of a run of main.py, which names the teacher itself")
+        help="the teacher's weights on disk: a file (.pth .safetensors .npz ...; if it holds a moving average, that is "
+        "taken); a directory that a library saved; or that of a run of main.py, which says what its model is")
     add("--student", metavar="NAME",
-        help="vit_tiny, convnext_femto, another model of the paper, or any name that --pretrained_model takes")
+        help="the student: vit_tiny, convnext_femto, another model of the paper, or any name that --pretrained_model "
+        "takes")
     add("--student_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V",
-        help="such as embed_dim=96 num_heads=3; without --student, what differs from the teacher's architecture")
+        help="arguments of the student, such as embed_dim=96 num_heads=3; without --student, those in which it differs "
+        "from the teacher")
     add("--student_config", metavar="FILE",
-        help="instead: a recipe of main.py, FILE or FILE:SECTION, whose model, arguments and size are the student's")
+        help="in place of --student: a recipe of main.py, FILE or FILE:SECTION, with the student's model, arguments "
+        "and size of images")
     add("--width", type=fraction, metavar="W",
-        help="student: the teacher's architecture, W times as wide, with heads of the same size; such as 0.5 or 1/3")
-    add("--depth", type=fraction, metavar="D", help="likewise D times as deep, rounded up")
-    add("--teacher_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V", help="likewise for the teacher")
-    add("--layer_selection", **one_of(LAYER_SELECTION), default="first_n", help="which of the teacher's layers")
+        help="in place of --student: the teacher's model W times as wide, such as 0.5 or 1/3; heads keep their size")
+    add("--depth", type=fraction, metavar="D",
+        help="in place of --student: the teacher's model D times as deep, rounded up; may go with --width")
+    add("--teacher_kwargs", nargs="*", default={}, action=Kwargs, metavar="K=V", help="arguments of the teacher")
+    add("--layer_selection", **one_of(LAYER_SELECTION), default="first_n",
+        help="which of the teacher's layers the student gets")
     add("--element_selection", **one_of(ELEMENT_SELECTION + PROJECTION), default="uniform",
-        help="project (rotated) and greedy (coordinates) go beyond the paper, and need --calibration")
+        help="which neurons the student gets; project and greedy go beyond the paper, and need --calibration")
     add("--fused_qkv", **one_of(FUSED_QKV), default=PARTS,
-        help="uniform: spread indices in each of q, k and v, or over the whole as the release does (another selection "
-        "only where widths do not divide)")
+        help="uniform selection spreads its indices over each part of a fused q, k, v, or over the whole, as the "
+        "paper's release does; this differs only if the student's width does not divide the teacher's")
     add("--calibration", metavar=f"DIR|{NOISE}",
-        help="images without labels for project and greedy: those of the task are best, any will do; or none, noise")
+        help="images without labels, for project and greedy; any will do, those of the task are best; "
+        f"{NOISE} needs none")
     add("--calibration_images", type=int, metavar="N",
-        help=f"how many of them ({CALIBRATION_IMAGES}; of a smaller directory all)")
+        help="how many images of the directory, or of noise "
+        f"(default: {CALIBRATION_IMAGES}, or all if there are fewer)")
     add("--calibration_size", type=int, metavar="N",
-        help="side in pixels of images for a model that takes any, such as a ResNet (that of timm or --student_config)")
-    add("--seed", type=int, help="of the random selections, of noise and of the choice of images (default: 0)")
+        help="side of these images in pixels, for a model that takes any size, such as a ResNet (default: that of timm "
+        "or of --student_config)")
+    add("--seed", type=int, help="seed of random selection, of noise and of the choice of images (default: 0)")
     add("--exclude", nargs="+", **one_of(COMPONENTS), default=[],
-        help="components left at the student's own initialisation")
-    head.add_argument("--include_head", action="store_true", help="select the classifier too (same classes needed)")
+        help="components that keep the student's own initialisation")
+    head.add_argument("--include_head", action="store_true",
+                      help="select the classifier too; both models must have the same classes")
     head.add_argument("--classifier", nargs="+", metavar="MODULE",
-                      help="modules left at the student's own initialisation (default: those that the library knows)")
+                      help="modules that belong to the task and keep the student's own initialisation (default: the "
+                      "classifier that the library knows)")
     head.add_argument("--include_head_norm", action="store_true",
-                      help="select ConvNeXt's head.norm, which the release leaves out")
-    add("--allow_unused", action="store_true", help="let teacher tensors go that the student has no counterpart of")
+                      help="select ConvNeXt's head.norm, which the paper's release leaves out")
+    add("--allow_unused", action="store_true", help="drop teacher tensors that the student has no place for")
     add("--complete", action="store_true",
-        help="write the student's own initialisation of all else too, a whole checkpoint (timm's checkpoint_path)")
-    add("--overwrite", action="store_true", help="replace an existing output file")
+        help="write a whole checkpoint (timm's checkpoint_path): all else has the student's own initialisation")
+    add("--overwrite", action="store_true", help="replace what --output_dir names, if it exists")
     add("--dry_run", action="store_true", help="print the plan; needs no weights and writes nothing")
     add("--verbose", action="store_true", help="with --dry_run: a line for every tensor too")
     # fmt: on
@@ -98,7 +109,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_options(args) -> SelectionOptions:
-    """Fill in what follows from other options, and refuse what has no effect or cannot work."""
+    """Fill in options that follow from others. Refuse options that have no effect or cannot work."""
     _check_student(args)
     whole = args.complete or args.format == "hub"
     if args.complete and args.format == "hub":
@@ -130,7 +141,7 @@ def check_options(args) -> SelectionOptions:
 
 
 def _check_student(args):
-    """Find out who the student is: named, from a recipe, a model type's, or of the teacher's architecture."""
+    """Find out what the student is: a name, a recipe's model, a model type's default, or like the teacher."""
     named = {"--student": args.student, "--student_config": args.student_config, "--model_type": args.model_type}
     for option, value in (("--width", args.width), ("--depth", args.depth)):
         for other, given in (named | {"--student_kwargs": args.student_kwargs}).items() if value is not None else ():
@@ -191,7 +202,7 @@ def main(argv=None) -> None:
 
 
 def _take_after(teacher, args) -> None:
-    """Make the student one of the teacher's architecture, with the arguments that were given or that are smaller."""
+    """Make the student a model like the teacher, with the arguments that were given, or with smaller ones."""
     if args.width or args.depth:
         from weight_selection.sources.names import arguments_of
 
@@ -202,7 +213,7 @@ def _take_after(teacher, args) -> None:
 
 
 def print_plan(args, selection) -> None:
-    """Print the plan: neuron groups, layers, with --verbose every tensor, what the student costs, and totals."""
+    """Print the plan: neuron groups, layers, with --verbose every tensor, the student's cost, and totals."""
     from weight_selection import report
 
     plan, projection = selection.plan, selection.projection
@@ -272,9 +283,11 @@ def select(args, selection, name: str, digest: Future | None) -> None:
 
 
 def agreement_of(selection) -> tuple:
-    """How well a projected student agrees with its teacher: (the line that says it, what provenance says of it).
+    """How well a projected student agrees with its teacher.
 
-    If it cannot be known, the line says why, and provenance says nothing. If nothing was projected, neither does.
+    Returns:
+        (a line for the screen, a dict for the provenance). If the agreement cannot be measured, the line says why and
+        the dict is None. If nothing was projected, both are None.
     """
     from weight_selection.report import agreement_words
 
@@ -289,7 +302,7 @@ def agreement_of(selection) -> tuple:
 
 
 def print_next(args, selection, path: Path) -> None:
-    """Print the command that trains the student from what was written, if it is one that main.py trains."""
+    """Print the command that trains the student from the written weights, if main.py can train it."""
     if split_name(args.student)[0] not in ("", *TIMM) or not TRAINER.is_file():
         return
     words = ["--config", args.student_config]
@@ -303,7 +316,10 @@ def print_next(args, selection, path: Path) -> None:
 
 
 def words_of_normalization(selection) -> list:
-    """The option that normalises the student's images as the teacher's were, unless main.py does so anyway; said."""
+    """The option that makes main.py normalise images as the teacher's were; empty if it does so anyway.
+
+    A line is printed if the teacher's images were not normalised by ImageNet's mean and deviation.
+    """
     from weight_selection.sources.teachers import normalization_option, normalization_words
 
     if selection.normalization is None or (value := normalization_option(*selection.normalization)) == "true":
@@ -317,7 +333,7 @@ def words_of_normalization(selection) -> list:
 
 
 def run() -> None:
-    """Run the command with the words of the command line, and exit."""
+    """Run the command on the words of the command line, and exit."""
     if not any(
         word.split("=")[-1].lower() in PROJECTION for word in sys.argv
     ):  # a projection computes; the others copy, which

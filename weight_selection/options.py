@@ -1,4 +1,4 @@
-"""What a selection can be asked for. Imports no torch, so that a command is checked before torch is."""
+"""The options of a selection and their checks. Imports no torch, so that a command is checked before torch loads."""
 
 import os
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ LAYER_SELECTION = ("first_n", "mid_n", "last_n", "uniform", "quadratic")  # the 
 CONSISTENT = ("uniform", "consecutive", "random")  # they keep the same neurons in every tensor
 PER_TENSOR = ("random_inconsistent", "l1", "magnitude")  # they choose anew in every tensor
 ELEMENT_SELECTION = CONSISTENT + PER_TENSOR
-PROJECTION = ("project", "greedy")  # beyond the paper: weights that are fitted to the teacher's on a few images
-SEEDED = ("random", "random_inconsistent")  # of ELEMENT_SELECTION, what the seed changes
+PROJECTION = ("project", "greedy")  # beyond the paper: weights that are fitted to the teacher's activations
+SEEDED = ("random", "random_inconsistent")  # the rules of ELEMENT_SELECTION that the seed changes
 PARTS, WHOLE = FUSED_QKV = (
     "parts",
     "whole",
@@ -29,7 +29,7 @@ NOISE = "noise"  # in place of a directory of images
 class SelectionOptions:
     """The options of one selection.
 
-    Each field means what ``select_weights`` says of its argument of the same name. Only Python can give tensors as the
+    ``select_weights`` explains each field at its argument of the same name. Only Python can give tensors as the
     calibration. Errors name options of the command line; ``errors.in_python`` translates them for ``select_weights``.
     """
 
@@ -60,7 +60,7 @@ class SelectionOptions:
         """Raise InputError if an option is unknown, has no effect or contradicts another.
 
         Args:
-            plan_only: nothing but the plan is wanted, which needs no images.
+            plan_only: only the plan is wanted, which needs no images.
         """
         _choose("--layer_selection", self.layer_selection, LAYER_SELECTION)
         _choose("--element_selection", self.element_selection, ELEMENT_SELECTION + PROJECTION)

@@ -1,7 +1,7 @@
 """One selection, from the request to the weights. The command and ``select_weights`` are both thin callers of it.
 
-Teacher, Student     who they are: a module, or a name and arguments
-Selection            both traced once, and the plan; refuses at once what cannot work
+Teacher, Student     which models: a module, or a name and arguments
+Selection            traces both once and makes the plan; it refuses at once what cannot work
 Selection.weights    the student's first weights, by a rule of the paper or by projection
 """
 
@@ -31,12 +31,13 @@ class Teacher:
     """The model that weights come from.
 
     Attributes:
-        model: a module, or a name of ``sources.names``. None: the one that ``weights``, of a run of main.py, name.
-        kwargs, input_size: of ``names.create_model``, for a name.
-        weights: a state_dict, or a file or directory, if they are not the model's own.
-        option, weights_option: what named the model and its weights, for errors.
-        remedy: what the user can do if the weights cannot be had, for errors.
-        inputs: example inputs, as of ``facts_of``; None: those that the model says.
+        model: a module, or a name that ``sources.names`` knows. None: ``weights`` are of a run of main.py, whose
+            checkpoint says the model.
+        kwargs, input_size: if the model is a name, arguments of ``names.create_model``.
+        weights: a state_dict, a file or a directory; None: the model's own weights.
+        option, weights_option: the options that gave the model and its weights, for errors.
+        remedy: what the user can do if the weights are not to be had, for errors.
+        inputs: example inputs, as for ``facts_of``; None: the model's library says them.
     """
 
     model: nn.Module | str | None
@@ -65,11 +66,11 @@ class Teacher:
 
     @property
     def path(self) -> Path | None:
-        """The file or directory of weights that was named, if one was."""
+        """The file or directory of the weights; None if they are not in one."""
         return Path(self.weights) if isinstance(self.weights, (str, os.PathLike)) else None
 
     def create(self, device="cpu") -> nn.Module:
-        """The teacher; a name is created there with random weights."""
+        """The teacher. If it is given by name, it is built on the device, with random weights."""
         return _created(self, device)
 
     def open(self, skeleton: nn.Module, include_head: bool) -> tuple:
@@ -77,10 +78,11 @@ class Teacher:
 
         Args:
             skeleton: the teacher, perhaps on the meta device.
-            include_head: the classifier is wanted.
+            include_head: whether the classifier is wanted.
 
         Returns:
-            ({the teacher's key: tensor}, as far as possible read only when asked for; provenance as a dict; the files).
+            (weights, provenance, files). The weights are {the teacher's key: tensor}; if possible, a tensor is read
+            only when it is asked for. The provenance is a dict. The files are the paths of the weights.
         """
         if isinstance(self.weights, Mapping):
             return self.weights, {}, []
@@ -101,7 +103,7 @@ class Teacher:
 
     @property
     def weights_origin(self) -> str:
-        """What named the weights, for errors."""
+        """The option and the value that named the weights, for errors."""
         if self.option == "teacher":
             return "weights" if self.weights is not None else "teacher"
         return f"{self.weights_option} {self.weights}" if self.weights is not None else f"{self.option} {self.model}"
@@ -112,10 +114,10 @@ class Student:
     """The model that weights are for.
 
     Attributes:
-        model: a module, or a name of ``sources.names``.
-        kwargs, input_size: of ``names.create_model``, for a name.
-        option: what named it, for errors.
-        inputs: example inputs, as of ``facts_of``; None: those that the model says.
+        model: a module, or a name that ``sources.names`` knows.
+        kwargs, input_size: if the model is a name, arguments of ``names.create_model``.
+        option: the option that gave the model, for errors.
+        inputs: example inputs, as for ``facts_of``; None: the model's library says them.
     """
 
     model: nn.Module | str
@@ -128,7 +130,7 @@ class Student:
         self.model = _checked_model(self.model, self.option)
 
     def create(self, device="cpu") -> nn.Module:
-        """The student; a name is created there with its random initialisation."""
+        """The student. If it is given by name, it is built on the device, with its random initialisation."""
         return _created(self, device)
 
 
@@ -136,12 +138,13 @@ class Selection:
     """Both models, traced once, and the plan.
 
     Args:
-        teacher, student: who they are.
-        options: checked.
+        teacher, student: the two models.
+        options: checked options.
 
     Attributes:
-        models: both, on the meta device if they were named.
-        skeletons: as they are traced: for a projection, copies of one geometry.
+        models: (teacher, student); a model that was given by name is on the meta device.
+        skeletons: the models that are traced. For a projection they are copies, and the teacher's has the student's
+            geometry.
         teacher_structure, student_structure: what the trace found.
         plan: which weights go where.
 
@@ -168,7 +171,7 @@ class Selection:
 
     @cached_property
     def opened(self) -> tuple:
-        """The teacher's weights, their provenance and their files, as of ``Teacher.open``."""
+        """The teacher's weights, their provenance and their files, as ``Teacher.open`` returns them."""
         return self.teacher.open(self.models[0], self.options.selects_all)
 
     @cached_property
@@ -177,10 +180,12 @@ class Selection:
         return trained_normalization(self.models[0], self.teacher.path, self.teacher.weights_option)
 
     def weights(self) -> dict:
-        """The student's first weights: its state_dict without what is left out, on the CPU or where the teacher's are.
+        """The student's first weights: its state_dict without the keys that are left out.
+
+        Selected weights are on the device of the teacher's, projected ones on the CPU.
 
         Raises:
-            InputError: a tensor of the teacher's is not there, is of another shape or is not finite.
+            InputError: a tensor of the teacher's is missing, has another shape or is not finite.
         """
         weights, origin = self.opened[0], self.teacher.weights_origin
         if self.projection is None:
@@ -188,7 +193,7 @@ class Selection:
         return self.projection.weights(weights, origin)
 
     def _skeletons(self):
-        """Copies without weights, for a projection: the teacher is brought to the student's geometry."""
+        """Copies of both models without weights, for a projection. The teacher's gets the student's geometry."""
         from weight_selection.projection.project import match_geometry
 
         for who in (self.teacher, self.student):
@@ -207,7 +212,7 @@ def _checked_model(model, option):
 
 
 def _created(who, device):
-    """A user's module, or the model of a name with random weights."""
+    """The user's module; or if a name was given, that model with random weights."""
     if not isinstance(who.model, str):
         return who.model
     size = {} if who.input_size is None else {"input_size": who.input_size}  # of timm's models only

@@ -166,10 +166,7 @@ class Queue:
 
     def do(self, run: dict) -> dict:
         """Make the first weights unless they are there, and train from them; returns the line of the results."""
-        args, name = self.args, "_".join(map(str, key_of(run)))
-        words = ["--config", RECIPES[run["data"]], "--data_set", "image_folder"]
-        words += ["--data_path", self.folders(run["data"], run["phase"]), "--seed", run["seed"], "--num_workers", 0]
-        words += [*args.main_args, *(["--model_kwargs", *WHOLE] if run["arm"] == CEILING else [])]
+        args, name, words = self.args, "_".join(map(str, key_of(run))), self.recipe(run)
         init = args.output_dir / "init" / "_".join(map(str, (run["data"], run["phase"], run["arm"], run["seed"])))
         log, training = args.output_dir / "logs" / f"{name}.log", args.output_dir / "runs" / name
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -192,6 +189,12 @@ class Queue:
         figures |= {"seconds_before": before, "seconds_training": results["wall_time"]}
         figures = {figure: round(value, 2) for figure, value in figures.items()}
         return run | figures | {"torch": results["versions"]["torch"]}
+
+    def recipe(self, run: dict) -> list:
+        """The options of main.py that the first weights depend on too."""
+        words = ["--config", RECIPES[run["data"]], "--data_set", "image_folder", *NORMALIZATION]
+        words += ["--data_path", self.folders(run["data"], run["phase"]), "--seed", run["seed"], "--num_workers", 0]
+        return [*words, *self.args.main_args, *(["--model_kwargs", *WHOLE] if run["arm"] == CEILING else [])]
 
     def folders(self, data: str, phase: str) -> Path:
         """The class folders of a phase's images."""

@@ -11,6 +11,7 @@ from rivals.arms import ARMS, CEILING, FINAL, Pair, arm, without_classifier
 from rivals.corp import compensated
 from rivals.front import front
 from rivals.vit_widths import Kept, cut
+from training.options import parse_args
 from weight_selection.sources.timm_models import create_model
 
 SIZES = {"num_heads": 3, "depth": 2, "img_size": 32, "num_classes": 5}
@@ -106,6 +107,14 @@ def test_the_queue_skips_what_is_finished_and_drops_arms_that_are_behind(tmp_pat
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| project | 1.0 | 80.0 | 0.0005 | ridge | 80.0 ± 0.0 |") and "l2" in lines[-1]
     assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+def test_images_are_normalised_as_the_teachers_were(tmp_path):
+    (tmp_path / "cifar100_50").mkdir()
+    args = run.get_args_parser().parse_args(["--phase", "test", "--data_path", str(tmp_path), "--output_dir", "out"])
+    words = run.Queue(args).recipe({"data": "cifar100", "phase": "test", "arm": "project", "seed": 3})
+    options = parse_args([str(word) for word in [*words, "--output_dir", str(tmp_path / "out")]])
+    assert options.imagenet_default_mean_and_std is False and options.seed == 3
 
 
 def test_the_arms_that_go_on_are_arms():

@@ -1,5 +1,6 @@
 """The first pass over the images: the moments of the teacher's activations, and which layer follows which."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from weight_selection.errors import InputError
 from weight_selection.projection.activation_tap import ActivationTap, vectors
 from weight_selection.projection.equations import Moments, Variances
-from weight_selection.projection.symmetries import LAYER_NORM, RMS_NORM, STRONGEST
+from weight_selection.projection.symmetries import LAYER_NORM, STRONGEST
 from weight_selection.projection.traced_model import TracedModel
 
 
@@ -29,8 +30,9 @@ class ActivationStats:
         normalised: {key of a norm's gain: ``Moments`` of what the norm gives before gain and shift}.
         norm_of: {key of a dense weight: key of the last norm before it over the same neurons}.
         scaled: {key of a LayerScale: key of the dense weight whose output it scales}.
-        early: {key of a norm in the stream itself, which no dense layer but another norm takes: keys of the dense
-            weights before it}.
+        early: {key of a norm in the stream itself: keys of the dense weights that ran before it}. Another norm takes
+            what such a norm gives; no dense layer does.
+        again: keys of the dense weights that run more than once in a forward pass.
     """
 
     def __init__(self, teacher: TracedModel, images: Iterable):
@@ -38,17 +40,18 @@ class ActivationStats:
         self.moments, self.normalised, self.norm_of, self.scaled = {}, {}, {}, {}
         self._before = {}  # key of a norm: keys of the dense weights that ran before it
         self._hidden = self._takes_hidden_units()
-        followed = set()
+        followed, ran = set(), ()
         for batch in images:
             recorder = _BatchRecorder(self)
-            with ActivationTap(teacher.model, recorder.dense, recorder.norm, recorder.scale):
+            with ActivationTap(teacher, recorder.dense, recorder.norm, recorder.scale):
                 teacher.run(batch)
-            followed = recorder.followed
+            followed, ran = recorder.followed, recorder.ran
         for key, moments in self.moments.items():
             if not moments.variance.isfinite().all():
                 raise InputError(
                     f"--calibration: what the teacher's {key} takes is not finite; check weights and images"
                 )
+        self.again = {key for key, times in Counter(ran).items() if times > 1}
         self.early = {key: self._before[key] for key in followed - set(self.norm_of.values())}
 
     def outgoing(self, key: str) -> Tensor:
@@ -91,16 +94,16 @@ class _BatchRecorder:
 
     Attributes:
         followed: keys of the norms that another norm over the same neurons follows, and of the first norm over them.
+        ran: keys of the dense weights, in the order in which they ran.
     """
 
     def __init__(self, stats: ActivationStats):
-        self.stats, self.followed = stats, set()
+        self.stats, self.followed, self.ran = stats, set(), []
         self._last_norm = {}  # number of a group: key of the last norm over it
         self._outputs = {}  # address of a dense layer's output: (key of the weight, output)
-        self._ran = []  # keys of the dense weights, in the order in which they ran
 
     def dense(self, key, x, y):
-        self._ran.append(key)
+        self.ran.append(key)
         self._outputs[y.data_ptr()] = key, y  # we hold the output, so that no other tensor gets its memory
         symmetries = self.stats.teacher.symmetries
         slices = symmetries.slices(key, symmetries.dense[key]) if key in symmetries.dense else ()
@@ -118,11 +121,9 @@ class _BatchRecorder:
             self._last_norm[group] = key
             normalise = F.layer_norm if self.stats.teacher.symmetries.kind(key) == LAYER_NORM else F.rms_norm
             n = normalise(x, y.shape[-1:]).reshape(-1, y.shape[-1])
-            self.stats.add_normalised(key, n, self._ran)
+            self.stats.add_normalised(key, n, self.ran)
         return y
 
     def scale(self, key, x):
-        if self.stats.teacher.symmetries.kind(key) == RMS_NORM:  # it is written out, and x is normalised already
-            self.norm(key, x, x)
-        elif isinstance(x, torch.Tensor) and x.data_ptr() in self._outputs:
+        if isinstance(x, torch.Tensor) and x.data_ptr() in self._outputs:
             self.stats.scaled[key] = self._outputs[x.data_ptr()][0]

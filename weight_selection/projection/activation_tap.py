@@ -1,17 +1,20 @@
 """A tap on a running model: it shows what dense layers, normalisations and LayerScales take and give."""
 
 from collections.abc import Callable
+from functools import partial
+from threading import get_ident
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from weight_selection.projection.symmetries import RMS_NORM
+from weight_selection.projection.traced_model import TracedModel
+
 # Function: places of the input and of the weight among its arguments.
 DENSE = {F.linear: (0, 1), F.conv2d: (0, 1), torch.conv2d: (0, 1), torch.addmm: (1, 2)}
 DENSE |= dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), (0, 1))
-NORMS = {F.layer_norm, F.rms_norm}
 PRODUCTS = {"mul", "mul_", "__mul__", "__rmul__"}
 SUMS = {"add", "add_"}
 
@@ -22,10 +25,11 @@ class ActivationTap(TorchFunctionMode):
     A layer whose weight the model computes from parameters (weight standardisation) has no key and is not shown.
 
     Args:
-        model: the model that is going to run.
+        traced: the model that is going to run, in this thread.
         dense: ``(key of the weight, input, output) -> output``, called after every linear layer and convolution. The
             model goes on with the output that it returns.
-        norm: the same, called after every ``layer_norm`` and ``rms_norm`` with the key of its gain.
+        norm: the same, called with the key of the gain after every ``layer_norm``, and after every module that is an
+            RMS norm, by whatever operations.
         scaled: ``(key of a parameter, other factor)``, called before every product with a parameter.
         batch_norm: as ``norm``, called after every batch normalisation that has a gain.
         before: ``(key of the weight, input)``, called before every linear layer, convolution and, if ``batch_norm`` is
@@ -35,7 +39,7 @@ class ActivationTap(TorchFunctionMode):
 
     def __init__(
         self,
-        model: nn.Module,
+        traced: TracedModel,
         dense: Callable,
         norm: Callable | None = None,
         scaled: Callable | None = None,
@@ -44,12 +48,28 @@ class ActivationTap(TorchFunctionMode):
         added: Callable | None = None,
     ):
         super().__init__()
-        self.keys = {id(parameter): key for key, parameter in model.named_parameters()}
-        self.parameters = dict(model.named_parameters())
+        self.parameters = dict(traced.model.named_parameters())
+        self.keys = {id(parameter): key for key, parameter in self.parameters.items()}
         self.places = {parameter.data_ptr(): key for key, parameter in self.parameters.items()}
         self.dense, self.norm, self.scaled, self.batch_norm = dense, norm, scaled, batch_norm
         self.before = before or (lambda key, x: None)
         self.added = added
+        keys = [key for key in self.parameters if norm is not None and traced.symmetries.kind(key) == RMS_NORM]
+        self._rms_norms = {key: traced.model.get_submodule(key.rpartition(".")[0]) for key in keys}
+
+    def __enter__(self):
+        thread = get_ident()  # other passes of the model have taps of their own
+
+        def show(key, module, taken, y):
+            return self.norm(key, taken[0], y) if get_ident() == thread else y
+
+        self._hooks = [module.register_forward_hook(partial(show, key)) for key, module in self._rms_norms.items()]
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*raised)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -62,7 +82,7 @@ class ActivationTap(TorchFunctionMode):
         elif func is F.multi_head_attention_forward:
             with _HiddenProducts(self):
                 return func(*args, **kwargs)
-        elif func in NORMS and self.norm is not None:
+        elif func is F.layer_norm and self.norm is not None:
             key = self.keys.get(id(args[2] if len(args) > 2 else kwargs.get("weight")))
             if key is not None:
                 return self.norm(key, args[0], func(*args, **kwargs))

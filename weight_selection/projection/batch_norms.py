@@ -36,7 +36,7 @@ def fit_batch_norm(norm: _BatchNorm, taken: Variances, wanted: Tensor) -> None:
     """Change a batch normalisation by (13).
 
     Args:
-        norm: of the student; it is changed. In evaluation mode its output keeps its deviations from the mean.
+        norm: of the student; it is changed. In evaluation mode its output deviates from its mean as before.
         taken: what it takes.
         wanted: the mean that it is to give, float64 (d,).
     """

@@ -138,8 +138,8 @@ def greedy(covariance: Tensor, weight: Tensor, count: int) -> Tensor:
     """Choose the coordinates from which least squares restores best what the next layers use of all coordinates.
 
     Let S be the chosen coordinates and R the covariance of x that x_S does not explain. The next layers then lose
-    trace(G R). Each step chooses the coordinate j that lowers this most, by (R G R)_jj / R_jj, and takes what j
-    explains out of R.                                                                                              (3)
+    trace(G R). Each step chooses the coordinate j that lowers this most, by (R G R)_jj / R_jj, and removes from R
+    what j explains.                                                                                                (3)
 
     Args:
         covariance: of x, (D, D).
@@ -267,12 +267,12 @@ def with_constant(weight: Tensor, constant: Tensor) -> Tensor:
 
         W' = W + constant 1'/d        W' (z + 1) = W z + constant                                                  (11)
 
-    This is exact, for any number of layers behind one norm, each with its own constant. One shift alone, without
-    changed weights, could serve only constants that W shift gives in all these layers at once. RMS norms have no shift,
-    and take no mean away; there is nothing to be taken over.
+    This is exact, for any number of layers behind one norm, each with its own constant. A shift alone, without changed
+    weights, would need one vector whose product with W is the right constant in each of these layers. RMS norms have no
+    shift and take no mean away, so the layers behind them have nothing to take over.
 
     Args:
-        weight: W, (outputs, d); what it has along ones are rounding errors, and is removed.
+        weight: W, (outputs, d). Its part along the vector of ones is a rounding error, and is removed.
         constant: (outputs,).
 
     Returns:

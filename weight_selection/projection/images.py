@@ -18,7 +18,7 @@ BATCH_SIZE = 16
 
 
 class Calibration:
-    """Images in batches. They are made or read anew in every pass, so that they need no memory.
+    """Images in batches. They are made or read anew in every pass, so this object does not hold them in memory.
 
     Args:
         source: ``noise``, or a directory, which is searched with all directories below it.
@@ -103,7 +103,7 @@ class Calibration:
 
 
 def draw(total: int, count: int, seed: int, after: int = 0) -> list:
-    """``count`` of ``total`` indices without replacement, ascending; none of those that a draw of ``after`` gives."""
+    """Draw ``count`` of ``total`` indices, ascending, other than those that ``draw(total, after, seed)`` gives."""
     return sorted(np.random.Generator(np.random.PCG64(seed)).permutation(total)[after : after + count].tolist())
 
 
@@ -132,7 +132,7 @@ def noise(size: tuple, entropy) -> torch.Tensor:
 
 
 def image_of(inputs: tuple | dict) -> tuple:
-    """(its place or name, shape) of the images among a model's inputs; (None, None) unless they are its only tensor."""
+    """(place or name, shape) of the images among a model's inputs; (None, None) unless they are the only tensor."""
     named = inputs.items() if isinstance(inputs, dict) else enumerate(inputs)
     tensors = [(name, value) for name, value in named if isinstance(value, torch.Tensor)]
     images = [(name, tuple(value.shape)) for name, value in tensors if value.ndim == 4 and value.is_floating_point()]
@@ -150,7 +150,7 @@ def first_images(batch: torch.Tensor | Mapping, count: int) -> torch.Tensor | di
 
 
 def joined(batches: Iterable, count: int) -> Iterator:
-    """Batches of up to ``count`` images: neighbours that are alike but for their numbers of images are put together."""
+    """Join neighbouring batches that differ only in their numbers of images, up to ``count`` images."""
     waiting = []
     for batch in batches:
         if waiting and (not _alike(waiting[0], batch) or sum(map(images_in, [*waiting, batch])) > count):
@@ -162,10 +162,10 @@ def joined(batches: Iterable, count: int) -> Iterator:
 
 
 def inputs_with(inputs: tuple | dict, batch) -> tuple | dict:
-    """The inputs of a forward pass of a batch: arguments, or keyword arguments.
+    """The inputs of a batch's forward pass: a tuple of arguments, or a dict of keyword arguments.
 
     Args:
-        inputs: example inputs of the model. What is no tensor among them is given to every forward pass.
+        inputs: example inputs of the model. Those that are not tensors are passed on unchanged.
         batch: images, or a dict of tensors.
     """
     if isinstance(batch, Mapping):
@@ -178,7 +178,7 @@ def inputs_with(inputs: tuple | dict, batch) -> tuple | dict:
 
 
 def check_batches(images, inputs: tuple | dict, count: int | None, side: int | None) -> Iterable:
-    """Images, or other inputs, that the caller gives as tensors, in batches.
+    """Check images, or other inputs, that the caller gives as tensors, and return them in batches.
 
     Args:
         images: a tensor (n, channels, height, width), an iterable of such tensors, or one of dicts of tensors.

@@ -62,13 +62,13 @@ def choose_down_maps(entries: dict, student: TracedModel, stats: ActivationStats
                 maps.rotated.add(our)
         elif seen and treatment == STRONGEST:
             maps.of[our] = _strongest(their, count, stats)
-        else:  # UNIFORM, or all layers that take them did not run or have weights that the model computes
+        else:  # UNIFORM; or no layer that takes these neurons was seen: it did not run, or its weight is computed
             maps.of[our] = _uniform(teacher, their, student, our)
     return maps
 
 
 def random_down_maps(model: TracedModel, groups, streams: list, attentions: list) -> DownMaps:
-    """Down maps of a model onto itself that rotate some streams and mix some heads at random, and leave the rest.
+    """Down maps from a model to itself. They rotate some streams and mix some heads at random, and keep the rest.
 
     Args:
         groups: numbers of all its groups.
@@ -115,7 +115,7 @@ def _covariance_and_weight(group, stats):
 
 
 def _readers(group, stats):
-    """The dense layers that took a group: tuples of keys. Layers of one attention that took the same count as one."""
+    """Lists of keys of the dense layers that took a group. Layers of one attention with the same input share a list."""
     symmetries, found = stats.teacher.symmetries, {}
     for key in symmetries.readers(group):
         if key not in stats.moments:

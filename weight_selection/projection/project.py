@@ -100,14 +100,14 @@ def project(
 
     Args:
         entries: {student's key: its entry of the plan}, of the selected tensors.
-        teacher, student: on one device, in evaluation mode. The student's weights are replaced: it gets all entries.
-        images: batches of normalised images, (n, channels, height, width), or of other inputs, dicts of tensors; they
-            are gone through three times. The first ``STATS_IMAGES`` of them choose the down maps.
+        teacher, student: on one device, in evaluation mode. The student gets the values of all entries.
+        images: batches of normalised images, (n, channels, height, width), or of other inputs, dicts of tensors. They
+            are iterated three times. The first ``STATS_IMAGES`` of them decide the down maps.
         method: ``project`` rotates residual streams; ``greedy`` keeps coordinates of them.
         left_out: keys of entries of a classifier that is fitted too, but not returned.
 
     Returns:
-        The selected part of the student's state_dict, in its order, on the CPU, for a student without ``left_out``.
+        The student's values of all entries but ``left_out``, in the order of its state_dict, on the CPU.
 
     Raises:
         InputError: a model cannot take the images, or activations are not finite.
@@ -201,7 +201,7 @@ def _check_takes(traced, batch, name):
 
 
 def _shown(images, name, traced):
-    """The first batches where the models are, with progress; ``name`` is the model that sees them."""
+    """The first batches, on the models' device, with a progress bar; ``name`` is the model that sees them."""
     count = 0
     with tqdm(images, desc=f"calibration, {name}", unit="batch", leave=False) as batches:
         for batch in map(traced.placed, batches):

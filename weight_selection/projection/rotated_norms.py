@@ -36,8 +36,8 @@ class RotatedNorms:
     """The values of a student's norms and LayerScales in rotated streams.
 
     Most start at gain 1 and shift 0, since the up maps of the layers behind them take over the teacher's gains and
-    shifts. Two kinds of norms have no such layer: one in the stream itself, by (8), and one before a new classifier,
-    behind which features are to keep their sizes.
+    shifts. Two kinds of norms have no such layer behind them: a norm in the stream itself, see (8), and the norm before
+    a new classifier, whose features should keep their sizes.
 
     Args:
         entries: {student's key: its entry of the plan}.
@@ -75,7 +75,7 @@ class RotatedNorms:
         return torch.full(entry.shape, float(not is_shift), device=self.stats.teacher.device)
 
     def map_before(self, entry: PlanEntry, group: int) -> Tensor | None:
-        """The down map of (8), for what is given to a rotated stream before a norm in the stream itself; or None."""
+        """The down map of (8), if the entry gives to a rotated stream before a norm in the stream itself, or None."""
         if group not in self.maps.rotated:
             return None
         norms = [self.entries[key].teacher_key for key in self.student.symmetries.norms(group) if key in self.entries]

@@ -60,7 +60,7 @@ class SteppedPass:
         return step
 
     def add_late(self, bias: Tensor) -> None:
-        """Add a change of biases that the module has read already to what the next dense layer gives."""
+        """Add a change of biases to what the next dense layer gives: its module has read the old ones already."""
         self._late = bias
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class SteppedPass:
 
     def _run(self, traced, batch, ahead):
         tap = ActivationTap(
-            traced.model,
+            traced,
             self._pass_on if ahead else self._stand,
             self._stand,
             batch_norm=(lambda key, x, y: y) if ahead else self._stand,

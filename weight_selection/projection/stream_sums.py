@@ -54,7 +54,7 @@ def rows(traced: TracedModel, key: str, x: Tensor) -> Tensor:
 
 
 def by_place(rows: Tensor, images: int) -> Tensor:
-    """Rows that are in the order of the images, in the order of the places."""
+    """Bring rows from an order image by image to an order place by place."""
     return rows.unflatten(0, (images, -1)).transpose(0, 1).flatten(0, 1)
 
 
@@ -65,7 +65,7 @@ def find_sums(traced: TracedModel, batch: Tensor) -> dict:
         batch: of inputs. Rows of other layers may be in another order, such as that of windows; then (12) fails.
     """
     seen = _Seen(traced)
-    tap = ActivationTap(traced.model, seen.dense, seen.norm, batch_norm=seen.batch_norm, added=seen.added)
+    tap = ActivationTap(traced, seen.dense, seen.norm, batch_norm=seen.batch_norm, added=seen.added)
     with torch.no_grad(), tap:
         traced.run(batch)
     images = images_in(batch)

@@ -116,9 +116,9 @@ class StudentWeights:
         return patches.movedim(1, -1).flatten(0, 1)
 
     def without(self, left_out: Collection) -> dict:
-        """The values of all entries but some keys, those of a classifier that the student is not to get.
+        """The values of all entries but ``left_out``, the keys of a classifier that the student does not get.
 
-        Of a rotated norm whose gain only that classifier took over, they are those before a new classifier.
+        If only that classifier took over the gain of a rotated norm, the norm gets its values before a new classifier.
         """
         kept = [key for key in self.entries if key not in left_out]
         freed = self._norms.taken_over - self._taken_over(kept)
@@ -147,7 +147,7 @@ class StudentWeights:
         return x[..., down] if down.ndim == 1 else x @ down.T.to(x.dtype)
 
     def keeps_outputs(self, key: str) -> bool:
-        """Whether a dense layer of the student, if nothing is lost, gives outputs of the teacher's unmixed."""
+        """Whether a dense layer of the student would give outputs of the teacher's, unmixed, if nothing were lost."""
         if key not in self.entries or self.student.symmetries.drops_constants(key):
             return False
         outputs = self.student.symmetries.output_dim(key)

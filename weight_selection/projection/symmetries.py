@@ -152,9 +152,10 @@ class Symmetries:
         return apart if apart.keys() <= self.neurons.slices.keys() else {}
 
     def without_bias(self, key: str) -> torch.Tensor:
-        """Outputs of a dense layer that a constant would matter to, but that no bias adds to; integers (n,).
+        """Outputs of a dense layer that have no bias although a constant would matter to them; integers (n,).
 
-        These are all outputs without a bias but keys, to which softmax is blind unless they are normalised or rotated.
+        These are all outputs without a bias, except keys: softmax ignores their constants, unless keys are normalised
+        or rotated.
         """
         missing = self._unbiased(key)
         for attention in self.attentions.values():
@@ -174,7 +175,7 @@ class Symmetries:
         return unbiased
 
     def treatment(self, group: int, rotate: bool) -> str:
-        """What to do with a neuron group: one of the constants above. ``rotate``: streams that can be are rotated."""
+        """What to do with a neuron group: one of the constants above. ``rotate``: rotate the streams that allow it."""
         if any(group in (attention.query_group, attention.value_group) for attention in self.attentions.values()):
             return HEADS
         readers = self.readers(group)
@@ -278,7 +279,7 @@ class Symmetries:
         return Attention(name, heads, *places, query_group, value_group, taken[0][0], tuple(per_head), free)
 
     def _takes_constants(self, key):
-        """Whether a dense layer has biases, or takes one whole stream, so that it finds constants in it, by (11)."""
+        """Whether a dense layer has biases, or takes one whole stream, so that (11) can give it constants."""
         takes = self.slices(key, self.dense[key])
         return bool(self.biases(key)) or len(self._sizes[key]) == 2 and len(takes) == 1
 
@@ -295,7 +296,7 @@ class Symmetries:
 
 
 def _kind(module):
-    """What a module does, if it has a number for each neuron: it is tried out on a vector."""
+    """What a module does, if it has a number for each neuron. We find out by running it on a vector."""
     if isinstance(module, nn.LayerNorm):
         return LAYER_NORM
     parameters = list(module.parameters())

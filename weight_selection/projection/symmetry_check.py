@@ -60,16 +60,16 @@ def check_symmetries(stats: ActivationStats, student: TracedModel, batch: Tensor
 
 
 def _is_unchanged(stats, batch, streams, attentions):
-    """Whether the dense layers of a copy of the teacher, with streams rotated and heads mixed, give what they gave."""
+    """Whether the dense layers give the same when a copy of the teacher has its streams rotated and its heads mixed."""
     teacher = stats.teacher
     entries = plan_selection(teacher.structure, teacher.structure, SelectionOptions()).selected
     mixed = TracedModel(copy.deepcopy(teacher.model), teacher.structure, teacher.symmetries)
     maps = random_down_maps(teacher, paired_groups(entries, teacher.structure, teacher.structure), streams, attentions)
     weights = StudentWeights(entries, mixed, stats, maps)
     comparison = _Comparison(weights)
-    with ActivationTap(teacher.model, comparison.record, comparison.record_norm):
+    with ActivationTap(teacher, comparison.record, comparison.record_norm):
         teacher.run(batch)
-    with ActivationTap(mixed.model, comparison.compare, comparison.replace_norm):
+    with ActivationTap(mixed, comparison.compare, comparison.replace_norm):
         mixed.run(batch)
     return bool(comparison.errors) and max(comparison.errors) < TOLERANCE
 

@@ -33,7 +33,7 @@ def fit_up_maps(weights: StudentWeights, skipped: dict, images: Iterable) -> Non
     Args:
         weights: of the student; they are changed.
         skipped: the layers that it leaves out, as of ``find_skipped``.
-        images: batches on the device of the models. All of them are gone through at once.
+        images: batches on the device of the models. All of them are held in memory and pass at the same time.
     """
     batches = list(joined(images, PASS_IMAGES))
     sums = find_sums(weights.student, first_images(batches[0], SUM_IMAGES))
@@ -72,10 +72,11 @@ class _Fit:
         self.wanted = {self.sources[key] for key in (*weights.rows, *self.streams, *self.batch_norms)}
         self.wanted |= {self.sources.get(self.sums[key].after) for key in skipped.keys() & self.sums.keys()}
         self._means = {}  # {key of a dense weight that adds to a stream: the mean of what it should give}
-        self._moments = {}  # {key: moments of what is wanted with what the layer takes, and of the latter alone}
+        again = (key for key in weights.rows if self.sources[key] in weights.stats.again)
+        self._again = {key: (Moments(), Moments()) for key in again}
 
     def see(self, passes: list, steps: list[Step]) -> bool:
-        """Look at a layer before which all batches wait; whether it is fitted now."""
+        """Look at the layer before which all batches wait, and fit it if it needs that. Returns whether it did."""
         key = steps[0].key
         if not any(key in those for those in (self.streams, self.weights.rows, self.batch_norms)):
             return False
@@ -89,7 +90,7 @@ class _Fit:
                 one.streams[key] = self._stream(key, ours, theirs)
         if key not in self.weights.rows:
             return False
-        across, own = self._moments.setdefault(key, (Moments(), Moments()))
+        across, own = self._again.get(key) or (Moments(), Moments())  # of what is wanted with z, and of z alone
         for one, ours, theirs in zip(passes, steps, taught, strict=True):
             if key in self.sums:
                 z = self.weights.factors(key, ours.x)
@@ -172,7 +173,7 @@ class _Pass:
         return None
 
     def ahead(self, key: str) -> Step | None:
-        """As ``taught``, but it can be asked for once more."""
+        """As ``taught``, but ``taught`` will give the same step once more."""
         step = self.taught(key)
         if step is not None:
             self._keep(step)

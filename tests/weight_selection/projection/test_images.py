@@ -13,8 +13,10 @@ from helpers import assert_same, differ, images_for, meta, words
 from weight_selection import select_weights
 from weight_selection.cli import main as select_main
 from weight_selection.errors import InputError
+from weight_selection.plan import structure_of
 from weight_selection.projection.activation_tap import ActivationTap
 from weight_selection.projection.images import Calibration, noise
+from weight_selection.projection.traced_model import TracedModel
 from weight_selection.sources.teachers import normalization
 from weight_selection.sources.timm_models import create_model
 
@@ -59,11 +61,11 @@ def test_noise_is_one_over_f_in_channels_that_are_alike():
 
 def test_a_tap_shows_layers_and_takes_what_is_given_back():
     model = lively(create_model("test_vit", num_classes=7))
-    images = images_for(model, 2)
+    images, traced = images_for(model, 2), TracedModel.of(model, structure_of(model, "model"))
     seen = []
     with (
         torch.no_grad(),
-        ActivationTap(model, lambda key, x, y: seen.append(key) or (y * 0 if key == "head.weight" else y)),
+        ActivationTap(traced, lambda key, x, y: seen.append(key) or (y * 0 if key == "head.weight" else y)),
     ):
         assert not model(images).any()
     assert seen[0] == "patch_embed.proj.weight" and seen[-1] == "head.weight" and len(seen) == 2 + 4 * 6

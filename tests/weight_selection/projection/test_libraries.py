@@ -15,6 +15,7 @@ from weight_selection.plan import structure_of
 from weight_selection.projection import equations
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.images import Calibration
+from weight_selection.projection.stream_sums import find_sums
 from weight_selection.projection.traced_model import TracedModel
 from weight_selection.sources.timm_models import create_model
 
@@ -176,6 +177,17 @@ def test_of_rms_norms_a_stream_along_no_coordinates_is_recovered_by_a_rotation(m
             found.load_state_dict(select_weights(teacher, student, **options))
             errors[method] = ((found(**batch).logits - expected).norm() / expected.norm()).item()
     assert errors["project"] < 1e-4 < 1e-2 < errors["greedy"], errors
+
+
+def test_sums_are_found_between_rms_norms_that_a_library_writes_out():
+    traced = TracedModel.of(model := lively(llama(32, 4)), structure_of(model, "model"))
+    found = find_sums(traced, {"input_ids": TOKENS})
+    layers = [f"model.layers.{layer}." for layer in range(2)]
+    assert found.keys() == {
+        layer + name for layer in layers for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+    }
+    for one in found.values():
+        torch.testing.assert_close(one.gain, torch.ones_like(one.gain), rtol=1e-4, atol=1e-4)
 
 
 def test_what_attention_of_pytorch_and_transposed_weights_take_is_seen():

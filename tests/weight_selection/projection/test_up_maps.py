@@ -11,6 +11,7 @@ import torchvision
 from architectures import SMALL, SWIN_SIZES, TINY, lively, models
 from helpers import images_for, random
 from weight_selection import select_weights
+from weight_selection.errors import InputError
 from weight_selection.plan import structure_of
 from weight_selection.projection import equations
 from weight_selection.projection.stepped_pass import SteppedPass
@@ -206,6 +207,14 @@ def test_two_images_show_no_sum_behind_a_layer_that_sees_their_means():
     assert not [key for key in find_sums(traced_model(model), random(2, 3, 32, 32)) if ".se." in key]
 
 
+def ridge_regression(z, wanted, prior):
+    """Weight and bias, (inputs + 1, outputs), that bring z to what is wanted, and otherwise stay at the prior."""
+    ridge = (equations.RIDGE * z.square().mean() * len(z)).sqrt()
+    towards = torch.cat([ridge * torch.eye(z.shape[1]), torch.zeros(z.shape[1], 1)], 1)
+    rows = torch.cat([torch.cat([z, torch.ones(len(z), 1)], 1), towards])
+    return torch.linalg.lstsq(rows, torch.cat([wanted, ridge * prior])).solution
+
+
 @pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "beit_base_patch16_224", "eva_giant_patch14_224"])
 def test_a_layer_brings_the_students_stream_to_the_teachers_by_ridge_regression(architecture):
     """On what the student computes, also with biases in tensors of their own (BEiT, EVA): q_bias and v_bias."""
@@ -229,10 +238,7 @@ def test_a_layer_brings_the_students_stream_to_the_teachers_by_ridge_regression(
     gain = (ours["after"] - ours["before"])[0] / ours["y"][0]
     wanted = (theirs["after"][:, kept] - ours["before"]) / gain
     z, prior = ours["z"], teacher.blocks[0].mlp.fc2.weight.detach()[kept].T
-    ridge = (equations.RIDGE * z.square().mean() * len(z)).sqrt()
-    towards = torch.cat([ridge * torch.eye(z.shape[1]), torch.zeros(z.shape[1], 1)], 1)
-    rows = torch.cat([torch.cat([z, torch.ones(len(z), 1)], 1), towards])
-    fitted = torch.linalg.lstsq(rows, torch.cat([wanted, ridge * prior])).solution
+    fitted = ridge_regression(z, wanted, prior)
     stream = ours["before"] + gain * (z @ fitted[:-1] + fitted[-1])
     torch.testing.assert_close(ours["after"], stream, rtol=1e-6, atol=1e-8)
 
@@ -263,3 +269,44 @@ def test_a_layer_before_an_activation_brings_the_students_sum_to_the_teachers():
         assert lost.mean(0).abs().max() < 1e-9
         rest = lost - z @ torch.linalg.lstsq(z, lost).solution
         assert lost.norm() < 1.06 * rest.norm(), "little more is lost than without ridge"
+
+
+class BothHalves(torch.nn.Module):
+    """Two layers, which see the first half of an image's rows, and then the other half."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(12, hidden), torch.nn.Linear(hidden, 5)
+
+    def forward(self, images):
+        return [self.second(self.first(half.flatten(1)).relu()) for half in images.split(2, dim=2)]
+
+
+def test_a_layer_that_runs_twice_is_fitted_to_both_runs():
+    teacher, student = lively(BothHalves(16)), BothHalves(8).double()
+    images = random(40, 1, 4, 6) * torch.tensor([1.0, 1.0, 5.0, 5.0])[:, None]
+    options = {"example_inputs": images[:1], "calibration": images, "classifier": ()}
+    student.load_state_dict(select_weights(teacher, student, element_selection="greedy", **options))
+    with torch.no_grad():
+        halves = torch.cat([half.flatten(1) for half in images.split(2, dim=2)])
+        x, z = teacher.first(halves).relu(), student.first(halves).relu()
+    kept = (student.first.weight[:, 0, None] == teacher.first.weight[:, 0]).int().argmax(1)
+    weight, bias = teacher.second.weight.detach(), teacher.second.bias.detach()
+    fitted = ridge_regression(z, x @ weight.T + bias, weight[:, kept].T)
+    torch.testing.assert_close(student.second.weight, fitted[:-1].T, rtol=1e-4, atol=1e-5)
+
+
+class OfLittleMemory(BothHalves):
+    """A model that has no room for more than 64 images at a time."""
+
+    def forward(self, images):
+        if len(images) > 64:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return super().forward(images)
+
+
+def test_too_little_memory_is_said_in_one_line():
+    teacher, student, images = lively(BothHalves(16)), OfLittleMemory(8), random(80, 1, 4, 6)
+    options = {"example_inputs": images[:1], "calibration": images, "classifier": ()}
+    with pytest.raises(InputError, match=r"^calibration: cpu has too little memory .* give fewer images \(tried to"):
+        select_weights(teacher, student, element_selection="greedy", **options)
