@@ -16,6 +16,7 @@ from weight_selection.projection.traced_model import TracedModel
 DENSE = {F.linear: (0, 1), F.conv2d: (0, 1), torch.conv2d: (0, 1), torch.addmm: (1, 2)}
 DENSE |= dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), (0, 1))
 PRODUCTS = {"mul", "mul_", "__mul__", "__rmul__"}
+SUMS = {"add", "add_"}
 
 
 class ActivationTap(TorchFunctionMode):
@@ -33,6 +34,7 @@ class ActivationTap(TorchFunctionMode):
         batch_norm: as ``norm``, called after every batch normalisation that has a gain.
         before: ``(key of the weight, input)``, called before every linear layer, convolution and, if ``batch_norm`` is
             given, batch normalisation. It may change their parameters.
+        added: called after every sum with what it gives.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class ActivationTap(TorchFunctionMode):
         scaled: Callable | None = None,
         batch_norm: Callable | None = None,
         before: Callable | None = None,
+        added: Callable | None = None,
     ):
         super().__init__()
         self.parameters = dict(traced.model.named_parameters())
@@ -50,6 +53,7 @@ class ActivationTap(TorchFunctionMode):
         self.places = {parameter.data_ptr(): key for key, parameter in self.parameters.items()}
         self.dense, self.norm, self.scaled, self.batch_norm = dense, norm, scaled, batch_norm
         self.before = before or (lambda key, x: None)
+        self.added = added
         keys = [key for key in self.parameters if norm is not None and traced.symmetries.kind(key) == RMS_NORM]
         self._rms_norms = {key: traced.model.get_submodule(key.rpartition(".")[0]) for key in keys}
 
@@ -87,6 +91,10 @@ class ActivationTap(TorchFunctionMode):
             if key is not None:
                 self.before(key, args[0])
                 return self.batch_norm(key, args[0], func(*args, **kwargs))
+        elif self.added is not None and getattr(func, "__name__", "") in SUMS:
+            y = func(*args, **kwargs)
+            self.added(y)
+            return y
         elif self.scaled is not None and getattr(func, "__name__", "") in PRODUCTS:
             factors = (*args, *kwargs.values())[:2]
             for one, other in (factors, factors[::-1]):

@@ -10,6 +10,7 @@ means:
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -48,6 +49,11 @@ def fit_batch_norm(norm: _BatchNorm, taken: Variances, wanted: Tensor) -> None:
         (norm.running_var, variance),
     ):
         value.copy_(new)
+
+
+def given_by(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """What a batch normalisation gives in evaluation mode, without an activation that its module may apply too."""
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
 def _slope(norm):

@@ -3,6 +3,8 @@
 from collections.abc import Collection
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from weight_selection.plan import PlanEntry
@@ -10,6 +12,7 @@ from weight_selection.projection import equations
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.maps import DownMaps
 from weight_selection.projection.rotated_norms import RotatedNorms, fold_layer_scales
+from weight_selection.projection.stream_sums import rows
 from weight_selection.projection.symmetries import LAYER_NORM, bias_of, weight_of
 from weight_selection.projection.traced_model import TracedModel
 
@@ -88,19 +91,29 @@ class StudentWeights:
         """Give a dense layer the weight and bias that give y best: (7) with y in place of x, and (1) as the prior.
 
         Args:
-            key: of a linear layer or a 1x1 convolution.
+            key: of a layer with ``is_product``.
             across, own: E[y z~'] and E[z~ z~'], with y what the layer should give.
         """
         weight, biases = self._by_outputs(key), self._shifts[key]
         prior = torch.cat([weight.flatten(1).double(), self._bias(key)[:, None]], dim=1)
         solved = equations.solve_up_map(across, own, prior, constant=bool(biases))
-        weight.copy_(solved[:, : weight.shape[1]].reshape(weight.shape))
+        weight.copy_(solved[:, : weight[0].numel()].reshape(weight.shape))
         for name, (outputs, _) in biases.items():
             self.state[name].copy_(solved[outputs, -1])
 
     def is_product(self, key: str) -> bool:
-        """Whether a dense layer with an up map is a linear layer or a 1x1 convolution: one product for each vector."""
-        return key in self.rows and self._by_outputs(key)[0, 0].numel() == 1
+        """Whether a dense layer with an up map multiplies rows by its whole weight, as ``factors`` gives them."""
+        return key in self.rows and (self._by_outputs(key)[0, 0].numel() == 1 or self._convolution(key) is not None)
+
+    def factors(self, key: str, x: Tensor) -> Tensor:
+        """What a layer multiplies by its whole weight where it takes x: rows (n, inputs).
+
+        Of a convolution these are the patches that its kernel meets, with zeros where the image ends.
+        """
+        if (conv := self._convolution(key)) is None:
+            return self.without_shift(key, rows(self.student, key, x))
+        patches = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+        return patches.movedim(1, -1).flatten(0, 1)
 
     def without(self, left_out: Collection) -> dict:
         """The values of all entries but ``left_out``, the keys of a classifier that the student does not get.
@@ -163,6 +176,12 @@ class StudentWeights:
             return None
         found = (name for name, entry in self.entries.items() if entry.teacher_key == bias_of(gain))
         return next((name for name in found if self.student.symmetries.kind(name) == LAYER_NORM), None)
+
+    def _convolution(self, key):
+        """The module of a weight, if it is a convolution that pads with a fixed number of zeros; else None."""
+        module = self.student.symmetries.modules[key.rpartition(".")[0]]
+        plain = type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return module if plain else None
 
     def _by_outputs(self, key):
         """The student's weight of a dense layer as (outputs, inputs, ...), a view."""

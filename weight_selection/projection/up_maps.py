@@ -4,7 +4,7 @@ Teacher and student go through the images side by side. Before each dense layer 
 before it are final, so we fit this one to what the student really computes:
 
 - A layer that adds to a residual stream brings the student's stream to where the teacher's is, Q x. So it also makes up
-  for what all layers before it have lost.                                                                        (10)
+  for what all layers before it have lost. An activation behind the sum changes nothing about this.               (10)
 - Any other layer restores what the teacher's layer takes, by the up map of (7).
 - A batch normalisation gets the statistics of what it takes, and gives the mean that it should, by (13).
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from weight_selection.projection.batch_norms import find_batch_norms, fit_batch_norm, mean_given
+from weight_selection.projection.batch_norms import find_batch_norms, fit_batch_norm, given_by, mean_given
 from weight_selection.projection.equations import Moments, Variances
 from weight_selection.projection.images import first_images, images_in, joined
 from weight_selection.projection.stepped_pass import Step, SteppedPass
@@ -37,7 +37,7 @@ def fit_up_maps(weights: StudentWeights, skipped: dict, images: Iterable) -> Non
     """
     batches = list(joined(images, PASS_IMAGES))
     sums = find_sums(weights.student, first_images(batches[0], SUM_IMAGES))
-    for key in skipped.keys() - sums.keys():
+    for key in skipped.keys() - {key for key, one in sums.items() if one.after is not None}:
         if key in weights.rows:
             some = skipped[key]
             tqdm.write(f"{some.before}: ends in no plain sum; nothing makes up for what is left out to {some.last}")
@@ -59,11 +59,16 @@ class _Fit:
     def __init__(self, weights: StudentWeights, sums: dict, skipped: dict):
         self.weights, self.skipped = weights, skipped
         self.sources = {key: entry.teacher_key for key, entry in weights.entries.items()}
-        self.sums = {key: one for key, one in sums.items() if weights.is_product(key) and one.before in self.sources}
-        self.streams = {one.before: stream_taken(weights.student, one.before) for one in self.sums.values()}
-        self.last = {one.before: key for key, one in self.sums.items()}
         norms = find_batch_norms(weights.student.model)
         self.batch_norms = {key: norm for key, norm in norms.items() if key in self.sources}
+        self.sums = {
+            key: one
+            for key, one in sums.items()
+            if weights.is_product(key) and one.before in (self.batch_norms if one.given else self.sources)
+        }
+        self.streams = {one.before: stream_taken(weights.student, one.before) for one in self.sums.values()}
+        self.given = {one.before for one in self.sums.values() if one.given}
+        self.last = {one.before: key for key, one in self.sums.items()}
         self.wanted = {self.sources[key] for key in (*weights.rows, *self.streams, *self.batch_norms)}
         self.wanted |= {self.sources.get(self.sums[key].after) for key in skipped.keys() & self.sums.keys()}
         self._means = {}  # {key of a dense weight that adds to a stream: the mean of what it should give}
@@ -78,16 +83,19 @@ class _Fit:
         taught = [one.taught(self.sources[key]) for one in passes]
         if None in taught:
             return False  # the teacher's layer did not run, or not as often
+        if key in self.batch_norms:
+            self._fit_batch_norm(key, steps, taught)
         if key in self.streams:
             for one, ours, theirs in zip(passes, steps, taught, strict=True):
                 one.streams[key] = self._stream(key, ours, theirs)
-        if key in self.batch_norms:
-            self._fit_batch_norm(key, steps, taught)
         if key not in self.weights.rows:
             return False
         across, own = self._again.get(key) or (Moments(), Moments())  # of what is wanted with z, and of z alone
         for one, ours, theirs in zip(passes, steps, taught, strict=True):
-            z = self.weights.without_shift(key, rows(self.weights.student, key, ours.x))
+            if key in self.sums:
+                z = self.weights.factors(key, ours.x)
+            else:
+                z = self.weights.without_shift(key, rows(self.weights.student, key, ours.x))
             wanted = self._wanted(key, one, theirs)
             if len(wanted) != len(z):  # the layer works along another axis than that of its neurons, such as tokens
                 return False
@@ -115,8 +123,11 @@ class _Fit:
 
     def _stream(self, key, ours, theirs):
         """(Q x, s) as rows: where the student's stream should be, and where it is."""
-        x = rows(self.weights.teacher, theirs.key, theirs.x)
-        return self.weights.map_stream(self.streams[key], x), rows(self.weights.student, key, ours.x).clone()
+        should, is_now = theirs.x, ours.x
+        if key in self.given:
+            should, is_now = theirs.y, given_by(self.batch_norms[key], ours.x)
+        should = self.weights.map_stream(self.streams[key], rows(self.weights.teacher, theirs.key, should))
+        return should, rows(self.weights.student, key, is_now).clone()
 
     def _wanted(self, key, one, theirs):
         """What the layer should give, if it adds to a stream; else what the teacher's layer takes. Rows."""

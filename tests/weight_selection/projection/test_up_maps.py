@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
 from architectures import SMALL, SWIN_SIZES, TINY, lively, models
@@ -19,6 +20,7 @@ from weight_selection.projection.traced_model import TracedModel
 from weight_selection.sources.timm_models import create_model
 
 TWO_LAYERS = TINY | {"patch_size": 8, "depth": 2}
+RESNET = {"num_classes": 7, "channels": (8, 16, 16, 16)}
 WIDTHS = (  # the student has half the width and all of the hidden units
     {"embed_dim": 32, "num_heads": 4, "mlp_ratio": 2},
     {"embed_dim": 16, "num_heads": 2, "mlp_ratio": 4},
@@ -146,10 +148,26 @@ def batch_norms(model):
     }
 
 
+def residual_norms(model):
+    """The same of ResNets, where an activation follows the sum. A shortcut with a convolution runs last."""
+    gains = {}
+    for name, block in model.named_modules():
+        shortcut = getattr(block, "downsample", None)
+        if hasattr(block, "conv2"):
+            key, norm = ("conv2", block.bn2) if shortcut is None else ("downsample.0", shortcut[1])
+            gains[f"{name}.{key}.weight"] = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return gains
+
+
+def second_blocks(model):
+    """A ResNet that normalises first: shortcuts with convolutions have no norm."""
+    return {f"stages.{stage}.blocks.1.conv3.weight": torch.ones(()) for stage in (0, 1)}
+
+
 def ones(model):
-    """Swin's MLPs but for the last before the image shrinks; its attention where one window is the whole image."""
+    """Swin's MLPs; its attention where one window is the whole image."""
     keys = [
-        "0.blocks.0.mlp.fc2",
+        *(f"0.blocks.{block}.mlp.fc2" for block in (0, 1)),
         *(f"1.blocks.{block}.{name}" for block in (0, 1) for name in ("attn.proj", "mlp.fc2")),
     ]
     return dict.fromkeys((f"layers.{key}.weight" for key in keys), torch.ones(()))
@@ -167,7 +185,8 @@ SUMS = {  # name: (model, side of its images, its sums with their gains)
     "convnext": (lambda: models("convnext")[1], 32, block_scales),
     "efficientnet": (efficientnet, 64, batch_norms),
     "torchvision": (vision_transformer, 32, ones_of_torchvision),
-    "resnet": (lambda: models("resnet")[1], 32, lambda model: {}),  # an activation comes between the sums
+    "resnet": (lambda: models("resnet")[1], 32, residual_norms),
+    "resnetv2": (lambda: create_model("resnetv2_50", layers=(2, 2), stem_chs=8, **RESNET), 64, second_blocks),
 }
 
 
@@ -222,6 +241,34 @@ def test_a_layer_brings_the_students_stream_to_the_teachers_by_ridge_regression(
     fitted = ridge_regression(z, wanted, prior)
     stream = ours["before"] + gain * (z @ fitted[:-1] + fitted[-1])
     torch.testing.assert_close(ours["after"], stream, rtol=1e-6, atol=1e-8)
+
+
+def seen_of_block(block, model, images):
+    """What the last convolution of a ResNet's block takes, as patches, and the sum behind it; rows."""
+    last, values = block.conv2 if block.downsample is None else block.downsample[0], []
+    hooks = [
+        last.register_forward_pre_hook(lambda _, x: values.append(F.unfold(x[0], last.kernel_size, 1, last.padding))),
+        block.act2.register_forward_pre_hook(lambda _, x: values.append(x[0].flatten(2).clone())),
+    ]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return [value.movedim(1, -1).flatten(0, 1) for value in values]
+
+
+def test_a_layer_before_an_activation_brings_the_students_sum_to_the_teachers():
+    """The student's stream is as wide as the teacher's, so Q is the identity. It has half the hidden units."""
+    sizes = RESNET | {"layers": (2, 1, 1, 1)}
+    pair = [lively(create_model("resnet18", **sizes, block_reduce_first=reduced)) for reduced in (1, 2)]
+    images = images_for(pair[0], 8, 32)
+    pair[1].load_state_dict(select_weights(*pair, element_selection="greedy", include_head=True, calibration=images))
+    for number in (0, 1):  # a convolution on the shortcut runs last; else the block's last 3x3 convolution
+        (_, should), (z, is_now) = (seen_of_block(model.layer1[number], model, images) for model in pair)
+        lost, z = should - is_now, z - z.mean(0)
+        assert lost.mean(0).abs().max() < 1e-9
+        rest = lost - z @ torch.linalg.lstsq(z, lost).solution
+        assert lost.norm() < 1.06 * rest.norm(), "little more is lost than without ridge"
 
 
 class BothHalves(torch.nn.Module):
