@@ -220,13 +220,17 @@ def test_clipping_bounds_the_step_and_the_norm_before_it_is_logged(train, tmp_pa
         assert step == pytest.approx(expected, rel=1e-3), "learning rate 1: the step is the gradient"
 
 
-def test_compiled_run_computes_the_same(train, tmp_path, capsys, monkeypatch):
+# Each kernel takes a C++ compiler a second or two: it compiles no block, whose graphs are compiled without kernels.
+@pytest.mark.parametrize(("backend", "depth"), [("inductor", 0), ("aot_eager", 1)])
+def test_compiled_run_computes_the_same(train, tmp_path, capsys, monkeypatch, backend, depth):
     compiled_modules, compile_module = [], torch.nn.Module.compile
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self: (compiled_modules.append(self), compile_module(self))[1]
+        torch.nn.Module,
+        "compile",
+        lambda self: (compiled_modules.append(self), compile_module(self, backend=backend))[1],
     )
     for name, compiled in (("plain", "false"), ("compiled", "true")):
-        size = "embed_dim=32 depth=1 num_heads=2 patch_size=4"
+        size = f"embed_dim=32 depth={depth} num_heads=2 patch_size=4"
         train(f"--epochs 1 --model_kwargs {size} --compile {compiled} --output_dir", tmp_path / name)
         said = capsys.readouterr().out
     if "--compile true: goes on without" in said:
