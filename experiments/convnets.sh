@@ -7,12 +7,15 @@ set -euo pipefail
 data=$1 teacher=$2 out=$3
 shift 3
 cd "$(dirname "$0")/.."
-for arm in random selection greedy; do
+# Batch normalisations of random and selected weights do not have the student's own statistics. So its features change when
+# training begins, and a classifier that was fitted to them before is wrong.
+declare -A classifier=([random]=random [selection]=random [greedy]=ridge)
+for arm in selection greedy random; do
   options=(--config experiments/efficientnet_half.yaml:flowers --data_path "$data" --num_workers 0 "$@")
   if [ ! -e "$out/$arm" ]; then
     "${PYTHON:-python}" experiments/rivals/first_weights.py "$arm" "$out/$arm" --teacher tf_efficientnet_lite0 \
       --teacher_path "$teacher" -- "${options[@]}"
   fi
-  "${PYTHON:-python}" main.py "${options[@]}" --initialize "$out/$arm/weights.pth" --classifier_init ridge \
+  "${PYTHON:-python}" main.py "${options[@]}" --initialize "$out/$arm/weights.pth" --classifier_init "${classifier[$arm]}" \
     --output_dir "$out/$arm/run" --overwrite true
 done
