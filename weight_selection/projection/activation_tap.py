@@ -60,10 +60,13 @@ class ActivationTap(TorchFunctionMode):
     def __enter__(self):
         thread = get_ident()  # other passes of the model have taps of their own
 
-        def show(key, module, taken, y):
-            return self.norm(key, taken[0], y) if get_ident() == thread else y
+        def show(key, module, args, kwargs, y):
+            return self.norm(key, next(iter((*args, *kwargs.values()))), y) if get_ident() == thread else y
 
-        self._hooks = [module.register_forward_hook(partial(show, key)) for key, module in self._rms_norms.items()]
+        self._hooks = [
+            module.register_forward_hook(partial(show, key), with_kwargs=True)
+            for key, module in self._rms_norms.items()
+        ]
         return super().__enter__()
 
     def __exit__(self, *raised):

@@ -49,7 +49,7 @@ class StreamSum:
 
 def rows(traced: TracedModel, key: str, x: Tensor) -> Tensor:
     """What a dense layer or a norm takes or gives, as rows (n, channels); ``key`` is of its weight or gain."""
-    batch_norm = isinstance(traced.symmetries.modules[key.rpartition(".")[0]], _BatchNorm)
+    batch_norm = isinstance(traced.symmetries.module_of(key), _BatchNorm)
     return vectors(x, x.ndim if batch_norm else len(traced.structure.shapes[key]))
 
 
@@ -89,12 +89,10 @@ def find_sums(traced: TracedModel, batch: Tensor) -> dict:
 
 def stream_taken(traced: TracedModel, key: str) -> int | None:
     """The neuron group of what a norm or a dense layer takes; None if that is not one whole group."""
-    symmetries = traced.symmetries
-    if symmetries.is_norm(key) or isinstance(symmetries.modules.get(key[: -len(".weight")]), _BatchNorm):
+    symmetries, module = traced.symmetries, traced.symmetries.module_of(key)
+    if symmetries.is_norm(key) or isinstance(module, _BatchNorm):
         return traced.group_of(key)
-    dim = symmetries.dense.get(
-        key, 0 if isinstance(symmetries.modules.get(key[: -len(".weight")]), nn.Conv2d) else None
-    )
+    dim = symmetries.dense.get(key, 0 if isinstance(module, nn.Conv2d) else None)
     slices = () if dim is None else symmetries.slices(key, dim)
     return slices[0].group if len(slices) == 1 else None
 

@@ -179,7 +179,7 @@ class StudentWeights:
 
     def _convolution(self, key):
         """The module of a weight, if it is a convolution that pads with a fixed number of zeros; else None."""
-        module = self.student.symmetries.modules[key.rpartition(".")[0]]
+        module = self.student.symmetries.module_of(key)
         plain = type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
         return module if plain else None
 

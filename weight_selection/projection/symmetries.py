@@ -98,6 +98,10 @@ class Symmetries:
         self.attentions = {}
         self._find_attentions()
 
+    def module_of(self, key: str) -> nn.Module:
+        """The module that holds a tensor."""
+        return self.modules[key.rpartition(".")[0]]
+
     def slices(self, key: str, dim: int) -> tuple:
         """The slices of a dimension of a tensor; none if it holds positions."""
         return self.neurons.slices[key][dim] or ()
@@ -135,7 +139,7 @@ class Symmetries:
 
     def is_of_dense(self, key: str) -> bool:
         """Whether a tensor is the weight or the bias of a linear layer or a convolution."""
-        return weight_of(key) in self.dense or isinstance(self._module_of(key), (nn.Linear, nn.Conv2d))
+        return weight_of(key) in self.dense or isinstance(self.module_of(key), (nn.Linear, nn.Conv2d))
 
     def biases(self, key: str) -> dict:
         """{key of a bias of this dense layer: the outputs that it is added to}; empty if the layer has no bias.
@@ -197,7 +201,7 @@ class Symmetries:
         if len({self.kind(key) for key in self.norms(group)}) > 1:
             return "layer normalisations and RMS normalisations read it"
         for key, dim, _ in self.uses[group]:
-            module = self._module_of(key)
+            module = self.module_of(key)
             if self.is_norm(key):
                 if len(self.neurons.slices[key][dim]) > 1:
                     return f"{key} normalises it together with others"
@@ -223,9 +227,6 @@ class Symmetries:
         self.attentions = {
             name: attention for name, attention in self.attentions.items() if type(self.modules[name]) is not kind
         }
-
-    def _module_of(self, key):
-        return self.modules[key.rpartition(".")[0]]
 
     def _find_attentions(self):
         shared = Counter(query_group for query_group, *_ in self.neurons.attentions)

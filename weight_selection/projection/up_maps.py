@@ -102,10 +102,12 @@ class _Fit:
             across.add(wanted, z)
             own.add(z, z)
         bias = self.weights.bias_apart(key)
+        moments = across.mean[:-1], own.mean
         if key in self.sums:
-            self._means[key] = across.mean[:-1, -1]
-        solve = self.weights.solve_outputs if key in self.sums else self.weights.solve_up_map
-        solve(key, across.mean[:-1], own.mean)
+            self._means[key] = moments[0][:, -1]
+            self.weights.solve_outputs(key, *moments)
+        else:
+            self.weights.solve_up_map(key, *moments)
         if bias is not None:
             for one, ours in zip(passes, steps, strict=True):
                 one.student.add_late((self.weights.bias_apart(key) - bias).to(ours.x))

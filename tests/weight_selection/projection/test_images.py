@@ -10,10 +10,10 @@ import torch
 import ablate_projection
 from architectures import lively, models
 from helpers import assert_same, differ, images_for, meta, words
+from traces import structure_of
 from weight_selection import select_weights
 from weight_selection.cli import main as select_main
 from weight_selection.errors import InputError
-from weight_selection.plan import structure_of
 from weight_selection.projection.activation_tap import ActivationTap
 from weight_selection.projection.images import Calibration, noise
 from weight_selection.projection.traced_model import TracedModel
@@ -69,6 +69,26 @@ def test_a_tap_shows_layers_and_takes_what_is_given_back():
     ):
         assert not model(images).any()
     assert seen[0] == "patch_embed.proj.weight" and seen[-1] == "head.weight" and len(seen) == 2 + 4 * 6
+
+
+class NormByName(torch.nn.Module):
+    """An RMS norm that gets what it takes as a keyword argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = torch.nn.Linear(12, 8), torch.nn.RMSNorm(8)
+
+    def forward(self, images):
+        return self.norm(x=self.first(images.flatten(1)))
+
+
+def test_a_tap_shows_a_norm_that_is_called_by_name():
+    model, images, seen = NormByName(), torch.randn(2, 3, 2, 2), []
+    traced = TracedModel.of(model, structure_of(model, "model", images))
+    with torch.no_grad(), ActivationTap(traced, lambda key, x, y: y, lambda key, x, y: seen.append((key, x)) or y):
+        model(images)
+        ((key, taken),) = seen
+        assert key == "norm.weight" and torch.equal(taken, model.first(images.flatten(1)))
 
 
 LARGE = {"embed_dim": 32, "depth": 3, "num_heads": 4, "img_size": 16, "patch_size": 4, "num_classes": 5}
