@@ -86,6 +86,16 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def lock_of_progress_bars():
+    """One for each process. tqdm's own is shared with forks, and stays locked when a test kills one while it prints."""
+    import threading
+
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
     """Directory of train/CLASS/IMAGE.png (48 images) and val/CLASS/IMAGE.png (13), three classes. Copy it to change."""

@@ -52,10 +52,11 @@ def in_a_directory_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children():  # loader workers of a run that ended with an exception
-        child.kill()
-        child.join()
-    gc.collect()
+    if children := multiprocessing.active_children():  # loader workers of a run that ended with an exception
+        for child in children:
+            child.kill()
+            child.join()
+        gc.collect()
     signal.signal(signal.SIGCHLD, handler)
 
 
