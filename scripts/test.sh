@@ -9,5 +9,7 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+# Compiled modules are kept: else each of the two processes, and each that a test starts, compiles all of them.
+unset PYTHONDONTWRITEBYTECODE
 # worksteal: half of the tests for each process, and who is done first takes from the other.
 CUDA_VISIBLE_DEVICES="" .venv/bin/python -m pytest -n 2 --dist worksteal "$@"

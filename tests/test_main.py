@@ -8,6 +8,7 @@ import pytest
 
 import main
 from distributed.program import RunError, run_program
+from python_server import make_python
 from weight_selection.errors import InputError
 
 ROOT = Path(main.__file__).parent
@@ -36,9 +37,10 @@ def test_status_and_line_of_each_way_to_end(error, status, lines, capsys):
     assert capsys.readouterr().err == lines
 
 
-def test_error_is_one_line_and_status_2(tiny_run):
-    command = [sys.executable, str(ROOT / "main.py"), *tiny_run, "--model", "vit_tinny"]
-    ended = subprocess.run(command, capture_output=True, text=True)
+def test_error_is_one_line_and_status_2(tiny_run, tmp_path):
+    with make_python(tmp_path) as python:
+        command = [str(python), str(ROOT / "main.py"), *tiny_run, "--model", "vit_tinny"]
+        ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert len(ended.stderr.splitlines()) == 1
