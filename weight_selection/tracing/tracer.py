@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from weight_selection.tracing.labels import BlockConstraint, Labels, compact, core, fit, unique_rows, varying
+from weight_selection.tracing.meta_results import MetaResults
 
 
 class Untraceable(Exception):
@@ -86,6 +87,7 @@ class Tracer(TorchDispatchMode):
         self.heights = {}
         self.met = set()
         self.attentions, self.multiplied, self.sums = [], [], {}
+        self._results = MetaResults()
         self._weights = {}  # id of a parameter's view: (the view, the parameter, is it transposed)
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
         self._uniform = {}  # storage of a tensor that has one value everywhere: the tensor
@@ -115,7 +117,7 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = self._results.run(func, args, kwargs)
         name = func.overloadpacket.__name__
         if name in CONSTANTS:
             if name in UNIFORM:
