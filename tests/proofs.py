@@ -3,7 +3,6 @@
 A student hidden in a larger teacher: the teacher computes what the student does, and selection gives the student back.
 """
 
-import copy
 from functools import cache
 
 import numpy as np
@@ -14,6 +13,7 @@ from architectures import lively, models, reads
 from helpers import assert_same
 from traces import structure_of, trace_of
 from weight_selection.apply import apply_plan
+from weight_selection.copies import copy_of
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection
 from weight_selection.tied import tied_keys
@@ -82,7 +82,7 @@ def check_hidden(teacher, student, both, inputs, chain=False, reads=reads, outpu
         output: takes out of what a model gives the tensor that is compared.
         factor: times the student's output is the teacher's, where selection alone would have to rescale.
     """
-    teacher, student = copy.deepcopy(teacher), lively(copy.deepcopy(student))
+    teacher, student = copy_of(teacher), lively(copy_of(student))
     plan = plan_all(both, "consecutive")
     teacher.double().eval().load_state_dict(hidden(plan, teacher, student, chain, reads))
     with torch.no_grad():

@@ -1,6 +1,5 @@
 """One projection: whatever can be refused is refused before a weight is read; then both models run on the images."""
 
-import copy
 import os
 from dataclasses import replace
 
@@ -8,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from weight_selection.agreement import measure_agreement
+from weight_selection.copies import copy_of
 from weight_selection.errors import InputError
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import Plan, plan_selection
@@ -164,7 +164,7 @@ def _left_out_classifier(plan, structures, options):
 
 def _own(who):
     """A model that may be changed: a user's module is copied."""
-    return who.create() if isinstance(who.model, str) else copy.deepcopy(who.model)
+    return who.create() if isinstance(who.model, str) else copy_of(who.model)
 
 
 def _device(model):

@@ -1,10 +1,9 @@
 """Check of the symmetries: rotate streams and mix heads of the teacher at random, which must change nothing."""
 
-import copy
-
 from torch import Tensor
 from tqdm import tqdm
 
+from weight_selection.copies import copy_of
 from weight_selection.errors import InputError
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection
@@ -63,7 +62,7 @@ def _is_unchanged(stats, batch, streams, attentions):
     """Whether the dense layers give the same when a copy of the teacher has its streams rotated and its heads mixed."""
     teacher = stats.teacher
     entries = plan_selection(teacher.structure, teacher.structure, SelectionOptions()).selected
-    mixed = TracedModel(copy.deepcopy(teacher.model), teacher.structure, teacher.symmetries)
+    mixed = TracedModel(copy_of(teacher.model), teacher.structure, teacher.symmetries)
     maps = random_down_maps(teacher, paired_groups(entries, teacher.structure, teacher.structure), streams, attentions)
     weights = StudentWeights(entries, mixed, stats, maps)
     comparison = _Comparison(weights)

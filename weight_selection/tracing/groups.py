@@ -113,6 +113,7 @@ def find_groups(trace: Trace) -> ModelGroups:
 def _attentions(trace, group, rank, groups):
     """As of ``ModelGroups``, of the attentions whose heads are blocks of both groups."""
     found = []
+    ranges = [(key, int(dim[0]), int(dim[-1])) for key, dims in trace.dims.items() for dim in dims if len(dim)]
     for *matrices, keys in trace.attentions:
         sides = []
         for matrix in matrices:
@@ -124,17 +125,19 @@ def _attentions(trace, group, rank, groups):
                 sides.append((number, len(rows)))
         if len(sides) == 2 and sides[0][1] == sides[1][1]:
             (queries, heads), (values, _) = sides
-            given = [_tensors_with(trace, queries_or_keys) for queries_or_keys in (matrices[0], keys)]
+            given = [_tensors_with(ranges, queries_or_keys) for queries_or_keys in (matrices[0], keys)]
             found.append((queries, values, heads, given[1] - given[0]))
     return list(dict.fromkeys(found))
 
 
-def _tensors_with(trace, labels):
-    """Keys of the tensors that some labels, not their classes, come from."""
-    low, high = labels.min(), labels.max()  # of a dimension they are consecutive
-    return frozenset(
-        key for key, dims in trace.dims.items() if any(len(dim) and dim[0] <= low and high <= dim[-1] for dim in dims)
-    )
+def _tensors_with(ranges, labels):
+    """Keys of the tensors that some labels, not their classes, come from.
+
+    Args:
+        ranges: [(key, first label, last label)] of each dimension; its labels are consecutive.
+    """
+    low, high = int(labels.min()), int(labels.max())
+    return frozenset(key for key, first, last in ranges if first <= low and high <= last)
 
 
 def _sort(dims, position):

@@ -12,7 +12,6 @@ number is computed. Beside each activation travel the labels of its neurons:
 An operation without a rule is refused by name.
 """
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -23,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from weight_selection.copies import copy_of
 from weight_selection.tracing.labels import BlockConstraint, Labels, compact, core, fit, unique_rows, varying
 from weight_selection.tracing.meta_results import MetaResults
 
@@ -784,7 +784,7 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     for tensor in chain(model.parameters(), model.buffers()):
         bare = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
-    skeleton = copy.deepcopy(model, memo)
+    skeleton = copy_of(model, memo)
     for module in skeleton.modules():
         if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
             module.config._attn_implementation = "eager"

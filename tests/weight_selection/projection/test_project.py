@@ -15,6 +15,7 @@ from proofs import structures_of_pair
 from traces import structure_of
 from weight_selection import select_weights
 from weight_selection.apply import apply_plan
+from weight_selection.copies import copy_of
 from weight_selection.errors import InputError
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection
@@ -53,7 +54,7 @@ def traced_model(name):
 
 def first_weights(plan, teacher, student, images, method):
     """A student's first weights, from copies of models that are traced already."""
-    teacher, student = (TracedModel.of(copy.deepcopy(traced.model), traced.structure) for traced in (teacher, student))
+    teacher, student = (TracedModel.of(copy_of(traced.model), traced.structure) for traced in (teacher, student))
     return project(plan.selected, teacher, student, images.split(16), method)
 
 
@@ -61,7 +62,7 @@ def projected(teacher, student, images, method):
     """A copy of the student's model with the weights that projection gives it."""
     plan = plan_selection(teacher.structure, student.structure, SelectionOptions(include_head=True))
     first = first_weights(plan, teacher, student, images, method)
-    found = copy.deepcopy(student.model)
+    found = copy_of(student.model)
     for parameter in found.parameters():
         parameter.data += 1
     found.load_state_dict(first, strict=False)
