@@ -95,8 +95,7 @@ def select_weights(
 
     Returns:
         A state_dict for ``student.load_state_dict(..., strict=False)``, in the student's order and the teacher's dtype,
-        without the classifier and the excluded components. Keys of a wrapped student (DDP, torch.compile) have its
-        prefix.
+        without the classifier and the excluded components; if DDP or torch.compile wraps it, with their prefixes.
 
     Raises:
         InputError: the arguments cannot be used together. The message is one line and says what to do.
