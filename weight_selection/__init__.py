@@ -87,7 +87,7 @@ def select_weights(
         allow_unused: drop teacher tensors that the student has no place for (LayerScale, registers).
         seed: of the random rules, of noise, and of the draw of images.
         calibration: for a projection: a directory of images, ``"noise"``, a tensor of normalised images (n, channels,
-            height, width), or a list of batches: of such images, or of other inputs (``[{"input_ids": ids}, ...]``).
+            height, width), or a list or loader of batches: such images, (images, labels), ``{"input_ids": ids}``, ...
         calibration_images: how many images of the directory or of noise; default: 1,024, or all if there are fewer.
         calibration_size: side of these images in pixels; default: the size that the student takes.
         fused_qkv: uniform selection spreads its indices over each of the ``parts`` of fused queries, keys and values,
@@ -95,7 +95,7 @@ def select_weights(
 
     Returns:
         A state_dict for ``student.load_state_dict(..., strict=False)``, in the student's order and the teacher's dtype,
-        without the classifier and the excluded components.
+        without the classifier and the excluded components; if DDP or torch.compile wraps it, with their prefixes.
 
     Raises:
         InputError: the arguments cannot be used together. The message is one line and says what to do.

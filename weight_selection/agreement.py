@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from weight_selection.errors import InputError
-from weight_selection.projection.images import BATCH_SIZE, inputs_with
+from weight_selection.projection.images import BATCH_SIZE, inputs_and_labels, inputs_with, on_device
 from weight_selection.sources.facts import facts_of, unwrapped
 from weight_selection.tracing.tracer import run_forward
 
@@ -24,8 +24,8 @@ def measure_agreement(teacher: nn.Module, student: nn.Module, images: Tensor | I
 
     Args:
         teacher, student: classifiers of the same classes. Each runs in evaluation mode on the device that it is on.
-        images: normalised images (n, channels, height, width), or an iterable of batches of these, or of other inputs,
-            dicts of tensors.
+        images: normalised images (n, channels, height, width), or an iterable of batches of these, such as a loader.
+            A batch may have labels, which are not used: (images, labels), or a dict of the model's inputs.
 
     Raises:
         InputError: there are no images, or the models do not give a score for each of the same classes.
@@ -50,10 +50,7 @@ def top1_classes(model: nn.Module, batch: Tensor | Mapping) -> tuple[Tensor, int
     """
     model = unwrapped(model)
     device, training = next(model.parameters()).device, model.training
-    if isinstance(batch, Mapping):
-        batch = {name: value.to(device) for name, value in batch.items()}
-    else:
-        batch = batch.to(device)
+    batch = on_device(inputs_and_labels(batch, "images")[0], device)
     model.eval()
     try:
         output = run_forward(model, inputs_with(facts_of(model).inputs or (batch,), batch))

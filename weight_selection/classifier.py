@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from weight_selection.errors import InputError
+from weight_selection.projection.images import inputs_and_labels, on_device
 from weight_selection.sources.facts import facts_of, unwrapped
 from weight_selection.tracing.tracer import run_forward
 
@@ -159,7 +160,8 @@ def fit_classifier(model: nn.Module, batches: Iterable, num_classes: int, classi
 
     Args:
         model: any module with a linear classifier; runs in evaluation mode on the device that it is on.
-        batches: of (inputs, labels), labels int64 (images,); inputs a tensor, or a dict of keyword arguments.
+        batches: of (inputs, labels), labels int64 (images,); inputs a tensor, or a dict of keyword arguments. Such a
+            dict may also hold the labels itself, as ``labels`` or ``label``.
         num_classes: outputs of the classifier.
         classifier: the name of the linear layer. Default: the only one with so many outputs.
 
@@ -168,7 +170,7 @@ def fit_classifier(model: nn.Module, batches: Iterable, num_classes: int, classi
         classifier that the other images gave; images, their number}.
 
     Raises:
-        InputError: no such layer, several, or it gets more than a vector for each image; no images.
+        InputError: no such layer, several, or it gets more than a vector for each image; no images, or no labels.
     """
     model = unwrapped(model)
     layer, device = classifier_layer(model, num_classes, classifier), next(model.parameters()).device
@@ -176,11 +178,12 @@ def fit_classifier(model: nn.Module, batches: Iterable, num_classes: int, classi
     model.eval()
     try:
         with torch.no_grad(), features_of(layer) as caught:
-            for inputs, labels in batches:
-                inputs = (
-                    {k: v.to(device) for k, v in inputs.items()} if isinstance(inputs, dict) else (inputs.to(device),)
-                )
-                run_forward(model, inputs)
+            for batch in batches:
+                inputs, labels = inputs_and_labels(batch, "batches")
+                if labels is None:
+                    raise InputError("batches: one has no labels; give (inputs, labels), or dicts with labels")
+                inputs = on_device(inputs, device)
+                run_forward(model, inputs if isinstance(inputs, dict) else (inputs,))
                 sums.add(caught.pop(), labels.to(device))
     finally:
         model.train(training)

@@ -23,6 +23,7 @@ from weight_selection.plan import plan_selection, structure_of
 from weight_selection.sources import names
 from weight_selection.sources.facts import check_classifier, unwrapped
 from weight_selection.sources.teachers import trained_normalization
+from weight_selection.sources.weight_files import under_own_names
 from weight_selection.tracing.tracer import skeleton_of
 
 
@@ -85,7 +86,7 @@ class Teacher:
             only when it is asked for. The provenance is a dict. The files are the paths of the weights.
         """
         if isinstance(self.weights, Mapping):
-            return self.weights, {}, []
+            return under_own_names(self.weights, skeleton), {}, []
         if self.weights is None and not isinstance(self.model, str):
             return self.model.state_dict(), {}, []
         if self.weights is None:
@@ -118,6 +119,7 @@ class Student:
         kwargs, input_size: if the model is a name, arguments of ``names.create_model``.
         option: the option that gave the model, for errors.
         inputs: example inputs, as for ``facts_of``; None: the model's library says them.
+        prefix: what the wrappers of torch.compile, DDP and the like put in front of the model's keys.
     """
 
     model: nn.Module | str
@@ -125,9 +127,12 @@ class Student:
     input_size: int | None = None
     option: str = "student"
     inputs: object = None
+    prefix: str = field(init=False, default="")
 
     def __post_init__(self):
-        self.model = _checked_model(self.model, self.option)
+        given, self.model = self.model, _checked_model(self.model, self.option)
+        if given is not self.model:
+            self.prefix = next(f"{name}." for name, module in given.named_modules() if module is self.model)
 
     def create(self, device="cpu") -> nn.Module:
         """The student. If it is given by name, it is built on the device, with its random initialisation."""
@@ -182,15 +187,18 @@ class Selection:
     def weights(self) -> dict:
         """The student's first weights: its state_dict without the keys that are left out.
 
-        Selected weights are on the device of the teacher's, projected ones on the CPU.
+        Selected weights are on the device of the teacher's, projected ones on the CPU. The keys are those of the
+        student as it was given: with the prefix of its wrappers.
 
         Raises:
             InputError: a tensor of the teacher's is missing, has another shape or is not finite.
         """
         weights, origin = self.opened[0], self.teacher.weights_origin
         if self.projection is None:
-            return apply_plan(self.plan, weights, origin)
-        return self.projection.weights(weights, origin)
+            made = apply_plan(self.plan, weights, origin)
+        else:
+            made = self.projection.weights(weights, origin)
+        return {self.student.prefix + key: value for key, value in made.items()}
 
     def _skeletons(self):
         """Copies of both models without weights, for a projection. The teacher's gets the student's geometry."""
@@ -205,7 +213,7 @@ class Selection:
 
 
 def _checked_model(model, option):
-    """A model without the wrappers of torch.compile, DataParallel and DDP."""
+    """A model without the wrappers that ``unwrapped`` knows."""
     if not isinstance(model, (nn.Module, str)):
         raise InputError(f"{option}={model!r:.80}: give a torch.nn.Module, or the name of a model")
     return model if isinstance(model, str) else unwrapped(model)

@@ -57,6 +57,18 @@ def test_the_classifier_is_that_of_ridge_regression(images):
     assert facts["held_out_loss"] < np.log(CLASSES)
 
 
+def test_labels_may_be_in_a_dict_with_the_inputs(images):
+    torch.manual_seed(0)
+    nets = [Net() for _ in range(3)]
+    expected = fit_classifier(nets[0], in_batches(images), CLASSES)
+    nets[1].body.load_state_dict(nets[0].body.state_dict())
+    named = [{"x": x, "labels": y, "text": ["a"] * len(y)} for x, y in in_batches(images)]
+    assert fit_classifier(nets[1], named, CLASSES) == expected
+    assert torch.equal(nets[1].head.weight, nets[0].head.weight)
+    with pytest.raises(InputError, match="batches: one has no labels; give"):
+        fit_classifier(nets[2], images[:1], CLASSES)
+
+
 def test_images_shared_out_give_the_same_classifier(images):
     whole = RidgeSums(CLASSES)
     for inputs, labels in in_batches(images):

@@ -5,8 +5,12 @@ import json
 import pytest
 import timm
 import torch
+import torch.distributed
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-from helpers import assert_same, meta, read, written
+from helpers import assert_same, meta, prefixed, read, written
 from pairs import PAIRS, RESNET, VIT
 from weight_selection import select_weights
 from weight_selection.cli import main as select_main
@@ -96,6 +100,62 @@ def test_weights_that_are_not_the_teachers_are_refused(weights, files):
         select_weights(teacher, student, weights=weights["convnext"])
     with pytest.raises(InputError, match=f"weights {files['convnext']}"):
         select_weights(teacher, student, weights=files["convnext"])
+
+
+def mlp(width):
+    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone, which DDP needs."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+WRAPPERS = {
+    "compile": compiled,
+    "DataParallel": nn.DataParallel,
+    "DDP": DistributedDataParallel,
+    "compile around DDP": lambda model: compiled(DistributedDataParallel(model)),
+    "DDP around compile": lambda model: DistributedDataParallel(compiled(model)),
+    "torch's average": AveragedModel,
+    "timm's average": timm.utils.ModelEmaV3,
+    "timm's average of DDP": lambda model: timm.utils.ModelEmaV3(DistributedDataParallel(model)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrapped_models_give_and_load_the_weights_of_what_is_in_them(wrap, one_process):
+    teacher, plain, student = mlp(8), mlp(4), mlp(4)
+    inputs = {"example_inputs": torch.zeros(1, 6)}
+    plain.load_state_dict(select_weights(teacher, plain, **inputs))
+    wrapped = WRAPPERS[wrap](student)
+    found = wrapped.load_state_dict(select_weights(WRAPPERS[wrap](teacher), wrapped, **inputs), strict=False)
+    assert not found.unexpected_keys and set(found.missing_keys) <= {"n_averaged"}
+    state = wrapped.state_dict()
+    assert all(
+        torch.equal(state[next(name for name in state if name.endswith(key))], plain.state_dict()[key])
+        for key in plain.state_dict()
+    )
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "net._orig_mod."])
+@pytest.mark.parametrize("nest", [dict, lambda weights: {"state_dict": weights, "epoch": 3}], ids=["bare", "nested"])
+def test_weights_in_memory_may_be_nested_and_have_prefixes_as_those_in_files(prefix, nest):
+    teacher, student, inputs = mlp(8), mlp(4), {"example_inputs": torch.zeros(1, 6)}
+    weights = nest(prefixed(prefix, teacher.state_dict()))
+    assert_same(select_weights(mlp(8), student, weights=weights, **inputs), select_weights(teacher, student, **inputs))
+
+
+def test_weights_without_a_tensor_are_refused():
+    with pytest.raises(InputError, match=r"weights: 0.weight is absent, \(8, 6\) is needed"):
+        select_weights(mlp(8), mlp(4), weights={}, example_inputs=torch.zeros(1, 6))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

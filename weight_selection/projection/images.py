@@ -4,6 +4,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from weight_selection.image_files import IMAGE_SUFFIXES, BadImage, read_image
 from weight_selection.options import CALIBRATION_IMAGES, HELD_OUT_IMAGES, NOISE
 
 BATCH_SIZE = 16
+LABELS = ("labels", "label")  # in batches that are dicts
 
 
 class Calibration:
@@ -177,11 +179,67 @@ def inputs_with(inputs: tuple | dict, batch) -> tuple | dict:
     return tuple(batch if number == place else value for number, value in enumerate(inputs))
 
 
+def inputs_in(batch, argument: str) -> torch.Tensor | dict:
+    """A model's inputs in a batch as a loader gives it.
+
+    Args:
+        batch: a tensor; a dict of tensors, whose other entries, such as texts, are left out; or a tuple or list that
+            begins with one of these, and goes on with labels.
+        argument: what the batch was given in, for errors.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if isinstance(batch, (tuple, list)) and batch and all(isinstance(value, torch.Tensor) for value in batch[1:2]):
+        return inputs_in(batch[0], argument)
+    if isinstance(batch, torch.Tensor):
+        return batch
+    tensors = {}
+    if isinstance(batch, Mapping):
+        tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise InputError(
+            f"{argument}: batches must be tensors, pairs of inputs and labels, or dicts of tensors, not "
+            f"{type(batch).__name__}"
+        )
+    return tensors
+
+
+def inputs_and_labels(batch, argument: str) -> tuple:
+    """(a model's inputs, labels) in a batch as a loader gives it; without labels there, these are None.
+
+    Args, Raises: as ``inputs_in``. In a dict, labels are called ``labels`` or ``label``.
+    """
+    inputs = inputs_in(batch, argument)
+    labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+    if isinstance(inputs, dict):
+        named = [inputs.pop(name) for name in LABELS if name in inputs]
+        labels = next(iter(named), None) if labels is None else labels
+    return inputs, labels
+
+
+def on_device(inputs: torch.Tensor | dict, device) -> torch.Tensor | dict:
+    """A model's inputs on a device."""
+    if isinstance(inputs, dict):
+        return {name: value.to(device) for name, value in inputs.items()}
+    return inputs.to(device)
+
+
+@dataclass(frozen=True)
+class LoadedInputs:
+    """A model's inputs in the batches of a loader, as often as they are asked for."""
+
+    batches: Iterable
+
+    def __iter__(self):
+        return (inputs_in(batch, "calibration") for batch in self.batches)
+
+
 def check_batches(images, inputs: tuple | dict, count: int | None, side: int | None) -> Iterable:
     """Check images, or other inputs, that the caller gives as tensors, and return them in batches.
 
     Args:
-        images: a tensor (n, channels, height, width), an iterable of such tensors, or one of dicts of tensors.
+        images: a tensor (n, channels, height, width), or an iterable, such as a loader, of what ``inputs_in`` takes.
         inputs: example inputs of the student.
         count, side: must be None, since all batches are taken as they are.
 
@@ -195,19 +253,25 @@ def check_batches(images, inputs: tuple | dict, count: int | None, side: int | N
         images = images.split(BATCH_SIZE)
     if not hasattr(images, "__iter__") or iter(images) is images:
         raise InputError(f"calibration: a {type(images).__name__} cannot be gone through three times; give a list")
-    first = next(iter(images), None)
-    if isinstance(first, Mapping) and first and all(isinstance(value, torch.Tensor) for value in first.values()):
-        return images
+    batches = LoadedInputs(images)
+    first = inputs_in(next(iter(images), None), "calibration")
+    if isinstance(first, Mapping):
+        return batches
     _, size = image_of(inputs)
     if size is None:
-        raise InputError('calibration: the model takes more than images; give batches such as {"input_ids": tensor}')
+        named = inputs.items() if isinstance(inputs, dict) else {"NAME": first}.items()
+        names = ", ".join(f'"{name}": tensor' for name, value in named if isinstance(value, torch.Tensor))
+        raise InputError(
+            "calibration: the model takes more than images; give batches that are dicts, with the names of its "
+            f"forward's arguments: {{{names}}}"
+        )
     channels = size[1]
-    if not isinstance(first, torch.Tensor) or not first.is_floating_point() or first.ndim != 4 or not len(first):
-        found = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, torch.Tensor) else type(first).__name__
+    if not first.is_floating_point() or first.ndim != 4 or not len(first):
+        found = f"{first.dtype} {tuple(first.shape)}"
         raise InputError(f"calibration: batches must be floating point (n, {channels}, height, width), not {found}")
     if first.shape[1] != channels:
         raise InputError(f"calibration: images have {first.shape[1]} channels, the model takes {channels}")
-    return images
+    return batches
 
 
 def _alike(batch, other):

@@ -9,12 +9,16 @@ from importlib import import_module
 
 import torch
 import torch.nn as nn
+from torch.optim.swa_utils import AveragedModel
 
 from weight_selection.errors import InputError
 from weight_selection.sources.architectures import Architecture, found_components, keys_inside
 
 # Package of a model's class -> the module that answers for its models.
 LIBRARIES = {"timm": "timm_models", "torchvision": "torchvision_models", "transformers": "transformers_models"}
+PARTS = ("timm.layers.", "timm.utils.")  # classes there are no models
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)  # what they wrap is their ``module``
+TIMMS_AVERAGES = "timm.utils.model_ema"  # where timm's classes of the same kind are
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,15 @@ def facts_of_any(model: nn.Module) -> ModelFacts:
 
 def library_of(model: nn.Module) -> str | None:
     """The package that a model's class, or a class that it extends, comes from: one of ``LIBRARIES``, or None."""
-    packages = (cls.__module__.partition(".")[0] for cls in type(model).__mro__)
+    modules = (cls.__module__ for cls in type(model).__mro__)
+    packages = (module.partition(".")[0] for module in modules if not module.startswith(PARTS))
     return next((package for package in packages if package in LIBRARIES), None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile, DataParallel and DistributedDataParallel."""
+    """The module inside torch.compile, DataParallel, DistributedDataParallel, and moving averages of torch and timm."""
     while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        if isinstance(model, WRAPPERS) or type(model).__module__ == TIMMS_AVERAGES:
             model = model.module
         elif hasattr(model, "_orig_mod"):  # torch.compile's wrapper
             model = model._orig_mod

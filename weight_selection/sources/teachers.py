@@ -22,6 +22,7 @@ from weight_selection.sources.weight_files import (
     open_state_dict,
     read_weights,
     training_options,
+    without_common_prefix,
 )
 
 QUANTISED = re.compile(r"(torch\.)?(u?int8|float[48]|[UI]8$|F[48]_)")  # kinds of numbers, as files name them
@@ -116,7 +117,9 @@ def load_into_teacher(model: nn.Module, path, option: str) -> None:
 def stored_under_own_names(path, model, option):
     """{key: StoredTensor} of a path whose tensors are the model's but for its classifier; None for another layout."""
     stored = open_state_dict(path, option)
-    return stored if stored is not None and mismatch(stored, model) is None else None
+    if stored is None:
+        return None
+    return next((s for s in (stored, without_common_prefix(stored)) if mismatch(s, model) is None), None)
 
 
 def mismatch(state_dict: Mapping, model: nn.Module) -> str | None:

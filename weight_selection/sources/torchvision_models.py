@@ -1,7 +1,7 @@
 """What torchvision's models answer about themselves: their classifier, the images that they take, their positions.
 
 Its models share no class and record nothing, but their authors named the parts alike: the classifier is ``fc``,
-``head``, or the last layer of ``classifier`` or ``heads``.
+``head`` (whatever is put in place of that one layer), or the last layer of ``classifier`` or ``heads``.
 """
 
 import re
@@ -14,7 +14,7 @@ from weight_selection.sources.facts import ModelFacts
 
 IMAGE_SIZE = 224  # pixels; of models that take images of any size
 INCEPTION_SIZE = 299
-CLASSIFIERS = ("fc", "head", "heads", "classifier")
+CLASSIFIERS = {"fc": True, "head": True, "heads": False, "classifier": False}  # name: is all of it the classifier
 AUXILIARY = ("aux1", "aux2", "AuxLogits", "aux_classifier")  # classifiers that only training uses
 TAKES_IMAGES = re.compile(r"torchvision\.models\.((quantization|segmentation)\.)?\w+")  # others take videos or lists
 MLPS = {"ConvNeXt": r"\.block\.[35]\.", "MaxVit": r"\.mlp_layer\.[13]\."}  # those that are no module of their own
@@ -49,10 +49,10 @@ def model_facts(model: nn.Module) -> ModelFacts:
 def _classifier(modules):
     """Names of the modules that belong to the task: the layers that give the classes, and auxiliary classifiers."""
     names = []
-    for name in CLASSIFIERS:
+    for name, whole in CLASSIFIERS.items():
         inside = {path: module for path, module in modules.items() if path == name or path.startswith(f"{name}.")}
         layers = [path for path, module in inside.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
-        names += layers[-1:]
+        names += [name] if whole and layers else layers[-1:]
     return (*names, *(name for name in AUXILIARY if name in modules)) if names else ()
 
 

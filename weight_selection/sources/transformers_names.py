@@ -19,7 +19,14 @@ from weight_selection.sources import teachers
 from weight_selection.sources.directories import Directory, files_of, read_config, weight_files
 from weight_selection.sources.names import place_of
 from weight_selection.sources.teachers import Opened, classifier_of, refuse_quantised
-from weight_selection.sources.weight_files import Weights, first_mismatch, open_files, read_files, stored_whole
+from weight_selection.sources.weight_files import (
+    Weights,
+    first_mismatch,
+    open_files,
+    read_files,
+    stored_whole,
+    without_common_prefix,
+)
 
 NOT_SIZES = {"architectures", "auto_map", "model_type", "transformers_version", "quantization_config"}
 CONVERTED = object()  # in place of a key: from_pretrained changes the tensor
@@ -154,6 +161,8 @@ def _open(files: list, model: nn.Module, where: str) -> tuple:
     if stored is None:
         stored = stored_whole(read_files(files, where))
     rename, expected = _renaming(model), model.state_dict(keep_vars=True)
+    if not any(rename(key) in expected for key in stored):
+        stored = without_common_prefix(stored)
     renamed = {key: rename(key) for key in stored}
     if CONVERTED in renamed.values():
         refuse_quantised(stored, model, where)

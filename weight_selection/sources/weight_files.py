@@ -130,6 +130,27 @@ def _without_wrappers(content):
     return content
 
 
+def without_common_prefix(state_dict: Mapping) -> Mapping:
+    """The same without the first word of the keys, if all have the same: Lightning puts ``model.`` in front of all."""
+    words = {key.partition(".")[0] for key in state_dict}
+    if len(words) != 1:
+        return state_dict
+    return _without_wrappers({key.removeprefix(f"{min(words)}."): value for key, value in state_dict.items()})
+
+
+def under_own_names(state_dict: Mapping, model: nn.Module) -> Mapping:
+    """A state_dict in memory as the same in a file is read: taken out of what it is nested in, without prefixes.
+
+    One that has a key of the model's is returned as it is.
+    """
+    expected = model.state_dict().keys()
+    if expected & state_dict.keys():
+        return state_dict
+    nested = (state_dict[key] for key in NESTED if isinstance(state_dict.get(key), Mapping))
+    bare = _without_wrappers(next(nested, state_dict))
+    return bare if expected & bare.keys() else without_common_prefix(bare)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Lazily: a tensor is read each time it is asked for, and not kept
 

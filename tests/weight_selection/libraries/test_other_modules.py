@@ -1,6 +1,7 @@
 """Modules of no library that we know: plain ones, open_clip's, and what is refused."""
 
 import pytest
+import timm.layers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -125,6 +126,16 @@ def test_numbered_attributes_are_layers_if_they_have_the_same_tensors():
         teacher := Numbered(16, 3), Numbered(16, 2), example_inputs=FEATURES, layer_selection="last_n"
     )
     assert torch.equal(chosen["block_1.up.weight"], teacher.block_2.up.weight)
+
+
+class Extended(timm.layers.Mlp):
+    """A module of a user's that extends a part of timm's models, not a model."""
+
+
+def test_a_class_that_extends_a_part_of_a_librarys_models_is_any_other_module():
+    teacher, student = Extended(6, 16, 3), Extended(6, 8, 3)
+    chosen = select_weights(teacher, student, example_inputs=FEATURES)
+    assert torch.equal(chosen["fc1.weight"], teacher.fc1.weight[::2])
 
 
 def test_flattened_places_stay_with_their_channels():

@@ -207,6 +207,8 @@ def test_a_classifier_may_be_replaced_as_users_do():
     teacher, student = resnet(BasicBlock, (1, 1, 1, 1), 8), resnet(BasicBlock, (1, 1, 1, 1), 4)
     student.fc = nn.Sequential(nn.Dropout(), nn.Linear(32, 3))
     assert make_plan(teacher, student).left_out == ["fc.1.weight", "fc.1.bias"]
+    student.fc = nn.Sequential(nn.Linear(32, 9), nn.ReLU(), nn.Linear(9, 3))
+    assert make_plan(teacher, student).left_out == ["fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias"]
     student.fc = nn.Identity()
     assert make_plan(teacher, student).left_out == []
 

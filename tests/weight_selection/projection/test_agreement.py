@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from architectures import lively, models
 from helpers import assert_same, images_for, read, words
@@ -45,6 +46,15 @@ def test_agreement_is_the_percentage_of_images_of_one_class_in_both():
         measure_agreement(teacher, student, [scores[..., None]])
     with pytest.raises(InputError, match="there are none"):
         measure_agreement(teacher, student, [])
+
+
+def test_agreement_takes_batches_as_loaders_give_them():
+    scores, labels = torch.eye(3)[[0, 1, 2, 2]], torch.tensor([0, 1, 2, 0])
+    teacher, student = Scores(0, 1, 2), Scores(0, 2, 1)
+    assert measure_agreement(teacher, student, DataLoader(TensorDataset(scores, labels), 2)) == 25
+    assert measure_agreement(teacher, student, [{"scores": scores, "labels": labels, "text": ["a"] * 4}]) == 25
+    with pytest.raises(InputError, match="images: batches must be tensors, .* not str"):
+        measure_agreement(teacher, student, ["scores"])
 
 
 def test_held_out_images_are_others_and_the_calibrations_stay_the_same(image_folder):

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import ablate_projection
 from architectures import lively, models
@@ -318,6 +319,44 @@ def test_without_a_count_all_images_of_a_small_directory_are_taken(cli, command,
 def test_images_of_a_callers_own_are_checked(images, message):
     with pytest.raises(InputError, match=message):
         select_weights(*models("vit"), element_selection="greedy", calibration=images)
+
+
+class ByName(torch.nn.Module):
+    """Two convolutions; the images are called pixel_values."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.last = torch.nn.Conv2d(3, width, 3), torch.nn.Conv2d(width, 4, 3)
+
+    def forward(self, pixel_values, labels=None):
+        return self.last(self.first(pixel_values).relu())
+
+
+def test_batches_are_taken_as_loaders_give_them():
+    images, labels = torch.randn(12, 3, 8, 8), torch.arange(12)
+    teacher, student = ByName(8), ByName(4)
+    greedy = partial(select_weights, teacher, student, element_selection="greedy", example_inputs=images[:1])
+    expected = greedy(calibration=images.split(4))
+    pairs = list(zip(images.split(4), labels.split(4), strict=True))
+    named = [{"pixel_values": x, "labels": y, "text": ["a"] * 4} for x, y in pairs]
+    for batches in (
+        DataLoader(TensorDataset(images), 4),
+        DataLoader(TensorDataset(images, labels), 4),
+        [(x, y, ["path"] * 4) for x, y in pairs],
+        named,
+        [(batch, batch["labels"]) for batch in named],
+    ):
+        assert_same(greedy(calibration=batches), expected)
+    with pytest.raises(InputError, match="batches must be tensors, pairs of inputs and labels, .* not dict"):
+        greedy(calibration=[{"text": ["a"]}])
+
+
+def test_inputs_other_than_images_are_given_by_name():
+    layers = [torch.nn.Sequential(torch.nn.Linear(6, width), torch.nn.Linear(width, 3)) for width in (8, 4)]
+    greedy = partial(select_weights, *layers, element_selection="greedy", example_inputs=torch.zeros(1, 6))
+    with pytest.raises(InputError, match=r"takes more than images; give .* the names of its forward's arguments"):
+        greedy(calibration=torch.randn(16, 6))
+    assert "1.weight" in greedy(calibration=[{"input": torch.randn(16, 6)}])
 
 
 def test_an_image_that_cannot_be_read_is_named(cli, command, tmp_path):

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from helpers import assert_same, read, words
+from helpers import assert_same, prefixed, read, words
 from pairs import VIT
 from saved_models import LARGE, SMALL, build, save
 from weight_selection import InputError, select_weights
@@ -48,6 +48,13 @@ def test_a_name_and_its_directory_and_the_module_give_the_same_tensors(tmp_path)
     directory, expected = save(teacher, tmp_path, "8KB"), select_weights(teacher, student)
     assert_same(select_weights(f"transformers:{directory}", student), expected)
     assert_same(select_weights(meta_of(teacher), student, weights=directory), expected)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "LlamaForCausalLM", "BertForMaskedLM"])
+def test_a_file_of_lightning_fills_a_model_of_transformers(name, tmp_path):
+    model = build(name, LARGE)
+    torch.save({"state_dict": prefixed("model.", model.state_dict())}, tmp_path / "x.ckpt")
+    assert_same(opened(model, tmp_path / "x.ckpt"), model.state_dict())
 
 
 def test_a_base_models_file_with_the_old_names_of_layer_norms_fills_a_model_with_a_head(tmp_path):

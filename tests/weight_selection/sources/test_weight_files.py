@@ -22,6 +22,7 @@ TEACHER_FILES = {
     "averaged weights before others": ("x.pth", lambda w: {"model": {"a": torch.zeros(1)}, "model_ema": w}),
     "DDP": ("x.bin", lambda w: {"model": prefixed("module.", w)}),
     "torch.compile": ("x.pt", lambda w: prefixed("_orig_mod.", w)),
+    "Lightning": ("x.ckpt", lambda w: {"state_dict": prefixed("model.", w), "pytorch-lightning_version": "2.5.0"}),
     "without a classifier": ("x.pth", lambda w: {key: v for key, v in w.items() if not key.startswith("head.")}),
     "other classes": ("x.pth", lambda w: {k: v[:3] if k in VIT.head + CONVNEXT.head[2:] else v for k, v in w.items()}),
     "safetensors": ("x.safetensors", lambda w: w),
