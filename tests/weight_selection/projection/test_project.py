@@ -360,6 +360,15 @@ def test_of_the_models_nothing_changes():
         assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
+def test_weights_are_the_same_where_the_caller_trains_in_mixed_precision():
+    teacher, student = (lively(model).float() for model in models("vit"))
+    options = {"element_selection": "project", "calibration": images_for(teacher, 3)}
+    first = select_weights(teacher, student, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = select_weights(teacher, student, **options)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
 def test_a_classifier_that_is_not_there_reads_nothing_and_cannot_be_selected():
     teacher, student = models("vit")
     images = images_for(teacher).float()
