@@ -30,8 +30,8 @@ class ActivationStats:
         normalised: {key of a norm's gain: ``Moments`` of what the norm gives before gain and shift}.
         norm_of: {key of a dense weight: key of the last norm before it over the same neurons}.
         scaled: {key of a LayerScale: key of the dense weight whose output it scales}.
-        early: {key of a norm in the stream itself: keys of the dense weights that ran before it}. Another norm takes
-            what such a norm gives; no dense layer does.
+        early: {key of a norm in the stream itself: keys of the dense weights that ran before it}. Dense layers add to
+            what such a norm gives; none takes it as it is.
         again: keys of the dense weights that run more than once in a forward pass.
     """
 
@@ -40,19 +40,19 @@ class ActivationStats:
         self.moments, self.normalised, self.norm_of, self.scaled = {}, {}, {}, {}
         self._before = {}  # key of a norm: keys of the dense weights that ran before it
         self._hidden = self._takes_hidden_units()
-        followed, ran = set(), ()
+        grown, ran = set(), ()
         for batch in images:
             recorder = _BatchRecorder(self)
             with ActivationTap(teacher, recorder.dense, recorder.norm, recorder.scale):
                 teacher.run(batch)
-            followed, ran = recorder.followed, recorder.ran
+            grown, ran = recorder.grown, recorder.ran
         for key, moments in self.moments.items():
             if not moments.variance.isfinite().all():
                 raise InputError(
                     f"--calibration: what the teacher's {key} takes is not finite; check weights and images"
                 )
         self.again = {key for key, times in Counter(ran).items() if times > 1}
-        self.early = {key: self._before[key] for key in followed - set(self.norm_of.values())}
+        self.early = {key: self._before[key] for key in grown - set(self.norm_of.values())}
 
     def outgoing(self, key: str) -> Tensor:
         """The weights of a dense layer by its inputs, with the LayerScale behind it: float64 (inputs, rest)."""
@@ -93,13 +93,13 @@ class _BatchRecorder:
     """Follows one batch through the teacher and adds what it sees to the statistics.
 
     Attributes:
-        followed: keys of the norms that another norm over the same neurons follows, and of the first norm over them.
+        grown: keys of the norms behind which a dense layer gives the same neurons.
         ran: keys of the dense weights, in the order in which they ran.
     """
 
     def __init__(self, stats: ActivationStats):
-        self.stats, self.followed, self.ran = stats, set(), []
-        self._last_norm = {}  # number of a group: key of the last norm over it
+        self.stats, self.grown, self.ran = stats, set(), []
+        self._norms = {}  # number of a group: keys of the norms over it that ran
         self._outputs = {}  # address of a dense layer's output: (key of the weight, output)
 
     def dense(self, key, x, y):
@@ -108,17 +108,18 @@ class _BatchRecorder:
         symmetries = self.stats.teacher.symmetries
         slices = symmetries.slices(key, symmetries.dense[key]) if key in symmetries.dense else ()
         for part in slices:
-            if part.group in self._last_norm:
-                self.stats.norm_of[key] = self._last_norm[part.group]
+            if part.group in self._norms:
+                self.stats.norm_of[key] = self._norms[part.group][-1]
         if slices:
             self.stats.add_input(key, x)
+            for part in symmetries.slices(key, symmetries.output_dim(key)):
+                self.grown.update(self._norms.get(part.group, ()))
         return y
 
     def norm(self, key, x, y):
         group = self.stats.teacher.group_of(key)
         if group is not None:
-            self.followed.add(self._last_norm.get(group, key))
-            self._last_norm[group] = key
+            self._norms.setdefault(group, []).append(key)
             normalise = F.layer_norm if self.stats.teacher.symmetries.kind(key) == LAYER_NORM else F.rms_norm
             n = normalise(x, y.shape[-1:]).reshape(-1, y.shape[-1])
             self.stats.add_normalised(key, n, self.ran)

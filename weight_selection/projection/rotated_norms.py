@@ -36,8 +36,9 @@ class RotatedNorms:
     """The values of a student's norms and LayerScales in rotated streams.
 
     Most start at gain 1 and shift 0, since the up maps of the layers behind them take over the teacher's gains and
-    shifts. Two kinds of norms have no such layer behind them: a norm in the stream itself, see (8), and the norm before
-    a new classifier, whose features should keep their sizes.
+    shifts. Three kinds of norms have no such layer behind them: a norm in the stream itself, see (8); the norm before a
+    new classifier, whose features should keep their sizes; and a norm behind which only another norm stands. The last
+    two get the mean gain of the neurons that make each coordinate, which is only nearly right.
 
     Args:
         entries: {student's key: its entry of the plan}.

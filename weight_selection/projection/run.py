@@ -65,19 +65,20 @@ class Projection:
         Raises:
             InputError: as ``project``, or the device has too little memory.
         """
-        teacher, student = (_own(who).to(self.device).eval() for who in (self.teacher, self.student))
-        load_teacher(teacher, self.structures[0], weights, origin, self.options.selects_all)
-        match_geometry(teacher, student)
-        student.to(next(teacher.parameters()))
-        self._fitted = teacher, student = tuple(map(TracedModel.of, (teacher, student), self.structures))
-        entries = self.plan.selected | self._classifier
-        try:
-            return project(entries, teacher, student, self.images, self.options.element_selection, self._classifier)
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"--calibration: {self.device} has too little memory to hold what all images give in one layer; give "
-                f"fewer images ({error})"
-            ) from error
+        with torch.autocast(torch.device(self.device).type, enabled=False):  # the caller may train in mixed precision
+            teacher, student = (_own(who).to(self.device).eval() for who in (self.teacher, self.student))
+            load_teacher(teacher, self.structures[0], weights, origin, self.options.selects_all)
+            match_geometry(teacher, student)
+            student.to(next(teacher.parameters()))
+            self._fitted = teacher, student = tuple(map(TracedModel.of, (teacher, student), self.structures))
+            entries = self.plan.selected | self._classifier
+            try:
+                return project(entries, teacher, student, self.images, self.options.element_selection, self._classifier)
+            except torch.OutOfMemoryError as error:
+                raise InputError(
+                    f"--calibration: {self.device} has too little memory to hold what all images give in one layer; "
+                    f"give fewer images ({error})"
+                ) from error
 
     def agreement(self) -> tuple:
         """How well the student, with its teacher's classifier, agrees with its teacher. Call it after ``weights``.

@@ -351,6 +351,17 @@ def test_projected_weights_are_nearer_to_the_teacher_than_selected_ones(kind):
         assert all(torch.equal(given[key], again[key]) for key in given), "the teacher was not brought to the images"
 
 
+def test_a_norm_behind_the_last_norm_does_not_keep_the_stream_from_being_rotated():
+    teacher, student = (model.float() for model in models("vit"))
+    for model in (teacher, student):
+        model.fc_norm = nn.LayerNorm(model.embed_dim)
+    images = images_for(lively(teacher).float()).float()
+    plain = closeness(teacher, student, select_weights(teacher, student, include_head=True), images)
+    options = {"element_selection": "project", "calibration": images, "include_head": True}
+    first = select_weights(teacher, student, **options)
+    assert closeness(teacher, student, first, images) > plain + 0.03
+
+
 def test_of_the_models_nothing_changes():
     teacher, student = (lively(model) for model in models("vit"))
     before = [{key: value.clone() for key, value in model.state_dict().items()} for model in (teacher, student)]
@@ -359,6 +370,15 @@ def test_of_the_models_nothing_changes():
     assert teacher.training
     for model, weights in zip((teacher, student), before, strict=True):
         assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_weights_are_the_same_where_the_caller_trains_in_mixed_precision():
+    teacher, student = (lively(model).float() for model in models("vit"))
+    options = {"element_selection": "project", "calibration": images_for(teacher, 3)}
+    first = select_weights(teacher, student, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = select_weights(teacher, student, **options)
+    assert all(torch.equal(first[key], again[key]) for key in first)
 
 
 def test_a_classifier_that_is_not_there_reads_nothing_and_cannot_be_selected():
