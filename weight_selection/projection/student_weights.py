@@ -245,7 +245,7 @@ class StudentWeights:
             else:
                 gain = self.stats.norm_of[entry.teacher_key]
                 moments = self.stats.normalised[gain].mean[:-1, :-1]
-                kept = ((down @ moments) * down).sum() / len(down)  # D r / d, since the trace of C is D
+                kept = len(moments) / len(down) * ((down @ moments) * down).sum() / moments.trace()  # D r / d
                 prior[theirs[:, None], ours] = self.weights[gain].double()[:, None] * down.T * kept.sqrt()
                 prior[theirs, -1] = self._norms.shift(gain)
         return prior

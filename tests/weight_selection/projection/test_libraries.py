@@ -140,6 +140,15 @@ def test_projected_weights_are_nearer_to_the_teacher_than_selected_ones(build, l
     assert min(nearnesses["greedy"], nearnesses["project"]) > nearnesses["uniform"] + 0.03, nearnesses
 
 
+def test_a_stream_may_be_so_small_that_the_eps_of_its_norms_counts():
+    teacher = gpt2(32, 4)
+    for embedding in (teacher.transformer.wte, teacher.transformer.wpe):
+        embedding.weight.data.mul_(0.25)
+    options = {"element_selection": "project", "classifier": (), "calibration": [{"input_ids": TOKENS}]}
+    first = select_weights(teacher, gpt2(16, 2), **options)
+    assert all(value.isfinite().all() for value in first.values())
+
+
 def in_more_neurons(student, teacher):
     """A LLaMA that computes what a smaller one does, with its stream along no coordinates: n = V RMS(s) / sqrt(2)."""
     turn = torch.linalg.qr(random(32, 16)).Q
