@@ -1,6 +1,8 @@
 """The plan: which teacher tensor each student tensor comes from, and which neurons are kept. Shapes alone decide it."""
 
+import inspect
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,7 +18,7 @@ from weight_selection.sources.architectures import NO_KEYS, Architecture, keys_i
 from weight_selection.sources.facts import ModelFacts, facts_of
 from weight_selection.tied import check_classifier_is_not_tied, embedding_keys, not_taken, tied_keys
 from weight_selection.tracing.groups import ModelGroups, NeuronGroup, aligned, find_groups
-from weight_selection.tracing.tracer import RefusedInputs, Untraceable, trace
+from weight_selection.tracing.tracer import RefusedInputs, Untraceable, tensors_of, trace
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class ModelStructure:
         shapes: {key: shape} of its state_dict.
         layers, neurons, geometry: which parts repeat, which neurons are the same, where positions are.
         parameters: keys that are parameters; the others are buffers.
-        output_layers: {name of a linear layer that gives an output of the model: number of its outputs}.
+        output_layers: {name of a linear layer or convolution that gives an output of the model, which no other layer
+            reads: number of its outputs}.
         tables: keys of tensors whose rows are tokens, positions or outputs.
         tied: of ``tied_keys``.
     """
@@ -66,6 +69,14 @@ class ModelStructure:
         return replace(self, facts=replace(self.facts, architecture=replace(self.architecture, classifier=pattern)))
 
 
+@contextmanager
+def _plain_context():
+    """No inference mode, and new tensors on the CPU, whatever the caller's contexts are."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
+
+
+@_plain_context()
 def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=None) -> ModelStructure:
     """Trace a model once and keep what a plan needs. Its weights are not touched: it may be on the meta device.
 
@@ -78,9 +89,10 @@ def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=No
     """
     facts = facts_of(model, example_inputs, classifier)
     if facts.inputs is None:
+        first = next(iter(inspect.signature(model.forward).parameters), "nothing")
         raise InputError(
-            f"{name}: a {type(model).__name__} does not say what inputs it takes; give example_inputs, such as "
-            "torch.zeros(1, 3, 224, 224)"
+            f"{name}: a {type(model).__name__} does not say what inputs it takes; give example_inputs, which its "
+            f"forward takes ({first} first), such as torch.zeros(1, 3, 224, 224) for images"
         )
     try:
         traced = trace(model, facts.inputs)
@@ -90,8 +102,13 @@ def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=No
         raise InputError(
             f"{name}: weight selection cannot take a {type(model).__name__} apart: {reason}{remedy}"
         ) from reason
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    heads = _output_rows(traced, traced.output_layers if facts.token_heads is None else facts.token_heads)
+    shapes = {key: tuple(value.shape) for key, value in tensors_of(model).items()}
+    output_layers = {
+        name: size
+        for name, size in traced.output_layers.items()
+        if isinstance(model.get_submodule(name), nn.Linear) or not _is_read(traced, *_outputs(model, name))
+    }
+    heads = _output_rows(traced, model, output_layers if facts.token_heads is None else facts.token_heads)
     return ModelStructure(
         facts,
         shapes,
@@ -99,27 +116,37 @@ def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=No
         find_groups(traced),
         find_geometry(model, facts.first_convolutions, facts.grid, facts.position_embeddings),
         frozenset(key for key, _ in model.named_parameters(remove_duplicate=False)),
-        traced.output_layers,
+        output_layers,
         embedding_keys(model) | heads,
         tied_keys(model),
     )
 
 
-def _output_rows(traced, names):
-    """Note that the outputs of these linear layers are tokens or classes, not neurons; returns their weights' keys.
+def _output_rows(traced, model, names):
+    """Note that the outputs of these layers are tokens or classes, not neurons; returns their weights' keys.
 
     A layer whose outputs another layer reads gives features.
     """
-    heads = []
-    for key in (f"{name}.weight" for name in names):
-        rows = torch.zeros(traced.labels.count, dtype=torch.bool)
-        rows[traced.labels.find(traced.dims[key][0])] = True
-        matrices = ((other, dims) for other, dims in traced.dims.items() if len(dims) > 1)
-        others = (dim for other, dims in matrices for dim in (dims[1:] if other == key else dims))
-        if not any(rows[traced.labels.find(dim)].any() for dim in others):
-            heads.append(key)
-    traced.labels.positions += [traced.dims[key][0] for key in heads]
-    return frozenset(heads)
+    outputs = [_outputs(model, name) for name in names]
+    heads = [(key, dim) for key, dim in outputs if key in traced.dims and not _is_read(traced, key, dim)]
+    traced.labels.positions += [traced.dims[key][dim] for key, dim in heads]
+    return frozenset(key for key, _ in heads)
+
+
+def _outputs(model, name):
+    """(key of a layer's weight, its dimension of outputs)."""
+    return f"{name}.weight", int(getattr(model.get_submodule(name), "transposed", False))
+
+
+def _is_read(traced, key, dim):
+    """Whether another tensor has the neurons of this dimension of a weight: it reads or gives them too."""
+    if key not in traced.dims:
+        return False
+    rows = torch.zeros(traced.labels.count, dtype=torch.bool)
+    rows[traced.labels.find(traced.dims[key][dim])] = True
+    matrices = {other: dims for other, dims in traced.dims.items() if len(dims) > 1}
+    places = ((other, number) for other, dims in matrices.items() for number in range(len(dims)))
+    return any(rows[traced.labels.find(matrices[o][n])].any() for o, n in places if (o, n) != (key, dim))
 
 
 @dataclass(frozen=True)
@@ -242,6 +269,7 @@ def make_plan(teacher: nn.Module, student: nn.Module, **options) -> Plan:
     return plan_selection(theirs, ours, options)
 
 
+@_plain_context()
 def plan_selection(teacher: ModelStructure, student: ModelStructure, options: SelectionOptions) -> Plan:
     """Decide where every student tensor comes from and which neurons it keeps.
 
@@ -309,7 +337,7 @@ def _in_head_norm(architecture, key):
 
 
 def _with_classifiers(teacher, student, selects_all):
-    """Both structures; of a module that does not say what its classifier is, the linear layers that give its outputs.
+    """Both structures; of a module that does not say what its classifier is, the layers that give its outputs.
 
     They are a classifier if all is to be selected, which asks for equal classes, or if the models' outputs differ.
     """
@@ -408,7 +436,7 @@ def _without(student, key):
 def _selected(teacher, student, matching, key, teacher_key, allow_unused):
     """Compare one tensor of each model, dimension by dimension."""
     shape, teacher_shape = student.shapes[key], teacher.shapes[teacher_key]
-    _check_shapes(student.architecture, key, teacher_shape, shape)
+    _check_shapes(teacher, student, key, teacher_key)
     ours, theirs = student.neurons.slices[key], teacher.neurons.slices[teacher_key]
     common = range(min(len(shape), len(teacher_shape)))
     positions = [dim for dim in common if ours[dim] is None or theirs[dim] is None]
@@ -438,16 +466,21 @@ def _selected(teacher, student, matching, key, teacher_key, allow_unused):
     return PlanEntry(key, shape, "selected", teacher_key, teacher_shape, slices, change)
 
 
-def _check_shapes(architecture, key, teacher_shape, shape):
+def _check_shapes(teacher, student, key, teacher_key):
     """Refuse tensors of another kind, and classifiers of other classes. A 1x1 convolution is a linear layer."""
+    shape, teacher_shape = student.shapes[key], teacher.shapes[teacher_key]
     compared, expected = teacher_shape, shape
     if (len(teacher_shape), len(shape)) in ((2, 4), (4, 2)):
         compared, expected = ((*sizes, 1, 1)[:4] for sizes in (teacher_shape, shape))
     if len(compared) != len(expected) or compared[2:] != expected[2:] and len(teacher_shape) != len(shape):
         raise InputError(f"{key}: teacher's shape is {teacher_shape}, student's {shape}: not the same kind of tensor")
-    if _is_classes(architecture, key) and compared[0] != shape[0]:
+    if not _is_classes(student.architecture, key):
+        return
+    theirs = teacher.output_layers.get(teacher_key.rpartition(".")[0], *compared[:1])
+    ours = student.output_layers.get(key.rpartition(".")[0], *shape[:1])
+    if theirs != ours:
         raise InputError(
-            f"--include_head: teacher has {compared[0]} classes, student {shape[0]} ({key}); give both the same "
+            f"--include_head: teacher has {theirs} classes, student {ours} ({key}); give both the same "
             "(--student_kwargs num_classes=N)"
         )
 

@@ -3,6 +3,7 @@
 import torch.nn as nn
 
 from weight_selection.errors import InputError
+from weight_selection.tracing.tracer import tensors_of
 
 
 def tied_keys(model: nn.Module) -> dict:
@@ -13,7 +14,7 @@ def tied_keys(model: nn.Module) -> dict:
     """
     embeddings = embedding_keys(model)
     keys = {}  # id of a tensor: its keys
-    for key, value in model.state_dict(keep_vars=True).items():
+    for key, value in tensors_of(model, keep_vars=True).items():
         keys.setdefault(id(value), []).append(key)
     tied = {}
     for some in keys.values():

@@ -12,17 +12,20 @@ number is computed. Beside each activation travel the labels of its neurons:
 An operation without a rule is refused by name.
 """
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
 import torch
 import torch.nn as nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from weight_selection.copies import copy_of
+from weight_selection.errors import InputError
 from weight_selection.tracing.labels import BlockConstraint, Labels, compact, core, fit, unique_rows, varying
 from weight_selection.tracing.meta_results import MetaResults
 
@@ -64,6 +67,8 @@ REDUCTIONS = _names("mean sum amax amin max min linalg_vector_norm var all any")
 # They give one value everywhere.
 UNIFORM = _names("empty zeros ones full scalar_tensor new_zeros zeros_like ones_like empty_like")
 CONSTANTS = UNIFORM | _names("arange linspace eye lift_fresh _assert_async")
+REPEATS = _names("expand view _unsafe_view")  # with the last two sizes as before, they repeat a matrix
+NO_VALUES = r"meta (device type )?tensor|'Meta' backend"  # in PyTorch's complaints that a tensor has no values
 KEEP = _names("alias clone detach as_strided_")  # those of the moves that leave every element where it is
 
 
@@ -78,6 +83,7 @@ class Tracer(TorchDispatchMode):
         attentions: of each attention the labels of queries, of values and of keys, each (heads, head_dim).
         multiplied: tensors of labels of neurons that a product of two activations joins, or pairs with others.
         sums: {id of a matrix of weights: the dimension over which a product sums}.
+        resized: {storage of a tensor: storage of the images that it was interpolated or pooled from}.
     """
 
     def __init__(self):
@@ -87,6 +93,7 @@ class Tracer(TorchDispatchMode):
         self.heights = {}
         self.met = set()
         self.attentions, self.multiplied, self.sums = [], [], {}
+        self.resized = {}
         self._results = MetaResults()
         self._weights = {}  # id of a parameter's view: (the view, the parameter, is it transposed)
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
@@ -186,6 +193,7 @@ class Tracer(TorchDispatchMode):
 
     def _over_space(self, func, out, x, *args, **kwargs):
         first = out[0] if isinstance(out, tuple) else out
+        self.resized[_storage(first)] = _storage(x)
         axes = []
         for axis in self.get(x):
             dims = varying(axis)
@@ -274,6 +282,8 @@ class Tracer(TorchDispatchMode):
         if dims is None or (isinstance(dims, (list, tuple)) and not dims):
             dims = range(x.ndim)
         dims = {dim % x.ndim for dim in ([dims] if isinstance(dims, int) else dims)}
+        if _is_images(x) and dims == {2, 3}:
+            self.resized[_storage(first)] = _storage(x)
         kept = first.ndim == x.ndim
         axes = []
         for axis in self.get(x):
@@ -444,18 +454,19 @@ class Tracer(TorchDispatchMode):
             self.put(out, self.meet([out, *added], out.shape))
 
     def _note_view(self, func, out, x):
-        """Note that a tensor is a view of a parameter."""
+        """Note that a tensor is a view of a parameter: the whole matrix, perhaps once for each sample, or a part."""
         if id(x) in self._weights and isinstance(out, torch.Tensor):
             _, weight, transposed = self._weights[id(x)]
             flips = func is torch.ops.aten.t.default
-            self._weights[id(out)] = out, weight if flips else None, transposed ^ flips
+            repeats = func.overloadpacket.__name__ in REPEATS and out.shape[-2:] == x.shape[-2:]
+            self._weights[id(out)] = out, weight if flips or repeats else None, transposed ^ flips
 
     def _note_product(self, a, b):
         """Note which dimension of a weight a product sums over, and of two activations what kind of product it is."""
         last = a.ndim - 1
         weights = [self._weights.get(id(tensor)) for tensor in (a, b)]
         for found, dim in zip(weights, (1, 0), strict=True):
-            if found is not None and found[1] is not None and last == 1:
+            if found is not None and found[1] is not None and found[1].ndim == 2:
                 self.sums[id(found[1])] = 1 - dim if found[2] else dim
         if weights != [None, None]:
             return
@@ -650,7 +661,7 @@ class Trace:
         labels, constraints: as of ``Tracer``.
         heights: {key of a convolution's weight: height of its output}.
         met: keys of the tensors that the forward pass uses.
-        output_layers: {name of a linear layer that gives an output of the model: number of its outputs}.
+        output_layers: {name of a linear layer or convolution that gives an output of the model: number of its outputs}.
         attentions, multiplied: as of ``Tracer``, of attentions with values.
         sums: {key of a matrix of weights: the dimension over which a product sums}.
     """
@@ -681,13 +692,16 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise Untraceable("it is a TorchScript program; give the module that it was made from")
-    if empty := next((key for key, value in model.state_dict().items() if is_lazy(value)), None):
-        raise Untraceable(f"{empty} has no shape yet; run the model once on example inputs")
+    for key, value in model.state_dict().items():
+        if is_lazy(value):
+            raise Untraceable(f"{key} has no shape yet; run the model once on example inputs")
+        if not isinstance(value, torch.Tensor) and not _is_extra(key):
+            raise Untraceable(f"{key} is no tensor, as in quantised models; give the model as it was before")
     skeleton = skeleton_of(model).float().eval()
     tracer = Tracer()
     inputs = tree_map_only(torch.Tensor, _on_meta, inputs)
     channels = [tracer.label_channels(images) for images in tree_leaves(inputs) if _is_images(images)]
-    state = skeleton.state_dict(keep_vars=True)
+    state = tensors_of(skeleton, keep_vars=True)
     labelled = {}  # a tied tensor has one set of labels
     for value in state.values():
         if id(value) not in labelled:
@@ -700,6 +714,9 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         raise Untraceable(modules.where() + str(reason)) from reason
     except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())
+        if re.search(NO_VALUES, reason):
+            message = f"its forward pass looks at the values of tensors, which a trace does not have ({reason})"
+            raise Untraceable(modules.where() + message) from error
         raise RefusedInputs(f"{modules.where()}its forward pass of {_shapes(inputs)} fails ({reason})") from error
     tracer.labels.positions += channels
     return Trace(
@@ -708,11 +725,20 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         constraints=tracer.constraints,
         heights={key: tracer.heights[id(value)] for key, value in state.items() if id(value) in tracer.heights},
         met=frozenset(key for key, value in state.items() if id(value) in tracer.met),
-        output_layers=modules.giving(output),
+        output_layers=modules.giving(output, tracer.resized),
         attentions=[found for found in tracer.attentions if found[1] is not None],
         multiplied=tracer.multiplied,
         sums={key: tracer.sums[id(value)] for key, value in state.items() if id(value) in tracer.sums},
     )
+
+
+def tensors_of(model: nn.Module, **options) -> dict:
+    """A model's state_dict without what its modules add beside tensors (``get_extra_state``)."""
+    return {key: value for key, value in model.state_dict(**options).items() if not _is_extra(key)}
+
+
+def _is_extra(key):
+    return key.rpartition(".")[2] == EXTRA_STATE
 
 
 def _on_meta(tensor):
@@ -731,12 +757,12 @@ def _shapes(inputs):
 
 
 class _Modules:
-    """Notes which module runs, for errors, and what linear layers give: some of them give the model's outputs."""
+    """Notes which module runs, for errors, and what linear layers and convolutions give: some give the outputs."""
 
     def __init__(self, model):
         self.model = model
         self.running = []  # names of the modules whose forward has begun and not ended
-        self.given = []  # (output, name, number of outputs) of a linear layer
+        self.given = []  # (output, name, number of outputs) of a linear layer or convolution
 
     def __enter__(self):
         self.hooks = []
@@ -758,14 +784,18 @@ class _Modules:
         self.running.pop()
         if isinstance(module, nn.Linear):
             self.given.append((output, name, module.out_features))
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            self.given.append((output, name, module.out_channels))
 
     def where(self) -> str:
         """The innermost module in which the forward pass stopped, as the beginning of an error."""
         return f"in {self.running[-1]}: " if self.running and self.running[-1] else ""
 
-    def giving(self, output) -> dict:
-        """{name of the layer: number of its outputs}, of the tensors in the model's output."""
+    def giving(self, output, resized) -> dict:
+        """{name of the layer: number of its outputs}, of the tensors in the model's output, also if it resizes them."""
         storages = {_storage(tensor) for tensor in tree_leaves(output) if isinstance(tensor, torch.Tensor)}
+        while before := {resized[storage] for storage in storages & resized.keys()} - storages:
+            storages |= before
         return {name: size for given, name, size in self.given if _storage(given) in storages}
 
 
@@ -775,17 +805,32 @@ def run_forward(model: nn.Module, inputs: tuple | dict):
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, which shares no weight and takes no memory.
+    """A copy on the meta device, which shares no weight and takes no memory. It must be possible to copy the model.
 
     Where its config lets a model choose, the copy computes attention from matrix products: fused kernels do not run on
     the meta device, and masks for them are made by looking at values.
+
+    Raises:
+        InputError: the model holds what Python does not copy, such as a lock.
     """
     memo = {}
-    for tensor in chain(model.parameters(), model.buffers()):
+    for tensor in chain(model.parameters(), model.buffers(), _computed(model)):
         bare = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
-    skeleton = copy_of(model, memo)
+    try:
+        skeleton = copy_of(model, memo)
+    except (TypeError, RuntimeError) as error:
+        raise InputError(
+            f"a {type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); give one without what Python's "
+            "copy.deepcopy does not take"
+        ) from error
     for module in skeleton.modules():
         if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
             module.config._attn_implementation = "eager"
     return skeleton
+
+
+def _computed(model):
+    """Tensors of a computation that modules keep, such as the last features. PyTorch does not copy these."""
+    kept = chain.from_iterable(tree_leaves(vars(module)) for module in model.modules())
+    return [value for value in kept if isinstance(value, torch.Tensor) and not value.is_leaf]

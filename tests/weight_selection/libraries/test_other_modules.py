@@ -1,5 +1,7 @@
 """Modules of no library that we know: plain ones, open_clip's, and what is refused."""
 
+import threading
+
 import pytest
 import timm.layers
 import torch
@@ -9,6 +11,7 @@ from open_clip.model import CLIP
 from open_clip.transformer import VisionTransformer
 
 from architectures import reads
+from helpers import assert_same
 from proofs import check_consistent, check_hidden, structures
 from weight_selection import select_weights
 from weight_selection.errors import InputError
@@ -152,6 +155,80 @@ def test_the_layer_that_gives_the_output_is_the_classifier_if_the_outputs_differ
     assert "head.weight" not in select_weights(teacher, MLP(8, 2), example_inputs=FEATURES, classifier=("head",))
 
 
+class Dense(nn.Module):
+    """A convolution and a head for each pixel, whose outputs ``last`` may change."""
+
+    def __init__(self, width, head, last=lambda x: x):
+        super().__init__()
+        self.stem, self.head, self.last = nn.Conv2d(3, width, 3, padding=1), head, last
+
+    def forward(self, x):
+        return self.last(self.head(self.stem(x).relu()))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("last", [lambda x: x, lambda x: F.interpolate(x, 16), lambda x: x.mean((2, 3))])
+def test_a_convolution_that_gives_the_output_is_the_classifier_if_the_outputs_differ(kind, last):
+    teacher, images = Dense(8, kind(8, 5, 1), last), SMALL_IMAGES.float()
+    for classes in (3, 7):
+        assert select_weights(teacher, Dense(4, kind(4, classes, 1), last), example_inputs=images).keys() == {
+            "stem.weight",
+            "stem.bias",
+        }
+    same = Dense(4, kind(4, 5, 1), last)
+    for classifier in (None, ()):
+        assert "head.weight" in select_weights(teacher, same, example_inputs=images, classifier=classifier)
+
+
+class Pyramid(nn.Module):
+    """Features of two sizes."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.stem, self.next = nn.Conv2d(3, width, 1), nn.Conv2d(width, 7, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return x, self.next(x)
+
+
+def test_a_convolution_whose_outputs_others_read_gives_features():
+    assert len(select_weights(Pyramid(8), Pyramid(4), example_inputs=SMALL_IMAGES)) == 4
+
+
+class Keeping(nn.Module):
+    """It keeps its last features, and a state beside tensors."""
+
+    def __init__(self, width, kept=None):
+        super().__init__()
+        self.body, self.head, self.kept = nn.Linear(6, width), nn.Linear(width, 3), kept
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+    def forward(self, x):
+        self.features = [self.body(x).relu()]
+        return self.head(self.features[0])
+
+
+def test_what_a_model_keeps_beside_its_tensors_is_no_matter():
+    teacher = Keeping(8)
+    teacher(FEATURES.float())
+    assert len(select_weights(teacher, Keeping(4), example_inputs=FEATURES)) == 4
+    assert teacher.features[0].grad_fn is not None
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.device("meta")])
+def test_contexts_of_the_caller_are_no_matter(context):
+    teacher, student = cnn(8), cnn(4)
+    expected = select_weights(teacher, student, example_inputs=SMALL_IMAGES)
+    with context():
+        assert_same(select_weights(teacher, student, example_inputs=SMALL_IMAGES), expected)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What is refused, in one line that says what to do
 
@@ -173,9 +250,18 @@ class Sorted(nn.Module):
         return x.sort().values
 
 
+class Valued(MLP):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
 class Masked(MLP):
     def forward(self, x, mask):
         return super().forward(x * mask)
+
+
+def quantised(model):
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
 
 
 @pytest.mark.parametrize(
@@ -202,6 +288,10 @@ class Masked(MLP):
         (MLP(8, 1), MLP(4, 2), {}, "layers: teacher has 1 layers, student 2"),
         (nn.LazyLinear(3), MLP(4, 1), {}, "weight has no shape yet; run the model once on example inputs"),
         (torch.jit.trace(MLP(8, 1), FEATURES.float()), MLP(4, 1), {}, "a TorchScript program; give the module that it"),
+        (Valued(8, 1), MLP(4, 1), {}, "its forward pass looks at the values of tensors.*[)]$"),
+        (Keeping(8, threading.Lock()), Keeping(4), {}, "a Keeping cannot be copied .*lock"),
+        (quantised(MLP(8, 1)), MLP(4, 1), {}, "_packed_params.dtype is no tensor, as in quantised models"),
+        (MLP(8, 1), MLP(4, 1), {"example_inputs": None}, r"forward takes \(x first\)"),
         (Numbered(8, 2, lambda x: x.cumsum(1)), Numbered(4, 2), {}, "apart: aten.cumsum.default is no operation"),
     ],
     ids=lambda value: None if isinstance(value, (nn.Module, dict)) else value[:30],

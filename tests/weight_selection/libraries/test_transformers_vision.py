@@ -260,3 +260,19 @@ def test_a_vit_in_transformers_layout_gets_the_tensors_that_timms_gets(options):
     found, expected = select_weights(ours, theirs, **options), in_layout(select_weights(teacher, student, **options))
     assert found.keys() == expected.keys()
     assert_same(found, expected)
+
+
+def test_the_classes_of_a_segmentation_are_the_students_own_if_they_differ():
+    sizes = {"image_size": 32, "depths": [1], "num_encoder_blocks": 1, "num_attention_heads": [1], "sr_ratios": [1]}
+    sizes |= {"mlp_ratios": [2], "patch_sizes": [7], "strides": [4]}
+
+    def segmenter(classes, width):
+        config = transformers.SegformerConfig(
+            num_labels=classes, hidden_sizes=[width], decoder_hidden_size=width, **sizes
+        )
+        return transformers.SegformerForSemanticSegmentation(config)
+
+    for classes in (3, 7):
+        student = segmenter(classes, 8)
+        own = student.state_dict().keys() - select_weights(segmenter(5, 16), student).keys()
+        assert own == {"decode_head.classifier.weight", "decode_head.classifier.bias"}

@@ -82,6 +82,14 @@ def test_a_product_takes_what_comes_in_and_gives_what_comes_out():
     assert found["fc.weight"][0] == found["fc.bias"][0] == found["a.weight"][0]
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_matrix_that_is_repeated_for_each_sample_is_noted_to_be_summed_over(batch):
+    layer = nn.TransformerEncoderLayer(CHANNELS, 2, 24, norm_first=True, batch_first=True)
+    found = trace(layer, (torch.empty(batch, 5, CHANNELS),)).sums
+    names = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
+    assert found == dict.fromkeys(names, 1)
+
+
 def test_concatenated_features_are_parts_of_what_reads_them():
     def operation(model, x, y):
         return model.next(torch.cat((x, y), dim=1))
