@@ -5,7 +5,6 @@ Selection            traces both once and makes the plan; it refuses at once wha
 Selection.weights    the student's first weights, by a rule of the paper or by projection
 """
 
-import copy
 import os
 import re
 from collections import Counter
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch.nn as nn
 
 from weight_selection.apply import apply_plan
+from weight_selection.copies import copy_of
 from weight_selection.errors import InputError
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection, structure_of
@@ -94,7 +94,7 @@ class Teacher:
             opened = names.open_published(*named, include_head)
         else:
             if self.path.suffix == ".npz":  # these can only be converted into a real model
-                skeleton = self.create() if isinstance(self.model, str) else copy.deepcopy(self.model)
+                skeleton = self.create() if isinstance(self.model, str) else copy_of(self.model)
             opened = names.open_weights(self.weights, skeleton, self.weights_option)
         name = self.model if isinstance(self.model, str) else type(self.model).__name__
         provenance = {"name": name, "model": opened.model, "kwargs": self.kwargs}

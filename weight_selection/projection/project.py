@@ -30,6 +30,7 @@ from weight_selection.projection.up_maps import fit_up_maps
 from weight_selection.report import role_words
 from weight_selection.sources.architectures import NO_KEYS
 from weight_selection.sources.facts import facts_of, library_of
+from weight_selection.tracing.tracer import tensors_of
 
 STATS_IMAGES = 64  # down maps need fewer images than least squares do
 CHECK_IMAGES = 4
@@ -52,7 +53,7 @@ def load_teacher(
     """
     may_be_absent = [structure.architecture.classifier or NO_KEYS, structure.facts.spare or NO_KEYS]
     state = {}
-    for key, own in teacher.state_dict().items():
+    for key, own in tensors_of(teacher).items():
         weight = weights.get(key, weights.get(structure.tied.get(key)))
         optional = any(re.search(pattern, key) for pattern in may_be_absent)
         if not include_head and optional and (weight is None or weight.shape != own.shape):
@@ -61,7 +62,7 @@ def load_teacher(
         state[key] = checked_weight(key, tuple(own.shape), weight, option)
     if all(value.dtype != torch.float64 for value in state.values()):
         teacher.float()
-    teacher.load_state_dict(state)
+    teacher.load_state_dict({**teacher.state_dict(), **state})
 
 
 def match_geometry(teacher: nn.Module, student: nn.Module) -> None:

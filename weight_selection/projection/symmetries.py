@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from weight_selection.tied import tied_keys
 from weight_selection.tracing.groups import ModelGroups
-from weight_selection.tracing.tracer import skeleton_of
+from weight_selection.tracing.tracer import skeleton_of, tensors_of
 
 LAYER_NORM, RMS_NORM, SCALE = "layer norm", "RMS norm", "scale"  # kinds of modules with a number for each neuron
 
@@ -81,7 +81,7 @@ class Symmetries:
     def __init__(self, model: nn.Module, neurons: ModelGroups):
         self.neurons = neurons
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self._sizes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        self._sizes = {key: tuple(value.shape) for key, value in tensors_of(model).items()}
         self.dense = {key: dim for key, dim in neurons.sums.items() if key.endswith("weight")}
         for name, module in self.modules.items():
             if isinstance(module, (nn.Linear, nn.Conv2d)) and getattr(module, "groups", 1) == 1:

@@ -24,8 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from weight_selection.copies import copy_of
-from weight_selection.errors import InputError
+from weight_selection.copies import computed, copy_of
 from weight_selection.tracing.labels import BlockConstraint, Labels, compact, core, fit, unique_rows, varying
 from weight_selection.tracing.meta_results import MetaResults
 
@@ -805,32 +804,20 @@ def run_forward(model: nn.Module, inputs: tuple | dict):
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, which shares no weight and takes no memory. It must be possible to copy the model.
+    """A copy on the meta device, which shares no weight and takes no memory.
 
     Where its config lets a model choose, the copy computes attention from matrix products: fused kernels do not run on
     the meta device, and masks for them are made by looking at values.
 
     Raises:
-        InputError: the model holds what Python does not copy, such as a lock.
+        InputError: as ``copy_of``.
     """
     memo = {}
-    for tensor in chain(model.parameters(), model.buffers(), _computed(model)):
+    for tensor in chain(model.parameters(), model.buffers(), computed(model)):
         bare = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
-    try:
-        skeleton = copy_of(model, memo)
-    except (TypeError, RuntimeError) as error:
-        raise InputError(
-            f"a {type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); give one without what Python's "
-            "copy.deepcopy does not take"
-        ) from error
+    skeleton = copy_of(model, memo)
     for module in skeleton.modules():
         if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
             module.config._attn_implementation = "eager"
     return skeleton
-
-
-def _computed(model):
-    """Tensors of a computation that modules keep, such as the last features. PyTorch does not copy these."""
-    kept = chain.from_iterable(tree_leaves(vars(module)) for module in model.modules())
-    return [value for value in kept if isinstance(value, torch.Tensor) and not value.is_leaf]

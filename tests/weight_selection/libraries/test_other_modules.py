@@ -218,6 +218,8 @@ def test_what_a_model_keeps_beside_its_tensors_is_no_matter():
     teacher = Keeping(8)
     teacher(FEATURES.float())
     assert len(select_weights(teacher, Keeping(4), example_inputs=FEATURES)) == 4
+    projected = {"element_selection": "greedy", "calibration": [{"x": FEATURES.float()}]}
+    assert len(select_weights(teacher, Keeping(4), example_inputs=FEATURES, **projected)) == 4
     assert teacher.features[0].grad_fn is not None
 
 
