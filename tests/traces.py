@@ -4,7 +4,7 @@ import functools
 from unittest import mock
 
 from weight_selection import plan
-from weight_selection.tracing.tracer import Trace, trace
+from weight_selection.tracing.trace import Trace, trace
 
 trace_anew = plan.structure_of
 KNOWN = {}  # {description of a model, classifier: its structure}

@@ -12,13 +12,15 @@ import torch.nn as nn
 from weight_selection.errors import InputError
 from weight_selection.geometry import Geometry, Resampling, find_geometry, resampling
 from weight_selection.layers import Layers, teacher_keys
+from weight_selection.modules import tensors_of
 from weight_selection.options import CONSISTENT, PARTS, WHOLE, SelectionOptions
 from weight_selection.rules import kept_indices
 from weight_selection.sources.architectures import NO_KEYS, Architecture, keys_inside
 from weight_selection.sources.facts import ModelFacts, facts_of
 from weight_selection.tied import check_classifier_is_not_tied, embedding_keys, not_taken, tied_keys
 from weight_selection.tracing.groups import ModelGroups, NeuronGroup, aligned, find_groups
-from weight_selection.tracing.tracer import RefusedInputs, Untraceable, tensors_of, trace
+from weight_selection.tracing.trace import RefusedInputs, trace
+from weight_selection.tracing.tracer import Untraceable
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from weight_selection.tracing.tracer import Trace
+from weight_selection.tracing.trace import Trace
 
 
 @dataclass(frozen=True)

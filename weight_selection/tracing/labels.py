@@ -72,6 +72,11 @@ class Labels:
             self.parent.scatter_reduce_(0, high, low, "amin")
 
 
+def along(dim: int, labels: torch.Tensor, shape) -> AxisLabels:
+    """Labels (n,) of the neurons along one dimension, for a tensor of that shape."""
+    return labels.view([-1 if other == dim else 1 for other in range(len(shape))]).expand(shape)
+
+
 def varying(axis: AxisLabels) -> frozenset:
     """The dimensions along which labels differ."""
     return frozenset(
