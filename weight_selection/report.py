@@ -8,8 +8,9 @@ import torch.nn as nn
 
 from weight_selection.cost import multiply_adds, parameter_count
 from weight_selection.layers import Layers
+from weight_selection.matching import shape_words
 from weight_selection.options import WHOLE
-from weight_selection.plan import Plan, PlanEntry, shape_words
+from weight_selection.plan import Plan, PlanEntry
 from weight_selection.sources.facts import ModelFacts
 
 ROLES = ("selected", "excluded", "classifier", "unused", "constant")

@@ -19,11 +19,12 @@ from weight_selection.apply import apply_plan
 from weight_selection.errors import InputError
 from weight_selection.modules import copy_of, skeleton_of
 from weight_selection.options import SelectionOptions
-from weight_selection.plan import plan_selection, structure_of
+from weight_selection.plan import plan_selection
 from weight_selection.sources import names
 from weight_selection.sources.facts import check_classifier, unwrapped
 from weight_selection.sources.teachers import trained_normalization
 from weight_selection.sources.weight_files import under_own_names
+from weight_selection.structure import structure_of
 
 
 @dataclass

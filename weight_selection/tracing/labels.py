@@ -60,6 +60,13 @@ class Labels:
             roots = above
         return roots
 
+    def roots(self, tensors: list) -> torch.Tensor:
+        """Of every label, whether it represents the class of one of these, bool (count,)."""
+        found = torch.zeros(self.count, dtype=torch.bool)
+        for labels in tensors:
+            found[self.find(labels)] = True
+        return found
+
     def join(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         """Declare that two labels at the same place mean the same neuron. Shapes are broadcast."""
         ours, theirs = torch.broadcast_tensors(ours, theirs)

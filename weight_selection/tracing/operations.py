@@ -7,7 +7,7 @@
 An operation without a rule is refused by name.
 """
 
-from itertools import chain
+from itertools import chain, zip_longest
 
 import torch
 
@@ -45,9 +45,8 @@ OVER_SPACE = _names("""
     upsample_trilinear3d reflection_pad1d replication_pad1d
 """)  # they change height and width, or the length of a line
 REDUCTIONS = _names("mean sum amax amin max min linalg_vector_norm var all any")
-UNIFORM = _names(
-    "empty zeros ones full scalar_tensor new_zeros zeros_like ones_like empty_like"
-)  # one value everywhere
+# They give one value everywhere.
+UNIFORM = _names("empty zeros ones full scalar_tensor new_zeros zeros_like ones_like empty_like")
 CONSTANTS = UNIFORM | _names("arange linspace eye lift_fresh _assert_async")
 
 
@@ -181,15 +180,11 @@ def _cat(tracer, func, out, tensors, dim=0):
 def _aligned(pieces, dim):
     """Match the axes of tensors that are concatenated along ``dim``: those that vary along the same other dimensions.
 
-    Yields (these dimensions, [the axis of each tensor, or None]).
+    Yields (these dimensions, the axis of each tensor or None).
     """
-    kinds = [[varying(axis) - {dim} for axis in axes] for axes in pieces]
-    for kind in dict.fromkeys(chain(*kinds)):
-        for nth in range(max(found.count(kind) for found in kinds)):
-            parts = []
-            for axes, found in zip(pieces, kinds, strict=True):
-                fitting = [axis for axis, its in zip(axes, found, strict=True) if its == kind]
-                parts.append(fitting[nth] if nth < len(fitting) else None)
+    for kind in dict.fromkeys(varying(axis) - {dim} for axis in chain(*pieces)):
+        fitting = ([axis for axis in axes if varying(axis) - {dim} == kind] for axes in pieces)
+        for parts in zip_longest(*fitting):
             yield kind, parts
 
 

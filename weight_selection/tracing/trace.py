@@ -88,16 +88,20 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
             raise Untraceable(modules.where() + message) from error
         raise RefusedInputs(f"{modules.where()}its forward pass of {_shapes(inputs)} fails ({reason})") from error
     tracer.labels.positions += channels
+
+    def by_key(found):
+        return {key: found[id(value)] for key, value in state.items() if id(value) in found}
+
     return Trace(
-        dims={key: labelled[id(value)] for key, value in state.items()},
+        dims=by_key(labelled),
         labels=tracer.labels,
         constraints=tracer.constraints,
-        heights={key: tracer.heights[id(value)] for key, value in state.items() if id(value) in tracer.heights},
+        heights=by_key(tracer.heights),
         met=frozenset(key for key, value in state.items() if id(value) in tracer.met),
         output_layers=modules.giving(output, tracer.resized),
         attentions=[found for found in tracer.attentions if found[1] is not None],
         multiplied=tracer.multiplied,
-        sums={key: tracer.sums[id(value)] for key, value in state.items() if id(value) in tracer.sums},
+        sums=by_key(tracer.sums),
     )
 
 
@@ -152,18 +156,14 @@ class _Modules:
         self.given = []  # (output, name, number of outputs) of a linear layer or convolution
         for name, module in model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
-                module.register_forward_pre_hook(partial(self._begin, name))
+                module.register_forward_pre_hook(lambda *_, name=name: self.running.append(name))
                 module.register_forward_hook(partial(self._end, name))
-
-    def _begin(self, name, module, args):
-        self.running.append(name)
 
     def _end(self, name, module, args, output):
         self.running.pop()
-        if isinstance(module, nn.Linear):
-            self.given.append((output, name, module.out_features))
-        elif isinstance(module, nn.modules.conv._ConvNd):
-            self.given.append((output, name, module.out_channels))
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            size = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            self.given.append((output, name, size))
 
     def where(self) -> str:
         """The innermost module in which the forward pass stopped, as the beginning of an error."""

@@ -75,7 +75,7 @@ class Tracer:
 
     def is_derived(self, axis: AxisLabels) -> bool:
         """Whether labels are of heads inside which a product sums, and of no parameter."""
-        return bool(self.labels.derived[core(axis).flatten()[0]])
+        return bool(self.labels.derived[axis[(0,) * axis.ndim]])
 
     def is_uniform(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is known to have one value everywhere."""
