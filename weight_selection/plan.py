@@ -142,10 +142,6 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
     )
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Keys
-
-
 def _check_options(teacher, student, options):
     """Refuse options that name what the models do not have."""
     architecture = student.architecture
@@ -154,9 +150,8 @@ def _check_options(teacher, student, options):
         known = ", ".join(architecture.components) or "none"
         raise InputError(f"--exclude {absent[0]}: {architecture.name} has no such component; it has {known}")
     if options.include_head_norm and architecture.head_norm is None:
-        raise InputError(
-            f"--include_head_norm: no normalisation in the head of {architecture.name}; leave the option out"
-        )
+        name = architecture.name
+        raise InputError(f"--include_head_norm: no normalisation in the head of {name}; leave the option out")
     classes = [key for key in student.shapes if _is_classes(architecture, key)]
     if options.include_head and not any(key in teacher.shapes for key in classes):
         who = "teacher" if classes else "student"
@@ -197,9 +192,7 @@ def _check_common(teacher, student):
     """Refuse models of two architectures, of which one has tensors that the other has not."""
     if teacher.architecture.name == student.architecture.name:
         return
-    theirs, ours = (
-        {one.component(key) for key in one.shapes if not one.in_classifier(key)} for one in (teacher, student)
-    )
+    theirs, ours = ({one.component(k) for k in one.shapes if not one.in_classifier(k)} for one in (teacher, student))
     if missing := sorted(ours - theirs):
         raise InputError(
             f"teacher is a {teacher.architecture.name} model, student a {student.architecture.name}: weights need a "
@@ -212,9 +205,8 @@ def _prefixes(teacher, student):
 
     A whole model of two towers has none, and a model of one of them for a task has its name.
     """
-    if student.prefix and any(key.startswith(student.prefix) for key in teacher.shapes):
-        return "", ""
-    return teacher.prefix, student.prefix
+    theirs, ours = teacher.facts.prefix, student.facts.prefix
+    return ("", "") if ours and any(key.startswith(ours) for key in teacher.shapes) else (theirs, ours)
 
 
 def _left_behind(teacher, sources, allow_unused):
@@ -223,11 +215,8 @@ def _left_behind(teacher, sources, allow_unused):
     All others are refused, unless their loss is accepted: a LayerScale, a token, a normalisation.
     """
     used = {teacher.component(key) for key in sources.values() if key in teacher.shapes}
-    lost = [
-        key
-        for key in teacher.shapes
-        if teacher.component(key) not in used and not teacher.in_classifier(key) and key not in teacher.tied
-    ]
+    own = [key for key in teacher.shapes if not teacher.in_classifier(key) and key not in teacher.tied]
+    lost = [key for key in own if teacher.component(key) not in used]
     useless = teacher.neurons.unused & teacher.parameters
     needed = [key for key in lost if key not in useless and not re.search(teacher.facts.spare or NO_KEYS, key)]
     if needed and not allow_unused:
@@ -236,10 +225,6 @@ def _left_behind(teacher, sources, allow_unused):
             "(--student_kwargs) or accept the loss (--allow_unused)"
         )
     return [key for key in lost if key not in needed]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Dimensions
 
 
 def _entry(teacher, student, matching, key, teacher_key, options):
@@ -277,11 +262,8 @@ def _selected(teacher, student, matching, key, teacher_key, allow_unused):
     different = [dim for dim in positions if teacher_shape[dim] != shape[dim]]
     if different and key not in student.parameters:
         return PlanEntry(key, shape, "constant")
-    slices = {
-        dim: matching.pairs(key, teacher_key, dim, teacher_shape[dim], shape[dim])
-        for dim in common
-        if dim not in positions
-    }
+    neurons = [dim for dim in common if dim not in positions]
+    slices = {dim: matching.pairs(key, teacher_key, dim, teacher_shape[dim], shape[dim]) for dim in neurons}
     if 0 in different and key in student.tables - student.geometry.embeddings:
         raise InputError(
             f"{key}, dimension 0: teacher's size {teacher_shape[0]}, student's {shape[0]}: its rows are tokens, "
@@ -303,14 +285,12 @@ def _selected(teacher, student, matching, key, teacher_key, allow_unused):
 def _check_shapes(teacher, student, key, teacher_key):
     """Refuse tensors of another kind, and classifiers of other classes. A 1x1 convolution is a linear layer."""
     shape, teacher_shape = student.shapes[key], teacher.shapes[teacher_key]
-    compared, expected = teacher_shape, shape
-    if (len(teacher_shape), len(shape)) in ((2, 4), (4, 2)):
-        compared, expected = ((*sizes, 1, 1)[:4] for sizes in (teacher_shape, shape))
-    if len(compared) != len(expected) or compared[2:] != expected[2:] and len(teacher_shape) != len(shape):
+    shorter, longer = sorted((teacher_shape, shape), key=len)
+    if len(shorter) != len(longer) and (len(shorter) != 2 or longer[2:] != (1, 1)):
         raise InputError(f"{key}: teacher's shape is {teacher_shape}, student's {shape}: not the same kind of tensor")
     if not _is_classes(student.architecture, key):
         return
-    theirs = teacher.output_layers.get(teacher_key.rpartition(".")[0], *compared[:1])
+    theirs = teacher.output_layers.get(teacher_key.rpartition(".")[0], *teacher_shape[:1])
     ours = student.output_layers.get(key.rpartition(".")[0], *shape[:1])
     if theirs != ours:
         raise InputError(

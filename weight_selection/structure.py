@@ -50,14 +50,9 @@ class ModelStructure:
         """Its conventions."""
         return self.facts.architecture
 
-    @property
-    def prefix(self) -> str:
-        """What stands before the keys of the base model."""
-        return self.facts.prefix
-
     def component(self, key: str) -> str:
         """A key without the base model's prefix, with a star in place of each layer's number."""
-        return self.layers.component(key).removeprefix(self.prefix)
+        return self.layers.component(key).removeprefix(self.facts.prefix)
 
     def in_classifier(self, key: str) -> bool:
         """Whether a tensor belongs to the classifier."""
@@ -87,20 +82,19 @@ def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=No
         InputError: inputs are needed and not known, or neurons cannot be followed through the model.
     """
     facts = facts_of(model, example_inputs, classifier)
+    kind = type(model).__name__
     if facts.inputs is None:
         first = next(iter(inspect.signature(model.forward).parameters), "nothing")
         raise InputError(
-            f"{name}: a {type(model).__name__} does not say what inputs it takes; give example_inputs, which its "
-            f"forward takes ({first} first), such as torch.zeros(1, 3, 224, 224) for images"
+            f"{name}: a {kind} does not say what inputs it takes; give example_inputs, which its forward takes "
+            f"({first} first), such as torch.zeros(1, 3, 224, 224) for images"
         )
     try:
         traced = trace(model, facts.inputs)
     except Untraceable as reason:
         wrong = example_inputs is not None and isinstance(reason, RefusedInputs)
         remedy = "; give example_inputs (student_inputs) that its forward takes" if wrong else ""
-        raise InputError(
-            f"{name}: weight selection cannot take a {type(model).__name__} apart: {reason}{remedy}"
-        ) from reason
+        raise InputError(f"{name}: weight selection cannot take a {kind} apart: {reason}{remedy}") from reason
     shapes = {key: tuple(value.shape) for key, value in tensors_of(model).items()}
     output_layers = {
         name: size

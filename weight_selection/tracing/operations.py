@@ -1,11 +1,4 @@
-"""The rules of operations: what each does to the labels of the neurons that it takes.
-
-- An operation that moves data (view, split, concatenation, roll) moves the labels by the very same operation.
-- Tensors that are combined element by element meet, as the tracer knows it.
-- Products have rules of their own, in products.py.
-
-An operation without a rule is refused by name.
-"""
+"""The rules of operations: what each does to the labels of its arguments. One without a rule is refused by name."""
 
 from itertools import chain, zip_longest
 

@@ -34,12 +34,9 @@ class Trace:
 
     Attributes:
         dims: {key: labels of each dimension}, of every tensor in the state_dict.
-        labels, constraints: as of ``Tracer``.
-        heights: {key of a convolution's weight: height of its output}.
-        met: keys of the tensors that the forward pass uses.
+        labels, constraints, attentions, multiplied: as of ``Tracer``; of attentions, those with values.
+        heights, met, sums: as of ``Tracer``, by the keys of the tensors.
         output_layers: {name of a linear layer or convolution that gives an output of the model: number of its outputs}.
-        attentions, multiplied: as of ``Tracer``, of attentions with values.
-        sums: {key of a matrix of weights: the dimension over which a product sums}.
     """
 
     dims: dict
@@ -66,11 +63,18 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         Untraceable: the model does something that neurons cannot be followed through.
         RefusedInputs: its forward pass fails on the inputs.
     """
-    _check(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Untraceable("it is a TorchScript program; give the module that it was made from")
+    for key, value in tensors_of(model).items():
+        if is_lazy(value):
+            raise Untraceable(f"{key} has no shape yet; run the model once on example inputs")
+        if not isinstance(value, torch.Tensor):
+            raise Untraceable(f"{key} is no tensor, as in quantised models; give the model as it was before")
     skeleton = skeleton_of(model).float().eval()
     tracer, modules = Tracer(), _Modules(skeleton)
     inputs = tree_map_only(torch.Tensor, _on_meta, inputs)
-    channels = [tracer.label_channels(images) for images in tree_leaves(inputs) if _is_images(images)]
+    for images in filter(_is_images, tree_leaves(inputs)):
+        tracer.label_channels(images)
     state = tensors_of(skeleton, keep_vars=True)
     labelled = {}  # a tied tensor has one set of labels
     for value in state.values():
@@ -87,33 +91,17 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
             message = f"its forward pass looks at the values of tensors, which a trace does not have ({reason})"
             raise Untraceable(modules.where() + message) from error
         raise RefusedInputs(f"{modules.where()}its forward pass of {_shapes(inputs)} fails ({reason})") from error
-    tracer.labels.positions += channels
-
-    def by_key(found):
-        return {key: found[id(value)] for key, value in state.items() if id(value) in found}
-
     return Trace(
-        dims=by_key(labelled),
+        dims={key: labelled[id(value)] for key, value in state.items()},
         labels=tracer.labels,
         constraints=tracer.constraints,
-        heights=by_key(tracer.heights),
+        heights={key: tracer.heights[id(value)] for key, value in state.items() if id(value) in tracer.heights},
         met=frozenset(key for key, value in state.items() if id(value) in tracer.met),
         output_layers=modules.giving(output, tracer.resized),
         attentions=[found for found in tracer.attentions if found[1] is not None],
         multiplied=tracer.multiplied,
-        sums=by_key(tracer.sums),
+        sums={key: tracer.sums[id(value)] for key, value in state.items() if id(value) in tracer.sums},
     )
-
-
-def _check(model):
-    """Refuse models that have other things than tensors of known shapes."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise Untraceable("it is a TorchScript program; give the module that it was made from")
-    for key, value in tensors_of(model).items():
-        if is_lazy(value):
-            raise Untraceable(f"{key} has no shape yet; run the model once on example inputs")
-        if not isinstance(value, torch.Tensor):
-            raise Untraceable(f"{key} is no tensor, as in quantised models; give the model as it was before")
 
 
 def _on_meta(tensor):

@@ -63,11 +63,11 @@ class Tracer:
         self.views[id(tensor)] = tensor, tensor, False
         return labels
 
-    def label_channels(self, images: torch.Tensor) -> torch.Tensor:
-        """Give the channels of images, (batch, channels, height, width), new labels; returns them, (channels,)."""
-        channels = self.labels.new(images.shape[1])
-        self.put(images, [along(1, channels, images.shape)])
-        return channels
+    def label_channels(self, images: torch.Tensor) -> None:
+        """Give the channels of images, (batch, channels, height, width), new labels. They are no neurons."""
+        channels = along(1, self.labels.new(images.shape[1]), images.shape)
+        self.put(images, [channels])
+        self.positions(channels)
 
     def positions(self, *axes: AxisLabels) -> None:
         """Note that these are positions and not neurons."""
