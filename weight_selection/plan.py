@@ -118,7 +118,9 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
     _check_common(teacher, student)
     if not options.selects_all:
         check_classifier_is_not_tied(student.tied, student.in_classifier)
-    prefixes = _prefixes(teacher, student)
+    prefixes = teacher.facts.prefix, student.facts.prefix
+    if prefixes[1] and any(key.startswith(prefixes[1]) for key in teacher.shapes):  # the student is one of its towers
+        prefixes = "", ""
     sources = teacher_keys(teacher.layers, student.layers, options.layer_selection, prefixes)
     left_behind = _left_behind(teacher, sources, options.allow_unused)
 
@@ -198,15 +200,6 @@ def _check_common(teacher, student):
             f"teacher is a {teacher.architecture.name} model, student a {student.architecture.name}: weights need a "
             f"common architecture, and the teacher has no {missing[0]}"
         )
-
-
-def _prefixes(teacher, student):
-    """What stands before the keys of the base model in each; nothing if the teacher has the student's keys as they are.
-
-    A whole model of two towers has none, and a model of one of them for a task has its name.
-    """
-    theirs, ours = teacher.facts.prefix, student.facts.prefix
-    return ("", "") if ours and any(key.startswith(ours) for key in teacher.shapes) else (theirs, ours)
 
 
 def _left_behind(teacher, sources, allow_unused):
