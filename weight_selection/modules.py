@@ -49,7 +49,9 @@ def copy_of(model: nn.Module, memo: dict | None = None) -> nn.Module:
 
 def computed(model: nn.Module) -> list[torch.Tensor]:
     """Tensors of a computation that modules keep, such as the last features. PyTorch does not copy these."""
-    kept = chain.from_iterable(tree_leaves(vars(module)) for module in model.modules())
+    plain = vars(nn.Module())  # parameters, modules, hooks, …
+    own = [value for module in model.modules() for name, value in vars(module).items() if name not in plain]
+    kept = chain(model.buffers(), tree_leaves(own))
     return [value for value in kept if isinstance(value, torch.Tensor) and not value.is_leaf]
 
 

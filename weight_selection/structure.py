@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,7 +66,8 @@ class ModelStructure:
 @contextmanager
 def plain_context():
     """No inference mode, and new tensors on the CPU, whatever the caller's contexts are."""
-    with torch.inference_mode(False), torch.device("cpu"):
+    on_cpu = torch.get_default_device().type == "cpu"  # then the context would only slow each operation down
+    with torch.inference_mode(False), nullcontext() if on_cpu else torch.device("cpu"):
         yield
 
 
