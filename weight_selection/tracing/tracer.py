@@ -7,16 +7,7 @@
 
 import torch
 
-from weight_selection.tracing.labels import (
-    AxisLabels,
-    BlockConstraint,
-    Labels,
-    along,
-    compact,
-    core,
-    unique_rows,
-    varying,
-)
+from weight_selection.tracing.labels import BlockConstraint, Labels, along, compact, core, unique_rows, varying
 
 
 class Untraceable(Exception):
@@ -69,11 +60,11 @@ class Tracer:
         self.put(images, [channels])
         self.positions(channels)
 
-    def positions(self, *axes: AxisLabels) -> None:
+    def positions(self, *axes: torch.Tensor) -> None:
         """Note that these are positions and not neurons."""
         self.labels.positions += [core(axis).flatten() for axis in axes]
 
-    def is_derived(self, axis: AxisLabels) -> bool:
+    def is_derived(self, axis: torch.Tensor) -> bool:
         """Whether labels are of heads inside which a product sums, and of no parameter."""
         return bool(self.labels.derived[axis[(0,) * axis.ndim]])
 
@@ -141,7 +132,7 @@ class Tracer:
             self.constrain(axis, met)
         return [axis]
 
-    def constrain(self, axis: AxisLabels, dims, other: AxisLabels | None = None) -> None:
+    def constrain(self, axis: torch.Tensor, dims, other: torch.Tensor | None = None) -> None:
         """Record that ``other``, or a constant, varies along some dimensions of an axis only, and so indexes blocks."""
         matrix = as_rows(axis, dims)
         labels = None if other is None else as_rows(other, dims).flatten()
@@ -151,7 +142,7 @@ class Tracer:
             self.note_shared(matrix)
         self.constraints.append(BlockConstraint(labels, matrix))
 
-    def heads(self, axis: AxisLabels, dims) -> list:
+    def heads(self, axis: torch.Tensor, dims) -> list:
         """Labels of the heads that remain when a sum runs over ``dims``: a list of one axis, or empty for one head."""
         rest = varying(axis) - set(dims)
         if not rest:
@@ -171,7 +162,7 @@ class Tracer:
             self.labels.shared.append(labels)
 
 
-def as_rows(axis: AxisLabels, dims) -> torch.Tensor:
+def as_rows(axis: torch.Tensor, dims) -> torch.Tensor:
     """Labels as a matrix that has a row for each place along ``dims``, without repetitions."""
     order = sorted(dims) + [dim for dim in range(axis.ndim) if dim not in dims]
     return core(axis).permute(order).flatten(len(dims)).flatten(0, len(dims) - 1)
