@@ -22,6 +22,26 @@ def tensors_of(model: nn.Module, **options) -> dict:
     return {key: value for key, value in model.state_dict(**options).items() if key.rpartition(".")[2] != EXTRA_STATE}
 
 
+def skeleton_of(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, which shares no weight and takes no memory.
+
+    Where its config lets a model choose, the copy computes attention from matrix products: fused kernels do not run on
+    the meta device, and masks for them are made by looking at values.
+
+    Raises:
+        InputError: as ``copy_of``.
+    """
+    memo = {}
+    for tensor in chain(model.parameters(), model.buffers(), computed(model)):
+        bare = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
+    skeleton = copy_of(model, memo)
+    for module in skeleton.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
+            module.config._attn_implementation = "eager"
+    return skeleton
+
+
 def copy_of(model: nn.Module, memo: dict | None = None) -> nn.Module:
     """``copy.deepcopy(model, memo)`` in half the time, also if modules keep tensors of a computation.
 
@@ -53,23 +73,3 @@ def computed(model: nn.Module) -> list[torch.Tensor]:
     own = [value for module in model.modules() for name, value in vars(module).items() if name not in plain]
     kept = chain(model.buffers(), tree_leaves(own))
     return [value for value in kept if isinstance(value, torch.Tensor) and not value.is_leaf]
-
-
-def skeleton_of(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, which shares no weight and takes no memory.
-
-    Where its config lets a model choose, the copy computes attention from matrix products: fused kernels do not run on
-    the meta device, and masks for them are made by looking at values.
-
-    Raises:
-        InputError: as ``copy_of``.
-    """
-    memo = {}
-    for tensor in chain(model.parameters(), model.buffers(), computed(model)):
-        bare = tensor.detach().to("meta")
-        memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
-    skeleton = copy_of(model, memo)
-    for module in skeleton.modules():
-        if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
-            module.config._attn_implementation = "eager"
-    return skeleton

@@ -194,7 +194,7 @@ def _slices(dim, group, rank, groups):
 
 @dataclass
 class _Blocks:
-    """What constraints say of a group: lengths of its blocks; of which a student must have as many, or as long ones."""
+    """Lengths of a group's blocks; of ``as_many`` a student must have as many blocks, of ``as_long`` blocks as long."""
 
     lengths: set = field(default_factory=set)
     as_many: set = field(default_factory=set)
