@@ -45,10 +45,14 @@ def pytest_configure(config):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """The test files import the libraries. The garbage collector need not look through their half million objects."""
+    """The test files import the libraries. The garbage collector need not look through their half million objects.
+
+    Afterwards it looks less often than it does by default: the tests build thousands of small models.
+    """
     gc.disable()
     result = yield
     gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
     gc.enable()
     return result
 
