@@ -100,6 +100,14 @@ def lock_of_progress_bars():
     tqdm.set_lock(threading.RLock())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """No test cuts the power, so none has to wait until a disk holds what it writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
     """Directory of train/CLASS/IMAGE.png (48 images) and val/CLASS/IMAGE.png (13), three classes. Copy it to change."""
