@@ -251,6 +251,9 @@ def _open_class_folders(args, data_set, train):
     if args.eval_data_path is not None:
         roots = [Path(args.data_path), Path(args.eval_data_path)]
     root = roots[not train]
+    if not root.is_dir() and args.eval_data_path is not None:
+        option = "data_path" if train else "eval_data_path"
+        raise InputError(f"--{option} {root}: no such directory; name the one that holds CLASS/IMAGE")
     if not root.is_dir():
         raise InputError(
             f"--data_path: no directory {root}; {args.data_set} needs {data_set.layout}, or --eval_data_path"
@@ -259,6 +262,10 @@ def _open_class_folders(args, data_set, train):
         dataset = data_set.build(root, None, to_pixels, None)
     except FileNotFoundError as error:  # torchvision raises it if there are no class folders, or empty ones
         raise InputError(f"--data_path: {root} must hold class folders with images in them: {error}") from error
+    if train and len(dataset.classes) == 1:
+        raise InputError(
+            f"--data_path {args.data_path}: {root} has one class folder only, {dataset.classes[0]}; give two or more"
+        )
     if not train and not args.eval:
         training_classes = [path.name for path in roots[0].iterdir() if path.is_dir()]
         if odd := sorted({*dataset.classes} ^ {*training_classes}):

@@ -45,9 +45,9 @@ class StopCoordinator:
 
     def _receive(self, number, frame):
         self.interrupts += number == signal.SIGINT
+        self.stop_code = max(self.stop_code, number)  # Python ignores what is raised in a __del__; the poll then stops
         if not self.defer_signals or self.interrupts > 1:
             raise Stopped(number, agreed=False)
-        self.stop_code = max(self.stop_code, number)
 
     def fail(self, reason: str) -> None:
         """Let the next polls of all processes raise a RunError with this reason."""

@@ -52,11 +52,11 @@ def _listed(path):
     """The files that a list names; a relative path is taken from the list's own directory."""
     try:
         found = [path.parent / line.strip() for line in read_text(path).splitlines() if line.strip()]
-    except Damaged as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    for file in found:
-        if not file.is_file():
-            raise InputError(f"{path}: lists {printable(file)}, which is no file")
+        missing = next((file for file in found if not file.is_file()), None)
+    except (Damaged, OSError) as error:  # of a text that is no list, a line can be too long for a path
+        raise InputError(f"{path}: is no list of paths ({error})") from error
+    if missing is not None:
+        raise InputError(f"{path}: lists {printable(missing)}, which is no file")
     return found
 
 

@@ -272,6 +272,23 @@ def test_missing_folder_names_the_layout(folders, part):
         build_both(folders)
 
 
+def test_eval_data_path_that_is_not_there_is_named(folders):
+    args = options(f"--data_set image_folder --eval_data_path {folders}/test", folders / "train")
+    with pytest.raises(InputError, match=f"^--eval_data_path {folders}/test: no such directory"):
+        build_dataset(args, train=False)
+    args = options(f"--data_set image_folder --eval_data_path {folders}/val", folders / "training")
+    with pytest.raises(InputError, match=f"^--data_path {folders}/training: no such directory"):
+        build_dataset(args, train=True)
+
+
+def test_a_single_class_folder_is_refused(folders):
+    for part in ("train", "val"):
+        for name in ("green", "red"):
+            shutil.rmtree(folders / part / name)
+    with pytest.raises(InputError, match=f"{folders}/train has one class folder only, blue"):
+        build_both(folders)
+
+
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_class_that_only_one_part_has_is_named(folders, part):
     shutil.rmtree(folders / part / "green")

@@ -4,6 +4,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -96,10 +97,13 @@ FREE = {"may_change_on_resume": True}
 NEUTRAL = FREE | {"cannot_change_result": True}
 
 FROM_1 = (Range(lambda value: value >= 1, "a number from 1 up"),)
-FROM_0 = (Range(lambda value: value >= 0, "a number from 0 up"),)
+FROM_0 = (Range(lambda value: 0 <= value < math.inf, "a number from 0 up"),)
 FROM_0_TO_1 = (Range(lambda value: 0 <= value <= 1, "a number from 0 to 1"),)
 ABOVE_0 = (Range(lambda value: value > 0, "a number above 0, or leave it out"),)
 ABOVE_0_UP_TO_1 = (Range(lambda value: 0 < value <= 1, "a number above 0 and up to 1"),)
+FINITE = (Range(math.isfinite, "a number"),)
+SHARES = (Range(lambda pair: 0 < pair[0] <= pair[1] <= 1, "two numbers above 0 and up to 1, the smaller first"),)
+BOUNDS = (Range(lambda pair: 0 <= pair[0] < pair[1] <= 1, "two numbers from 0 to 1, the smaller first"),)
 FOUR_MONTHS = (Range(lambda seconds: seconds <= 1e7, "a number up to 1e7, which is four months"),)
 
 DATA_FILES = Need(lambda args: DATA_SETS[args.data_set].layout is not None, "--data_set {data_set}", always=True)
@@ -144,8 +148,10 @@ TABLE = {  # the rows, by their group in --help
                set_by={"num_classes": "--data_set", "drop_path_rate": "--drop_path", "img_size": "--input_size"}),
         Option("drop_path", float, 0.0, "stochastic depth", metavar="RATE", ranges=FROM_0_TO_1),
         Option("input_size", int, 224, "side of the input in pixels", ranges=FROM_1),
-        Option("layer_scale_init_value", float, 1e-6, "first value of ConvNeXt's LayerScale at random initialisation"),
-        Option("head_init_scale", float, 1.0, "factor on the classifier's first weights", needs=(TRAINED_FEATURES,)),
+        Option("layer_scale_init_value", float, 1e-6, "first value of ConvNeXt's LayerScale at random initialisation",
+               ranges=FINITE),
+        Option("head_init_scale", float, 1.0, "factor on the classifier's first weights", ranges=FINITE,
+               needs=(TRAINED_FEATURES,)),
         Option("init", str, "timm", "random initialisation", choices=SCHEMES, needs=(FIRST_WEIGHTS,)),
         Option("classifier_init", str, "random",
                "first weights of the classifier; ridge: fitted to the features of the training images in closed form",
@@ -183,7 +189,7 @@ TABLE = {  # the rows, by their group in --help
                ranges=ABOVE_0),
         Option("weight_decay", float, 0.05, "weight decay of matrices and kernels", ranges=FROM_0),
         Option("weight_decay_end", float, None, "weight decay at the end of a cosine schedule; constant when not given",
-               needs=(WEIGHT_DECAY,)),
+               ranges=FROM_0, needs=(WEIGHT_DECAY,)),
         Option("lr", float, 4e-3, "peak learning rate, used as it is for any batch size", ranges=FROM_0),
         Option("layer_decay", float, 1.0, "factor on the learning rate for each layer below the top",
                ranges=ABOVE_0_UP_TO_1, needs=(TRAINED_FEATURES,)),
@@ -194,12 +200,13 @@ TABLE = {  # the rows, by their group in --help
         Option("warmup_steps", int, -1, "steps of warm-up, in place of epochs; a negative number: count epochs"),
     ),
     "augmentation": (
-        Option("color_jitter", float, 0.4, "strength of random changes of colour, with --aa none", needs=(NO_POLICY,)),
+        Option("color_jitter", float, 0.4, "strength of random changes of colour, with --aa none", ranges=FROM_0,
+               needs=(NO_POLICY,)),
         Option("aa", str, "rand-m9-mstd0.5-inc1", "timm's auto-augment policy, or none", metavar="POLICY"),
         Option("smoothing", float, 0.1, "label smoothing", ranges=FROM_0_TO_1),
         Option("train_interpolation", str, "bicubic", "resampling of the random crop",
                choices=("random", "bilinear", "bicubic")),
-        Option("scale", float, [0.08, 1.0], "smallest and largest area of the random crop", nargs=2),
+        Option("scale", float, [0.08, 1.0], "smallest and largest area of the random crop", nargs=2, ranges=SHARES),
         Option("hflip", float, 0.5, "probability of a horizontal flip", ranges=FROM_0_TO_1),
         Option("crop_pct", float, None,
                "share of a test image's side that the centre crop keeps; when not given 224/256, or 1 from 384 pixels",
@@ -207,11 +214,12 @@ TABLE = {  # the rows, by their group in --help
         Option("reprob", float, 0.25, "random erasing: probability", ranges=FROM_0_TO_1),
         Option("remode", str, "pixel", "random erasing: what fills the rectangles", choices=("const", "rand", "pixel"),
                needs=(ERASING,)),
-        Option("recount", int, 1, "random erasing: number of rectangles", needs=(ERASING,)),
+        Option("recount", int, 1, "random erasing: number of rectangles", ranges=FROM_1, needs=(ERASING,)),
         Option("mixup", float, 0.8, "mixup's alpha; 0: no mixup", metavar="ALPHA", ranges=FROM_0),
         Option("cutmix", float, 1.0, "cutmix's alpha; 0: no cutmix", metavar="ALPHA", ranges=FROM_0,
                needs=(NO_MINMAX,)),
-        Option("cutmix_minmax", float, None, "bounds of the share of a side to cut, in place of --cutmix", nargs=2),
+        Option("cutmix_minmax", float, None, "bounds of the share of a side to cut, in place of --cutmix", nargs=2,
+               ranges=BOUNDS),
         Option("mixup_prob", float, 1.0, "probability of mixup or cutmix", ranges=FROM_0_TO_1, needs=(MIXING,)),
         Option("mixup_switch_prob", float, 0.5, "probability of cutmix when both are on", ranges=FROM_0_TO_1,
                needs=(MIXING,)),
@@ -363,7 +371,13 @@ def parse_args(argv=None, recorded: dict | None = None) -> Options:
     """
     parser = get_args_parser()
     given = _parse_given(parser, argv)
-    configured = _parse_given(parser, read_config(given["config"])) if "config" in given else {}
+    configured = {}
+    if "config" in given:
+        words = read_config(given["config"])
+        try:
+            configured = _parse_given(parser, words)
+        except InputError as error:
+            raise InputError(f"--config {given['config']}: {error}") from error
     options = default_options().replace(**_fitting(recorded or {}, configured | given) | configured | given)
     check_options(options, set(given))
     return options
@@ -409,6 +423,8 @@ def _in_words(name, value):
     """An option as the words of a command line."""
     if isinstance(value, dict):
         value = " ".join(f"{key}={item}" for key, item in value.items())
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
     return f"--{name} {str(value).lower() if isinstance(value, bool) else value}"
 
 
@@ -433,7 +449,7 @@ def check_options(args: Options, given: set) -> None:
             raise InputError(f"--{name}: is empty; give {NAMED[option.metavar]}, or leave the option out")
         for allowed in option.ranges:
             if value is not None and not allowed.holds(value):
-                raise InputError(f"--{name} {value}: give {allowed.words}")
+                raise InputError(f"{_in_words(name, value)}: give {allowed.words}")
         if option.type is dict:
             check_kwargs(value, f"--{name}", {key: f"{setter} sets it" for key, setter in option.set_by.items()})
     check_together(args)
@@ -452,6 +468,11 @@ def check_together(args: Options) -> None:
         raise InputError(f"--warmup_epochs {args.warmup_epochs}: longer than --epochs {args.epochs}; lower it")
     if args.start_epoch >= args.epochs:
         raise InputError(f"--start_epoch {args.start_epoch}: must be less than --epochs {args.epochs}")
+    if args.cutmix_minmax is not None:
+        low, high = (int(args.input_size * share) for share in args.cutmix_minmax)
+        if low == high:  # timm draws a whole number of pixels from low to high - 1
+            words = _in_words("cutmix_minmax", args.cutmix_minmax)
+            raise InputError(f"{words}: not a pixel apart at --input_size {args.input_size}; set them further apart")
     if args.initialize and args.finetune:
         raise InputError(f"--initialize {args.initialize}: give it or --finetune, not both")
     if args.eval and not (args.resume or args.initialize or args.finetune):

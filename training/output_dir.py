@@ -78,9 +78,8 @@ def _lock(directory, stack):
     except OSError as error:
         print_main(f"warning: --output_dir {directory}: cannot be locked ({error.strerror}); start no second run there")
     with contextlib.suppress(OSError):  # on a full disk the lock still counts, though it does not name its holder
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        os.truncate(handle, 0)  # not ``file``, whose buffer would be written when it closes
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def _find_checkpoint(options, directory):

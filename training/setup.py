@@ -1,5 +1,6 @@
 """What a run needs before it trains: complete options, the device, the images, the model and the state of training."""
 
+import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def _check_arithmetic(device, amp_dtype):
     if device == "cpu" and amp_dtype == "float16":
         raise InputError("--amp_dtype float16: needs a GPU; use bfloat16 on a CPU")
     if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise InputError("--use_amp true: this CPU has no bfloat16 arithmetic; leave it out")
+        raise InputError("--use_amp true: this CPU has no bfloat16 arithmetic; set it to false")
     if device == "cuda" and amp_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(False):
         raise InputError("--amp_dtype bfloat16: this GPU has none; use float16")
 
@@ -164,8 +165,10 @@ def build_model(options: Options, classes: int) -> nn.Module:
         InputError: the model cannot be built, or the weights do not fit it.
     """
     seed_everything(options.seed)
-    kwargs = {"num_classes": classes, "drop_path_rate": options.drop_path, **options.model_kwargs}
+    kwargs = {"num_classes": classes, **options.model_kwargs}
     model = create_model(options.model, input_size=options.input_size, device="meta", **kwargs)
+    if options.drop_path > 0 or _takes(model, "drop_path_rate"):
+        kwargs["drop_path_rate"] = options.drop_path
     if declared_architecture(model) is CONVNEXT:
         kwargs.setdefault("ls_init_value", options.layer_scale_init_value)
     elif options.layer_scale_init_value != default_options().layer_scale_init_value:
@@ -190,6 +193,12 @@ def build_model(options: Options, classes: int) -> nn.Module:
     if options.linear_probe:
         make_linear_probe(model, options.model)
     return model
+
+
+def _takes(model, name):
+    """Whether a model's class has an argument of that name, or takes any; DenseNets and VGGs have no drop path."""
+    parameters = inspect.signature(type(model)).parameters.values()
+    return any(parameter.name == name or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _compare_normalization(options):

@@ -55,6 +55,8 @@ def find_recorded(options: Options) -> list:
     if option := next((name for name in names if getattr(options, name)), None):
         wanted = RECORDED if options.eval else RECORDED_MODEL
         recorded, path = _read_recorded(option, getattr(options, option), wanted)
+        if option == "resume" and not recorded:
+            raise InputError(f"--resume {path}: not a checkpoint of main.py; name one, or the --output_dir of a run")
         found += [(recorded, path)] if recorded else []
     if options.teacher_path and options.teacher is None and not options.eval:
         recorded, path = _read_recorded("teacher_path", options.teacher_path, ("model", "model_kwargs"))

@@ -20,7 +20,8 @@ from weight_selection.sources.facts import facts_of, unwrapped
 
 HELD_OUT = 0.2  # share of the images, drawn by their numbers, that choose ridge and scale
 MOST_HELD_OUT = 10_000  # images
-RIDGES = [10 ** (power / 2) for power in range(-10, 5)]  # in units of the features' mean variance
+# Of several that are as good, the first is taken.
+RIDGES = [10 ** (power / 2) for power in range(4, -11, -1)]  # in units of the features' mean variance
 SCALES = [2 ** (power / 2) for power in range(-4, 25)]  # of the logits
 
 
@@ -94,6 +95,9 @@ class RidgeSums:
     def solve(self) -> FittedClassifier:
         """Choose ridge and scale by the held-out images' cross-entropy, then fit all images with them.
 
+        n images cannot tell losses below 1 / n apart. Otherwise the logits of classes that are easy to tell apart would
+        grow without a bound, and with them the gradients of training.
+
         Raises:
             InputError: there are too few images, or a feature is not finite.
         """
@@ -104,13 +108,13 @@ class RidgeSums:
         everything = _sums(self.fitted, _moments(features, labels, self.classes))
         if not all(torch.isfinite(value).all() for value in everything):
             raise InputError("batches: the model's features are not finite")
-        best = None
+        best, least = None, 1 / len(labels)
         for ridge, (weight, bias) in zip(RIDGES, _solutions(self.fitted, RIDGES), strict=True):
             logits = features @ weight.T + bias
             accuracy = 100 * (logits.argmax(1) == labels).double().mean().item()
             for scale in SCALES:
                 loss = F.cross_entropy(scale * logits, labels).item()
-                if best is None or loss < best[0]:
+                if best is None or max(loss, least) < max(best[0], least):
                     best = loss, ridge, scale, accuracy
         loss, ridge, scale, accuracy = best
         weight, bias = next(_solutions(everything, [ridge]))

@@ -8,6 +8,8 @@ import timm
 import torch
 
 from models.initialization import initialize
+from training.options import parse_args
+from training.setup import build_model
 from weight_selection.errors import InputError
 from weight_selection.sources import MODEL_TYPES
 from weight_selection.sources.architectures import CONVNEXT, VIT
@@ -109,6 +111,13 @@ def test_names_and_arguments_that_cannot_be_built_are_refused(name, kwargs, name
     with pytest.raises(InputError) as refusal:
         create_model(name, option="--student", device="meta", **kwargs)
     assert all(word in str(refusal.value) for word in named), refusal.value
+
+
+def test_a_model_without_drop_path_trains_unless_the_option_asks_for_it():
+    words = ["--model", "convmixer_768_32", "--model_kwargs", "dim=8", "depth=1", "--input_size", "32", "--drop_path"]
+    assert build_model(parse_args([*words, "0"]), classes=3).num_classes == 3
+    with pytest.raises(InputError, match="drop_path_rate=0.1: .*unexpected keyword"):
+        build_model(parse_args([*words, "0.1"]), classes=3)
 
 
 # ---------------------------------------------------------------------------------------------------------

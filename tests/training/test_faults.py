@@ -6,8 +6,10 @@ import io
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -24,7 +26,8 @@ from datasets import ImageFiles
 from distributed.program import Stopped, run_program
 from helpers import read_checkpoint, read_log
 from processes import start_launcher, start_together
-from training import checkpoint
+from training import checkpoint, output_dir
+from training.options import parse_args
 from weight_selection.errors import InputError
 from weight_selection.sources import safe_load
 
@@ -141,6 +144,19 @@ def test_signal_before_training_ends_at_once_and_leaves_nothing(train, at_call):
     with pytest.raises(Stopped, match="nothing was saved"):
         train("--output_dir run")
     assert not Path("run").exists()
+
+
+def test_signal_in_a_destructor_before_training_is_not_lost(train, at_call, monkeypatch):
+    """Python ignores what a __del__ raises. A DataLoader's iterator has one."""
+
+    class Dying:
+        def __del__(self):
+            send(signal.SIGTERM)()
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda ignored: None)
+    at_call(training.run, "build_model", 1, lambda: Dying() and None)
+    with pytest.raises(Stopped, match="goes on from run/checkpoint-0-step-1.pth"):
+        train("--output_dir run")
 
 
 def test_signal_without_output_dir_stops_too(train, at_call):
@@ -367,6 +383,17 @@ def test_full_disk_ends_the_run_with_a_line_and_it_goes_on_when_there_is_space(t
     assert not partial_files(Path())
     train("--epochs 3 --output_dir run")
     assert [row["epoch"] for row in read_log(stopped)] == [0, 1, 2]
+
+
+def test_disk_that_is_full_from_the_start_is_no_traceback(tiny_run):
+    options, before = parse_args([*tiny_run, "--output_dir", "run"]), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # as above
+    try:
+        with pytest.raises(InputError, match="cannot write run/args.json: "), output_dir.reserve(options):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(Path("run").iterdir())
 
 
 def test_second_run_in_a_directory_is_refused_until_the_first_has_ended(tiny_run, train, tmp_path):

@@ -64,6 +64,12 @@ def test_unknown_model_is_answered_with_near_matches(refused):
         "--opt_betas 0.9",
         "--nb_classes 10",
         "--aa strong",
+        "--lr inf",
+        "--mixup inf",
+        "--weight_decay_end -1",
+        "--recount 0",
+        "--head_init_scale nan",
+        "--layer_scale_init_value nan",
     ],
 )
 def test_value_that_cannot_be_is_refused_by_name(refused, option):
@@ -71,6 +77,22 @@ def test_value_that_cannot_be_is_refused_by_name(refused, option):
     message = refused(option)
     assert name in message
     assert value in message
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("--scale 1.0 0.1", "the smaller first"),
+        ("--scale -1.0 0.5", "above 0"),
+        ("--scale 0.5 2.0", "up to 1"),
+        ("--scale nan nan", "above 0"),
+        ("--cutmix_minmax 0.8 0.2", "the smaller first"),
+        ("--cutmix_minmax 0.0 3.0", "from 0 to 1"),
+        ("--cutmix_minmax 0.5 0.51", "not a pixel apart at --input_size 16"),
+    ],
+)
+def test_pair_that_cannot_be_is_refused_by_name(refused, option, why):
+    assert refused(option).startswith(f"{option}: ") and why in refused(option)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +251,8 @@ def test_command_line_wins_over_config_and_config_over_defaults(tmp_path):
         ("config: other.yaml\n", "config is not an option"),
         ("- epochs\n", "must be NAME: VALUE lines"),
         ("epochs: [3\n", "not YAML"),
+        ("lr: 1e-3\nepochs: 3\nlr: 2e-3\n", "lr stands twice"),
+        ("sections:\n  a: {lr: 1}\n  b: {lr: 2}\n  a: {lr: 3}\n", "a stands twice"),
     ],
 )
 def test_config_that_is_none(refused, tmp_path, text, reason):
@@ -258,6 +282,8 @@ def test_config_with_a_bad_base(refused, tmp_path):
 
 def test_value_in_config_is_checked_as_on_the_command_line(refused, tmp_path):
     assert "--mixup_mode" in refused("--config", write_config(tmp_path, "mixup_mode: some\n"))
+    path = write_config(tmp_path, "lr: fast\n")
+    assert refused("--config", path).startswith(f"--config {path}: --lr: invalid float value: 'fast'")
 
 
 def test_config_file_that_is_missing(refused, tmp_path):
@@ -286,6 +312,7 @@ def test_float16_needs_a_gpu(refused):
 def test_mixed_precision_on_a_cpu_without_bfloat16(refused, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert refused("--use_amp true").startswith("--use_amp true: ")
+    assert refused("--use_amp true").endswith("set it to false"), "it may stand in a recipe"
 
 
 def test_bfloat16_on_a_gpu_without_it(monkeypatch):

@@ -184,3 +184,8 @@ def test_what_cannot_be_predicted_is_refused(run, tmp_path, cli):
     assert "--top_k 0: " in cli(predict_script.main, run, image, "--top_k", "0")
     (tmp_path / "list.txt").write_text("none.png\n")
     assert "lists" in cli(predict_script.main, run, tmp_path / "list.txt")
+    (tmp_path / "notes.txt").write_text("a line of a text that is no list " * 20)
+    assert "notes.txt: is no list of paths (" in cli(predict_script.main, run, tmp_path / "notes.txt")
+    (tmp_path / "notes.pth").write_text("no checkpoint")
+    message = cli(main.main, "--eval", "true", "--resume", tmp_path / "notes.pth")
+    assert message.startswith(f"--resume {tmp_path}/notes.pth: not a checkpoint of main.py")

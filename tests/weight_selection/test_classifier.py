@@ -57,6 +57,19 @@ def test_the_classifier_is_that_of_ridge_regression(images):
     assert facts["held_out_loss"] < np.log(CLASSES)
 
 
+def test_logits_of_classes_that_are_easy_to_tell_apart_stay_small():
+    """A loss of zero on ten held-out images would call for logits without a bound."""
+    labels = torch.arange(50) % CLASSES
+    sums = RidgeSums(CLASSES)
+    sums.add(F.one_hot(labels).double() + 0.01 * torch.randn(50, CLASSES, generator=torch.Generator()), labels)
+    fitted = sums.solve()
+    held = sum(len(part) for _, part in sums.held)
+    assert fitted.held_out_acc1 == 100 and 0.5 / held < fitted.held_out_loss <= 1 / held
+    logits = torch.eye(CLASSES) @ fitted.weight.T + fitted.bias
+    assert torch.equal(logits.argmax(1), torch.arange(CLASSES)) and logits.std(1).max() < 5
+    assert fitted.ridge >= 1, "of all that tell them apart, the one that trusts small differences least"
+
+
 def test_labels_may_be_in_a_dict_with_the_inputs(images):
     torch.manual_seed(0)
     nets = [Net() for _ in range(3)]

@@ -169,8 +169,19 @@ def _read_yaml(path: Path, where: str) -> dict:
     except ModuleNotFoundError as error:
         remedy = 'python -m pip install "weight-selection[train]"'
         raise InputError(f"{where}: PyYAML is needed to read it; run: {remedy}") from error
+
+    class Loader(yaml.BaseLoader):
+        """Refuses a name that stands twice in one place, of which YAML would take the last."""
+
+        def construct_mapping(self, node, deep=False):
+            mapping, names = super().construct_mapping(node, deep), [name.value for name, _ in node.value]
+            if len(mapping) < len(names):
+                twice = next(name for name in mapping if names.count(name) > 1)
+                raise yaml.YAMLError(f"{twice} stands twice in the same place; leave one of them out")
+            return mapping
+
     try:
-        content = yaml.load(read_text(path, SIZE_LIMIT), yaml.BaseLoader)
+        content = yaml.load(read_text(path, SIZE_LIMIT), Loader)
     except Damaged as error:
         raise InputError(f"{where}: cannot be read ({error})") from error
     except (yaml.YAMLError, RecursionError) as error:
