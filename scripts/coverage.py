@@ -30,9 +30,10 @@ from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
 from weight_selection.files import check_writable, new_file
 from weight_selection.options import SelectionOptions
-from weight_selection.plan import Plan, plan_selection, structure_of
+from weight_selection.plan import Plan, plan_selection
 from weight_selection.sources.facts import facts_of
 from weight_selection.sources.names import create_model
+from weight_selection.structure import structure_of
 
 # Kinds of refusals, by what their messages say; the first that matches.
 REASONS = {

@@ -13,11 +13,10 @@ from architectures import lively, models, reads
 from helpers import assert_same
 from traces import structure_of, trace_of
 from weight_selection.apply import apply_plan
-from weight_selection.copies import copy_of
+from weight_selection.modules import copy_of, run_forward
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection
 from weight_selection.tied import tied_keys
-from weight_selection.tracing.tracer import run_forward
 
 
 def structures(teacher, student, inputs=None, student_inputs=None):

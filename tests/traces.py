@@ -3,10 +3,10 @@
 import functools
 from unittest import mock
 
-from weight_selection import plan
-from weight_selection.tracing.tracer import Trace, trace
+from weight_selection import structure as original
+from weight_selection.tracing.trace import Trace, trace
 
-trace_anew = plan.structure_of
+trace_anew = original.structure_of
 KNOWN = {}  # {description of a model, classifier: its structure}
 TRACES = {}  # {id of a structure: the structure, the trace that it was made from}
 
@@ -17,7 +17,7 @@ def structure_of(model, name, example_inputs=None, classifier=None):
     key = None if example_inputs is not None else (description(model), classifier)
     if key is None or key not in KNOWN:
         traces = []
-        with mock.patch.object(plan, "trace", lambda *args: traces.append(trace(*args)) or traces[0]):
+        with mock.patch.object(original, "trace", lambda *args: traces.append(trace(*args)) or traces[0]):
             structure = trace_anew(model, name, example_inputs, classifier)
         TRACES[id(structure)] = structure, traces[0]
         if key is None:

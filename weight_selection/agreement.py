@@ -10,9 +10,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from weight_selection.errors import InputError
+from weight_selection.modules import run_forward
 from weight_selection.projection.images import BATCH_SIZE, inputs_and_labels, inputs_with, on_device
 from weight_selection.sources.facts import facts_of, unwrapped
-from weight_selection.tracing.tracer import run_forward
 
 
 @torch.no_grad()

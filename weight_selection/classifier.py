@@ -14,9 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from weight_selection.errors import InputError
+from weight_selection.modules import run_forward
 from weight_selection.projection.images import inputs_and_labels, on_device
 from weight_selection.sources.facts import facts_of, unwrapped
-from weight_selection.tracing.tracer import run_forward
 
 HELD_OUT = 0.2  # share of the images, drawn by their numbers, that choose ridge and scale
 MOST_HELD_OUT = 10_000  # images

@@ -5,7 +5,7 @@ import torch.nn as nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from weight_selection.tracing.tracer import run_forward, skeleton_of
+from weight_selection.modules import run_forward, skeleton_of
 
 
 def parameter_count(model: nn.Module) -> int:

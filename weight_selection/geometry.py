@@ -45,13 +45,10 @@ class Geometry:
 
 
 def find_geometry(model: nn.Module, images: dict, grid: tuple | None, embeddings: tuple = ()) -> Geometry:
-    """The geometry of a model.
+    """The geometry of a model on any device.
 
     Args:
-        model: on any device.
-        images: {key of the weight: convolution}, of those that take the image.
-        grid: (height, width) of the grid of patches, or None.
-        embeddings: keys of position embeddings, as of ``ModelFacts``.
+        images, grid, embeddings: ``first_convolutions``, ``grid`` and ``position_embeddings`` of ``ModelFacts``.
     """
     windows = {}
     for name, module in model.named_modules():

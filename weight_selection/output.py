@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from weight_selection.errors import InputError
 from weight_selection.files import SUFFIXES, check_writable, new_directory, new_file, provenance_path, sha256
+from weight_selection.modules import run_forward, skeleton_of
 from weight_selection.options import KEEP
 from weight_selection.sources.facts import facts_of, library_of
 from weight_selection.sources.names import split_name
@@ -30,7 +31,6 @@ from weight_selection.sources.weight_files import (
     write_weights,
 )
 from weight_selection.tied import tied_keys
-from weight_selection.tracing.tracer import run_forward, skeleton_of
 
 LARGE = 10**9  # bytes of values, from which a student is written without being built or run
 HUB = {"timm": "timm_hub", "transformers": "transformers_hub"}  # library -> module that writes its directories

@@ -8,8 +8,9 @@ import torch.nn as nn
 
 from weight_selection.cost import multiply_adds, parameter_count
 from weight_selection.layers import Layers
+from weight_selection.matching import shape_words
 from weight_selection.options import WHOLE
-from weight_selection.plan import Plan, PlanEntry, shape_words
+from weight_selection.plan import Plan, PlanEntry
 from weight_selection.sources.facts import ModelFacts
 
 ROLES = ("selected", "excluded", "classifier", "unused", "constant")
@@ -131,9 +132,7 @@ def tensor_words(entry: PlanEntry, plan: Plan) -> str:
     words = [] if entry.resampling is None else [entry.resampling.words]
     if len(entry.teacher_shape) != len(entry.shape):
         words.append("reshape")
-    smaller = [
-        pairs for pairs in entry.slices.values() if any(pair.teacher.shape != pair.student.shape for pair in pairs)
-    ]
+    smaller = [some for some in entry.slices.values() if any(one.teacher.shape != one.student.shape for one in some)]
     if smaller:
         inside = " x ".join(str(len(pairs)) for pairs in smaller if len(pairs) > 1)
         where = "over" if plan.fused_qkv == WHOLE else "in each of"

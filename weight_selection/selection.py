@@ -16,19 +16,36 @@ from pathlib import Path
 import torch.nn as nn
 
 from weight_selection.apply import apply_plan
-from weight_selection.copies import copy_of
 from weight_selection.errors import InputError
+from weight_selection.modules import copy_of, skeleton_of
 from weight_selection.options import SelectionOptions
-from weight_selection.plan import plan_selection, structure_of
+from weight_selection.plan import plan_selection
 from weight_selection.sources import names
 from weight_selection.sources.facts import check_classifier, unwrapped
 from weight_selection.sources.teachers import trained_normalization
 from weight_selection.sources.weight_files import under_own_names
-from weight_selection.tracing.tracer import skeleton_of
+from weight_selection.structure import structure_of
+
+
+class _Given:
+    """A model that the user gives: a module, or a name."""
+
+    def create(self, device="cpu") -> nn.Module:
+        """The user's module; or if a name was given, that model on the device, with random weights."""
+        if not isinstance(self.model, str):
+            return self.model
+        size = {} if self.input_size is None else {"input_size": self.input_size}  # of timm's models only
+        return names.create_model(self.model, option=self.option, device=device, **size, **self.kwargs)
+
+    @property
+    def called(self) -> str:
+        """What to call the model in an error."""
+        named = isinstance(self.model, str) and self.option.startswith("--")
+        return f"{self.option} {self.model}" if named else self.option
 
 
 @dataclass
-class Teacher:
+class Teacher(_Given):
     """The model that weights come from.
 
     Attributes:
@@ -70,10 +87,6 @@ class Teacher:
         """The file or directory of the weights; None if they are not in one."""
         return Path(self.weights) if isinstance(self.weights, (str, os.PathLike)) else None
 
-    def create(self, device="cpu") -> nn.Module:
-        """The teacher. If it is given by name, it is built on the device, with random weights."""
-        return _created(self, device)
-
     def open(self, skeleton: nn.Module, include_head: bool) -> tuple:
         """The teacher's weights and where they come from.
 
@@ -111,7 +124,7 @@ class Teacher:
 
 
 @dataclass
-class Student:
+class Student(_Given):
     """The model that weights are for.
 
     Attributes:
@@ -133,10 +146,6 @@ class Student:
         given, self.model = self.model, _checked_model(self.model, self.option)
         if given is not self.model:
             self.prefix = next(f"{name}." for name, module in given.named_modules() if module is self.model)
-
-    def create(self, device="cpu") -> nn.Module:
-        """The student. If it is given by name, it is built on the device, with its random initialisation."""
-        return _created(self, device)
 
 
 class Selection:
@@ -161,11 +170,10 @@ class Selection:
         self.teacher, self.student, self.options = teacher, student, options
         self.models = teacher.create("meta"), student.create("meta")
         self.skeletons = self._skeletons() if options.projects else self.models
-        names = _called(teacher.option, teacher.model), _called(student.option, student.model)
         if options.classifier is not None:
             check_classifier(self.models[1], options.classifier)
-        self.student_structure = structure_of(self.skeletons[1], names[1], student.inputs, options.classifier)
-        self.teacher_structure = structure_of(self.skeletons[0], names[0], teacher.inputs, options.classifier)
+        self.student_structure = structure_of(self.skeletons[1], student.called, student.inputs, options.classifier)
+        self.teacher_structure = structure_of(self.skeletons[0], teacher.called, teacher.inputs, options.classifier)
         self.plan = plan_selection(self.teacher_structure, self.student_structure, options)
         self.projection = None
         if options.projects:
@@ -217,19 +225,6 @@ def _checked_model(model, option):
     if not isinstance(model, (nn.Module, str)):
         raise InputError(f"{option}={model!r:.80}: give a torch.nn.Module, or the name of a model")
     return model if isinstance(model, str) else unwrapped(model)
-
-
-def _created(who, device):
-    """The user's module; or if a name was given, that model with random weights."""
-    if not isinstance(who.model, str):
-        return who.model
-    size = {} if who.input_size is None else {"input_size": who.input_size}  # of timm's models only
-    return names.create_model(who.model, option=who.option, device=device, **size, **who.kwargs)
-
-
-def _called(option, model):
-    """What to call a model in an error."""
-    return f"{option} {model}" if isinstance(model, str) and option.startswith("--") else option
 
 
 def _on_meta(model):

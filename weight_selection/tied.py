@@ -3,7 +3,7 @@
 import torch.nn as nn
 
 from weight_selection.errors import InputError
-from weight_selection.tracing.tracer import tensors_of
+from weight_selection.modules import tensors_of
 
 
 def tied_keys(model: nn.Module) -> dict:

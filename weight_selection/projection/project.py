@@ -17,7 +17,7 @@ from tqdm import tqdm
 from weight_selection.apply import checked_weight
 from weight_selection.errors import InputError
 from weight_selection.geometry import find_geometry
-from weight_selection.plan import ModelStructure
+from weight_selection.modules import tensors_of
 from weight_selection.projection.activation_stats import ActivationStats
 from weight_selection.projection.images import first_images, image_of, images_in
 from weight_selection.projection.maps import choose_down_maps
@@ -30,7 +30,7 @@ from weight_selection.projection.up_maps import fit_up_maps
 from weight_selection.report import role_words
 from weight_selection.sources.architectures import NO_KEYS
 from weight_selection.sources.facts import facts_of, library_of
-from weight_selection.tracing.tracer import tensors_of
+from weight_selection.structure import ModelStructure
 
 STATS_IMAGES = 64  # down maps need fewer images than least squares do
 CHECK_IMAGES = 4

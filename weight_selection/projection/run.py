@@ -7,8 +7,8 @@ import torch
 from tqdm import tqdm
 
 from weight_selection.agreement import measure_agreement
-from weight_selection.copies import copy_of
 from weight_selection.errors import InputError
+from weight_selection.modules import copy_of
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import Plan, plan_selection
 from weight_selection.projection.images import Calibration, check_batches, image_of

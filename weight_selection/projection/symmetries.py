@@ -13,9 +13,9 @@ from itertools import takewhile
 import torch
 import torch.nn as nn
 
+from weight_selection.modules import skeleton_of, tensors_of
 from weight_selection.tied import tied_keys
 from weight_selection.tracing.groups import ModelGroups
-from weight_selection.tracing.tracer import skeleton_of, tensors_of
 
 LAYER_NORM, RMS_NORM, SCALE = "layer norm", "RMS norm", "scale"  # kinds of modules with a number for each neuron
 

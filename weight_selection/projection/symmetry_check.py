@@ -3,8 +3,8 @@
 from torch import Tensor
 from tqdm import tqdm
 
-from weight_selection.copies import copy_of
 from weight_selection.errors import InputError
+from weight_selection.modules import copy_of
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection
 from weight_selection.projection.activation_stats import ActivationStats

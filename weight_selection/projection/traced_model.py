@@ -7,10 +7,10 @@ import torch
 import torch.nn as nn
 
 from weight_selection.errors import InputError
-from weight_selection.plan import ModelStructure
+from weight_selection.modules import run_forward
 from weight_selection.projection.images import inputs_with
 from weight_selection.projection.symmetries import Symmetries, weight_of
-from weight_selection.tracing.tracer import run_forward
+from weight_selection.structure import ModelStructure
 
 
 @dataclass(frozen=True)

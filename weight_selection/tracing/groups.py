@@ -8,12 +8,12 @@ embeddings and tables with one number per head require that neurons stay togethe
 """
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from weight_selection.tracing.tracer import Trace
+from weight_selection.tracing.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,14 @@ def find_groups(trace: Trace) -> ModelGroups:
     joined = 1
     while joined:
         roots = {key: [find(dim).numpy() for dim in dims] for key, dims in trace.dims.items()}
-        position = np.zeros(trace.labels.count, bool)
-        for some in trace.labels.positions:
-            position[find(some).numpy()] = True
+        position = trace.labels.roots(trace.labels.positions).numpy()
         members, group, rank = _sort([dim for dims in roots.values() for dim in dims], position)
         joined = sum(_join_branches(trace, constraint, members, group) for constraint in trace.constraints)
-    blocks = _blocks(trace, [len(some) for some in members], group, rank, position)
-    shared = np.zeros(trace.labels.count, bool)
-    for some in trace.labels.shared:
-        shared[find(some).numpy()] = True
-    groups = [_group(len(some), blocks[number], bool(position[some].all())) for number, some in enumerate(members)]
-    groups = [replace(group, shared=bool(shared[some].all())) for group, some in zip(groups, members, strict=True)]
-    known = {}
-    slices = {}
+    shared = trace.labels.roots(trace.labels.shared).numpy()
+    groups = []
+    for some, blocks in zip(members, _blocks(trace, list(map(len, members)), group, rank, position), strict=True):
+        groups.append(_group(len(some), blocks, bool(position[some].all()), bool(shared[some].all())))
+    known, slices = {}, {}
     for key, dims in roots.items():
         for dim in dims:
             if dim.tobytes() not in known:
@@ -199,14 +194,12 @@ def _slices(dim, group, rank, groups):
 
 @dataclass
 class _Blocks:
-    """What constraints say of a group: {length of a block: (must there be as many blocks, must a block be as long)}."""
+    """Lengths of a group's blocks; of ``as_many`` a student must have as many blocks, of ``as_long`` blocks as long."""
 
-    lengths: dict = field(default_factory=dict)
+    lengths: set = field(default_factory=set)
+    as_many: set = field(default_factory=set)
+    as_long: set = field(default_factory=set)
     crossing: bool = False
-
-    def add(self, length, as_many, as_long):
-        old = self.lengths.get(length, (False, False))
-        self.lengths[length] = old[0] or as_many, old[1] or as_long
 
 
 def _blocks(trace, sizes, group, rank, position):
@@ -229,10 +222,10 @@ def _blocks(trace, sizes, group, rank, position):
             length, by_rows = _block_length(rank[rows], sizes[number])
             if length is None:
                 found[number].crossing = True
-            elif 1 < length < sizes[number] or (length == 1 and fixed):
-                found[number].add(length, fixed and by_rows, fixed and not by_rows)
-            elif fixed and not by_rows:  # every neuron has a constant of its own
-                found[number].add(length, False, True)
+            elif 1 < length < sizes[number] or (fixed and (length == 1 or not by_rows)):  # or a constant for each
+                found[number].lengths.add(length)
+                if fixed:
+                    (found[number].as_many if by_rows else found[number].as_long).add(length)
     return found
 
 
@@ -248,19 +241,17 @@ def _block_length(ranks, size):
     return None, False
 
 
-def _group(size, blocks, position):
+def _group(size, blocks, position, shared):
     """A group whose block shape follows from blocks inside blocks."""
-    lengths = sorted({*blocks.lengths, size})
     block_shape, fixed, inner = [], [], 1
-    for length in lengths:
+    for length in sorted({*blocks.lengths, size}):
         if length % inner:
-            return NeuronGroup((size,), (position,), crossing_blocks=True)
+            return NeuronGroup((size,), (position,), True, shared)
         block_shape.append(length // inner)
-        within = any(as_long for cut, (_, as_long) in blocks.lengths.items() if cut >= length)
-        beyond = any(as_many for cut, (as_many, _) in blocks.lengths.items() if cut < length)
-        fixed.append(position or within or beyond)
+        within, beyond = (cut >= length for cut in blocks.as_long), (cut < length for cut in blocks.as_many)
+        fixed.append(position or any(within) or any(beyond))
         inner = length
-    return NeuronGroup(tuple(reversed(block_shape)), tuple(reversed(fixed)), blocks.crossing)
+    return NeuronGroup(tuple(reversed(block_shape)), tuple(reversed(fixed)), blocks.crossing, shared)
 
 
 def aligned(large: np.ndarray, small: np.ndarray) -> tuple | None:

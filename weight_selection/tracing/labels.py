@@ -60,6 +60,13 @@ class Labels:
             roots = above
         return roots
 
+    def roots(self, tensors: list) -> torch.Tensor:
+        """Of every label, whether it represents the class of one of these, bool (count,)."""
+        found = torch.zeros(self.count, dtype=torch.bool)
+        for labels in tensors:
+            found[self.find(labels)] = True
+        return found
+
     def join(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         """Declare that two labels at the same place mean the same neuron. Shapes are broadcast."""
         ours, theirs = torch.broadcast_tensors(ours, theirs)
@@ -70,6 +77,11 @@ class Labels:
                 return
             low, high = torch.minimum(ours, theirs)[different], torch.maximum(ours, theirs)[different]
             self.parent.scatter_reduce_(0, high, low, "amin")
+
+
+def along(dim: int, labels: torch.Tensor, shape) -> AxisLabels:
+    """Labels (n,) of the neurons along one dimension, for a tensor of that shape."""
+    return labels.view([-1 if other == dim else 1 for other in range(len(shape))]).expand(shape)
 
 
 def varying(axis: AxisLabels) -> frozenset:

@@ -3,6 +3,8 @@
 For most operations it does so in Python, which takes longer than to follow their labels. The layers of a model repeat.
 """
 
+from functools import cache
+
 import torch
 
 
@@ -14,13 +16,10 @@ class MetaResults:
 
     def __init__(self):
         self._known = {}  # (operation, kinds of its arguments): (shape, strides, type) of the result, or of each
-        self._functional = {}  # operation: whether it gives new tensors and changes none
 
     def run(self, func, args: tuple, kwargs: dict):
         """``func(*args, **kwargs)``, of an operation of ``torch.ops``."""
-        if func not in self._functional:
-            self._functional[func] = _is_functional(func)
-        if not self._functional[func]:
+        if not _is_functional(func):
             return func(*args, **kwargs)
         key = func, _kind(args), _kind(tuple(kwargs.items()))
         known = self._known.get(key)
@@ -32,7 +31,9 @@ class MetaResults:
         return _empty(known) if isinstance(known[0], torch.Size) else tuple(map(_empty, known))
 
 
+@cache
 def _is_functional(func):
+    """Whether an operation gives new tensors and changes none."""
     schema = func._schema
     aliases = any(value.alias_info is not None for value in (*schema.arguments, *schema.returns))
     return not aliases and bool(schema.returns) and all(str(value.type) == "Tensor" for value in schema.returns)

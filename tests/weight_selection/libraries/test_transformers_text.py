@@ -11,7 +11,7 @@ from weight_selection.cost import multiply_adds
 from weight_selection.plan import SelectionOptions, plan_selection
 from weight_selection.report import group_lines, layer_lines, summary
 from weight_selection.sources.transformers_inputs import TOKENS, example_inputs
-from weight_selection.tracing.tracer import trace
+from weight_selection.tracing.trace import trace
 
 WORDS = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
 TEXT = WORDS | {"max_position_embeddings": 16}

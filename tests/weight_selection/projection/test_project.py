@@ -15,8 +15,8 @@ from proofs import structures_of_pair
 from traces import structure_of
 from weight_selection import select_weights
 from weight_selection.apply import apply_plan
-from weight_selection.copies import copy_of
 from weight_selection.errors import InputError
+from weight_selection.modules import copy_of
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection
 from weight_selection.projection import equations

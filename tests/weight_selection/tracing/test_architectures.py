@@ -18,7 +18,7 @@ from weight_selection.report import tensor_words
 from weight_selection.rules import element_indices
 from weight_selection.sources.facts import facts_of
 from weight_selection.sources.timm_models import create_model, input_size
-from weight_selection.tracing.tracer import trace
+from weight_selection.tracing.trace import trace
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -6,7 +6,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from weight_selection.tracing.groups import find_groups
-from weight_selection.tracing.tracer import Untraceable, trace
+from weight_selection.tracing.trace import trace
+from weight_selection.tracing.tracer import Untraceable
 
 CHANNELS = 16
 IMAGES = (torch.empty(1, 3, 8, 8),)

@@ -1,4 +1,4 @@
-"""Copies of models."""
+"""What is done with any module: run it, list its tensors, copy it."""
 
 import copy
 from collections import OrderedDict
@@ -6,9 +6,40 @@ from itertools import chain
 
 import torch
 import torch.nn as nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE
 from torch.utils._pytree import tree_leaves
 
 from weight_selection.errors import InputError
+
+
+def run_forward(model: nn.Module, inputs: tuple | dict):
+    """What a model gives for inputs: a tuple of arguments, or a dict of keyword arguments."""
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def tensors_of(model: nn.Module, **options) -> dict:
+    """A model's state_dict without what its modules add beside tensors (``get_extra_state``)."""
+    return {key: value for key, value in model.state_dict(**options).items() if key.rpartition(".")[2] != EXTRA_STATE}
+
+
+def skeleton_of(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, which shares no weight and takes no memory.
+
+    Where its config lets a model choose, the copy computes attention from matrix products: fused kernels do not run on
+    the meta device, and masks for them are made by looking at values.
+
+    Raises:
+        InputError: as ``copy_of``.
+    """
+    memo = {}
+    for tensor in chain(model.parameters(), model.buffers(), computed(model)):
+        bare = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
+    skeleton = copy_of(model, memo)
+    for module in skeleton.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
+            module.config._attn_implementation = "eager"
+    return skeleton
 
 
 def copy_of(model: nn.Module, memo: dict | None = None) -> nn.Module:
