@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from weight_selection.copies import computed, copy_of
 from weight_selection.tracing.labels import BlockConstraint, Labels, compact, core, fit, unique_rows, varying
 from weight_selection.tracing.meta_results import MetaResults
+from weight_selection.tracing.repetitions import Repetitions
 
 
 class Untraceable(Exception):
@@ -52,6 +53,7 @@ ALONE = _names("""
     reciprocal square neg abs sin cos erf clamp clamp_ clamp_min clamp_max zero_ _softmax _safe_softmax _log_softmax
     _to_copy logical_not bitwise_not
 """)  # they work on each element by itself, or normalise lines
+ALONG_LINES = _names("_softmax _safe_softmax _log_softmax")  # those that normalise lines
 TOGETHER = _names("""
     add add_ sub sub_ rsub mul mul_ div div_ pow maximum minimum addcmul where copy_ floor_divide remainder masked_fill
     masked_fill_ eq ne gt ge lt le _prelu_kernel
@@ -68,6 +70,7 @@ UNIFORM = _names("empty zeros ones full scalar_tensor new_zeros zeros_like ones_
 CONSTANTS = UNIFORM | _names("arange linspace eye lift_fresh _assert_async")
 REPEATS = _names("expand view _unsafe_view")  # with the last two sizes as before, they repeat a matrix
 NO_VALUES = r"meta (device type )?tensor|'Meta' backend"  # in PyTorch's complaints that a tensor has no values
+ASKS_IF_CAUSAL = {nn.TransformerEncoder: "is_causal", nn.TransformerDecoder: "tgt_is_causal"}  # a module's option
 KEEP = _names("alias clone detach as_strided_")  # those of the moves that leave every element where it is
 
 
@@ -98,6 +101,7 @@ class Tracer(TorchDispatchMode):
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
         self._uniform = {}  # storage of a tensor that has one value everywhere: the tensor
         self._differing = {}  # storage of a tensor without labels: (it, the dimensions along which its values differ)
+        self._repetitions = Repetitions(self._differs)
 
     def get(self, tensor):
         """The ``AxisLabels`` of a tensor, one for each independent axis of neurons."""
@@ -145,6 +149,12 @@ class Tracer(TorchDispatchMode):
         if name.endswith("_") and len(arguments) > 1:  # written into
             self._uniform.pop(_storage(out), None)
             self._differing.pop(_storage(out), None)
+        if not labelled and name in MOVES:
+            self._repetitions.note_move(func, out, *args, **kwargs)
+        elif not labelled and name in (ALONE | TOGETHER) - ALONG_LINES:
+            self._repetitions.note_elementwise(out, arguments)
+        elif name.endswith("_"):
+            self._repetitions.forget(out)
         return out
 
     def _is_uniform(self, tensor):
@@ -316,6 +326,7 @@ class Tracer(TorchDispatchMode):
     def meet(self, tensors, shape):
         """Labels of an element-wise combination of tensors that broadcast to ``shape``."""
         result, filled = [], frozenset()
+        tensors = sorted(tensors, key=lambda tensor: not self.get(tensor))  # constants meet labels, not the reverse
         for tensor in tensors:
             if self._is_uniform(tensor):
                 continue
@@ -325,9 +336,15 @@ class Tracer(TorchDispatchMode):
             if tensor is tensors[0] or not filled and not result:
                 result, filled = axes, full
                 continue
-            result = self._match(result, filled, axes, full)
+            told = [axis for axis in result if axes or self._tells_apart(tensor, full, axis)]
+            untold = [axis for axis in result if not any(axis is other for other in told)]
+            result = self._match(told, filled, axes, full) + untold
             filled |= full
         return result
+
+    def _tells_apart(self, constants, full, axis):
+        """Whether constants, whose values may differ along the dimensions ``full``, are others for some neurons."""
+        return not varying(axis) & full or not self._repetitions.same_for_all(axis, constants)
 
     def _match(self, ours, our_full, theirs, their_full):
         theirs = list(theirs)
@@ -769,6 +786,8 @@ class _Modules:
             if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
                 continue
             self.hooks.append(module.register_forward_pre_hook(partial(self._begin, name)))
+            if type(module) in ASKS_IF_CAUSAL:
+                self.hooks.append(module.register_forward_pre_hook(_is_not_causal, with_kwargs=True))
             self.hooks.append(module.register_forward_hook(partial(self._end, name)))
         return self
 
@@ -796,6 +815,12 @@ class _Modules:
         while before := {resized[storage] for storage in storages & resized.keys()} - storages:
             storages |= before
         return {name: size for given, name, size in self.given if _storage(given) in storages}
+
+
+def _is_not_causal(module, args, kwargs):
+    """Tell a transformer of PyTorch to take its mask as it is, and not to look at values whether the mask is causal."""
+    option = ASKS_IF_CAUSAL[type(module)]
+    return args, {**kwargs, option: kwargs.get(option) or False}
 
 
 def run_forward(model: nn.Module, inputs: tuple | dict):

@@ -75,6 +75,20 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x.unsqueeze(2))[0][:, -1])
 
 
+class Causal(nn.Module):
+    """A language model of PyTorch's own layers, with a mask of later tokens and one of padding."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.tokens, self.head = nn.Embedding(11, width), nn.Linear(width, 11)
+        self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
+
+    def forward(self, ids):
+        later = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).triu(1)
+        return self.head(self.encoder(self.tokens(ids), mask=later, src_key_padding_mask=ids == 10))
+
+
 def tower(width, depth):
     return VisionTransformer(16, 8, width, depth, width // 8, 2.0, output_dim=6)
 
@@ -98,6 +112,7 @@ PAIRS = {  # name: (teacher, student, inputs)
     "cnn": (lambda: cnn(8), lambda: cnn(4), (SMALL_IMAGES,)),
     "numbered": (lambda: Numbered(16, 3), lambda: Numbered(8, 2), (FEATURES,)),
     "lstm": (lambda: Recurrent(8), lambda: Recurrent(4), (FEATURES,)),
+    "causal": (lambda: Causal(16, 4), lambda: Causal(8, 2), (torch.arange(10).view(2, 5),)),
     "open_clip_tower": (lambda: tower(32, 3), lambda: tower(16, 2), (IMAGES,)),
     "open_clip": (lambda: clip(32, 3), lambda: clip(16, 2), (IMAGES, TOKENS)),
 }
