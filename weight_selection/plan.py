@@ -97,8 +97,11 @@ def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=No
     try:
         traced = trace(model, facts.inputs)
     except Untraceable as reason:
-        wrong = example_inputs is not None and isinstance(reason, RefusedInputs)
-        remedy = "; give example_inputs (student_inputs) that its forward takes" if wrong else ""
+        remedy = ""
+        if example_inputs is not None and isinstance(reason, RefusedInputs):
+            remedy = "; give example_inputs (student_inputs) that its forward takes"
+        elif example_inputs is not None and facts_of(model).inputs is not None:
+            remedy = "; leave example_inputs out, as its library says what inputs it takes"
         raise InputError(
             f"{name}: weight selection cannot take a {type(model).__name__} apart: {reason}{remedy}"
         ) from reason
@@ -455,6 +458,12 @@ def _selected(teacher, student, matching, key, teacher_key, allow_unused):
             "vocab_size or max_position_embeddings)"
         )
     for dim in different:
+        if theirs[dim] is None and (key, dim) in student.neurons.constants:
+            raise InputError(
+                f"{key}, dimension {dim}: teacher's size {teacher_shape[dim]}, student's {shape[dim]}: the forward "
+                "pass combines these with numbers that are no weights, such as sinusoids of positions; keep these in a "
+                "persistent buffer (register_buffer), which is selected too, or give the student the teacher's size"
+            )
         if theirs[dim] is not None and teacher_shape[dim] > shape[dim]:  # the keys of one head, from those of several
             raise InputError(
                 f"{key}, dimension {dim}: teacher's size {teacher_shape[dim]}, student's {shape[dim]}: neurons in the "
@@ -510,7 +519,7 @@ class _Matching:
             theirs = self._of_chosen_layers(ours, self._of_chosen_queries(ours, theirs))
         if ours is None or theirs is None or len(ours) != len(theirs):
             reason = f"made of {_count(theirs)} in the teacher, of {_count(ours)} in the student"
-            raise InputError(too_narrow if t < s else f"{where}, student's {s}: {reason}")
+            raise InputError(too_narrow if t < s else f"{where}, student's {s}: {reason}{self._key_heads()}")
         pairs = []
         for their, our in zip(theirs, ours, strict=True):
             large, small = self.teacher.groups[their.group], self.student.groups[our.group]
@@ -520,13 +529,13 @@ class _Matching:
             if first.block_shape != large.block_shape:  # groups of equal sizes keep the same neurons
                 reason = f"elsewhere in the student these neurons come from {_words(first)}, here from {_words(large)}"
             elif indices is None:
-                reason = f"{_words(large)} in the teacher, {_words(small)} in the student"
+                reason = f"{_words(large)} in the teacher, {_words(small)} in the student{self._key_heads()}"
             if reason:
                 raise InputError(too_narrow if t < s else f"{where}, student's {s}: {reason}")
             pairs.append(SlicePair(our.group, *indices))
         for pair, their in zip(pairs, theirs, strict=True):
             large, small = self.teacher.groups[their.group], self.student.groups[pair.group]
-            _check_blocks(pair, large, small, where, t, s)
+            _check_blocks(pair, large, small, where, t, s, self._key_heads())
             self._note(pair, large, small, key)
             self.sources.setdefault(pair.group, their.group)
         return pairs
@@ -544,6 +553,15 @@ class _Matching:
             if t and len(large.block_shape) == len(small.block_shape) == 1:
                 found.append((t, large.size // t, s, small.size // s))
         return list(dict.fromkeys(found))
+
+    def _key_heads(self):
+        """What to do about a student that is built in another way, if several of its queries share a key."""
+        if not any(group.shared for group in self.student.groups):
+            return ""
+        return (
+            "; give the student at most as many queries for each key as the teacher has, and more than one key head "
+            "(--student_kwargs num_key_value_heads=N)"
+        )
 
     def _of_chosen_layers(self, ours, theirs):
         """The teacher's slices that the student's come from, if layers with features of their own were dropped.
@@ -588,7 +606,7 @@ class _Matching:
         return np.ravel_multi_index(np.ix_(*kept), large).reshape(-1)
 
 
-def _check_blocks(pair, large, small, where, t, s):
+def _check_blocks(pair, large, small, where, t, s, remedy):
     """Refuse a student that has more of some neurons, or fewer where their number is fixed."""
     theirs, ours = pair.teacher, pair.student
     if theirs.shape == ours.shape:
@@ -598,7 +616,7 @@ def _check_blocks(pair, large, small, where, t, s):
     if theirs.size < ours.size:
         raise InputError(
             f"{where}, student's {s}: a part of it has {theirs.size} neurons in the teacher, {ours.size} in the "
-            "student; a teacher must be at least as wide"
+            f"student; a teacher must be at least as wide{remedy}"
         )
     if small.crossing_blocks or large.crossing_blocks:
         raise InputError(f"{where}, student's {s}: its neurons come in blocks that cross each other")

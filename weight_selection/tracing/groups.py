@@ -61,6 +61,7 @@ class ModelGroups:
     Attributes:
         groups: list of ``NeuronGroup``.
         slices: {key: for each dimension a tuple of ``GroupSlice``, or None if the dimension holds positions}.
+        constants: {(key, dimension)} of positions that meet another number each which is no weight, such as a sinusoid.
         unused: keys of tensors that the forward pass does not use; nothing is known about their dimensions.
         attentions: [(number of the group of queries and keys, number of the group of values, heads, keys of the tensors
             that only its keys come from)].
@@ -70,6 +71,7 @@ class ModelGroups:
 
     groups: list
     slices: dict
+    constants: frozenset
     unused: frozenset
     attentions: list
     multiplied: frozenset
@@ -87,15 +89,11 @@ def find_groups(trace: Trace) -> ModelGroups:
     joined = 1
     while joined:
         roots = {key: [find(dim).numpy() for dim in dims] for key, dims in trace.dims.items()}
-        position = np.zeros(trace.labels.count, bool)
-        for some in trace.labels.positions:
-            position[find(some).numpy()] = True
+        position = _marked(trace, trace.labels.positions)
         members, group, rank = _sort([dim for dims in roots.values() for dim in dims], position)
         joined = sum(_join_branches(trace, constraint, members, group) for constraint in trace.constraints)
     blocks = _blocks(trace, [len(some) for some in members], group, rank, position)
-    shared = np.zeros(trace.labels.count, bool)
-    for some in trace.labels.shared:
-        shared[find(some).numpy()] = True
+    shared, constant = (_marked(trace, some) for some in (trace.labels.shared, trace.labels.constants))
     groups = [_group(len(some), blocks[number], bool(position[some].all())) for number, some in enumerate(members)]
     groups = [replace(group, shared=bool(shared[some].all())) for group, some in zip(groups, members, strict=True)]
     known = {}
@@ -105,9 +103,22 @@ def find_groups(trace: Trace) -> ModelGroups:
             if dim.tobytes() not in known:
                 known[dim.tobytes()] = None if position[dim].all() else _slices(dim, group, rank, groups)
         slices[key] = tuple(known[dim.tobytes()] if key in trace.met else None for dim in dims)
+    constants = frozenset(
+        (key, number) for key, dims in roots.items() for number, dim in enumerate(dims) if constant[dim].all()
+    )
     attentions = _attentions(trace, group, rank, groups)
     multiplied = {int(number) for some in trace.multiplied for number in np.unique(group[find(some).numpy()])} - {-1}
-    return ModelGroups(groups, slices, frozenset(roots) - trace.met, attentions, frozenset(multiplied), trace.sums)
+    return ModelGroups(
+        groups, slices, constants, frozenset(roots) - trace.met, attentions, frozenset(multiplied), trace.sums
+    )
+
+
+def _marked(trace, tensors):
+    """Whether each label is the same neuron as one in these tensors, bool."""
+    marked = np.zeros(trace.labels.count, bool)
+    for labels in tensors:
+        marked[trace.labels.find(labels).numpy()] = True
+    return marked
 
 
 def _attentions(trace, group, rank, groups):

@@ -378,6 +378,8 @@ class Tracer(TorchDispatchMode):
         met = (dims & full).difference(*map(varying, others))
         if met and met == dims:
             self._positions(core(axis))
+            if not others:
+                self.labels.constants.append(core(axis).flatten())
             return []
         if met:
             self._constrain(axis, None, met)

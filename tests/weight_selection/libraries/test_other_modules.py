@@ -89,6 +89,19 @@ class Causal(nn.Module):
         return self.head(self.encoder(self.tokens(ids), mask=later, src_key_padding_mask=ids == 10))
 
 
+class Sinusoids(nn.Module):
+    """Positions that are no weights are added to tokens."""
+
+    def __init__(self, width, persistent):
+        super().__init__()
+        self.tokens, self.block, self.head = nn.Embedding(11, width), Block(width), nn.Linear(width, 3)
+        angles = torch.arange(5.0)[:, None] / 100 ** torch.linspace(0, 1, width // 2)
+        self.register_buffer("places", torch.cat((angles.sin(), angles.cos()), 1), persistent)
+
+    def forward(self, ids):
+        return self.head(self.block(self.tokens(ids) + self.places))
+
+
 def tower(width, depth):
     return VisionTransformer(16, 8, width, depth, width // 8, 2.0, output_dim=6)
 
@@ -130,6 +143,18 @@ def test_a_student_hidden_in_a_teacher_is_found_again_and_keeps_the_same_neurons
     check_hidden(teacher, student, both, inputs, name == "mlp", reads_projections, output)
     if name != "mlp":  # its layers have streams of their own
         check_consistent(teacher, both)
+
+
+def test_sinusoids_are_selected_from_a_buffer_and_refused_if_the_state_dict_lacks_them():
+    ids = torch.arange(10).view(2, 5)
+    chosen = select_weights(teacher := Sinusoids(16, True), Sinusoids(8, True), example_inputs=ids)
+    assert torch.equal(chosen["places"], teacher.places[:, ::2])
+    assert torch.equal(chosen["tokens.weight"], teacher.tokens.weight[:, ::2])
+    with pytest.raises(InputError, match="tokens.weight, dimension 1: .*such as sinusoids of positions; keep .*buffer"):
+        select_weights(Sinusoids(16, False), Sinusoids(8, False), example_inputs=ids)
+    projection = {"element_selection": "project", "calibration": [{"ids": ids}]}
+    with pytest.raises(InputError, match="can be rotated: numbers that are no weights .*choose greedy"):
+        select_weights(Sinusoids(8, False), Sinusoids(8, False), example_inputs=ids, **projection)
 
 
 def test_hidden_layers_in_a_list_are_chosen_by_the_rule():

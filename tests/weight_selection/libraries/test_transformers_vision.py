@@ -276,3 +276,16 @@ def test_the_classes_of_a_segmentation_are_the_students_own_if_they_differ():
         student = segmenter(classes, 8)
         own = student.state_dict().keys() - select_weights(segmenter(5, 16), student).keys()
         assert own == {"decode_head.classifier.weight", "decode_head.classifier.bias"}
+
+
+def test_the_classes_of_a_detector_are_the_students_own_if_they_differ():
+    def detector(classes, width):
+        sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": width, "hidden_size": width}
+        config = transformers.YolosConfig(num_labels=classes, image_size=[16, 16], patch_size=8, **sizes)
+        return transformers.YolosForObjectDetection(config)
+
+    for classes, differ in ((4, True), (9, False)):
+        student = detector(classes, 8)
+        own = student.state_dict().keys() - select_weights(detector(9, 16), student).keys()
+        head = "class_labels_classifier.layers.2"  # the layers before it are selected, as those of the boxes are
+        assert own == ({f"{head}.weight", f"{head}.bias"} if differ else set())
