@@ -100,7 +100,7 @@ def select_weights(
     Raises:
         InputError: the arguments cannot be used together. The message is one line and says what to do.
     """
-    from weight_selection.selection import Selection, Student, Teacher
+    from weight_selection.selection import Selection, Student, Teacher, plain_context
 
     options = SelectionOptions(
         layer_selection,
@@ -119,7 +119,8 @@ def select_weights(
     try:
         options.check()
         inputs = example_inputs if student_inputs is None else student_inputs
-        pair = Teacher(teacher, weights=weights, inputs=example_inputs), Student(student, inputs=inputs)
-        return Selection(*pair, options).weights()
+        with plain_context():
+            pair = Teacher(teacher, weights=weights, inputs=example_inputs), Student(student, inputs=inputs)
+            return Selection(*pair, options).weights()
     except InputError as error:
         raise InputError(in_python(str(error))) from error

@@ -2,7 +2,6 @@
 
 import inspect
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -69,14 +68,6 @@ class ModelStructure:
         return replace(self, facts=replace(self.facts, architecture=replace(self.architecture, classifier=pattern)))
 
 
-@contextmanager
-def _plain_context():
-    """No inference mode, and new tensors on the CPU, whatever the caller's contexts are."""
-    with torch.inference_mode(False), torch.device("cpu"):
-        yield
-
-
-@_plain_context()
 def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=None) -> ModelStructure:
     """Trace a model once and keep what a plan needs. Its weights are not touched: it may be on the meta device.
 
@@ -272,7 +263,6 @@ def make_plan(teacher: nn.Module, student: nn.Module, **options) -> Plan:
     return plan_selection(theirs, ours, options)
 
 
-@_plain_context()
 def plan_selection(teacher: ModelStructure, student: ModelStructure, options: SelectionOptions) -> Plan:
     """Decide where every student tensor comes from and which neurons it keeps.
 
@@ -286,7 +276,7 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
         check_classifier_is_not_tied(student.tied, student.in_classifier)
     prefixes = _prefixes(teacher, student)
     sources = teacher_keys(teacher.layers, student.layers, options.layer_selection, prefixes)
-    left_behind = _left_behind(teacher, sources, options.allow_unused)
+    left_behind = _left_behind(teacher, student, sources, options.allow_unused)
 
     matching = _Matching(teacher.neurons, student.neurons, options)
     entries = {
@@ -386,7 +376,7 @@ def _prefixes(teacher, student):
     return teacher.prefix, student.prefix
 
 
-def _left_behind(teacher, sources, allow_unused):
+def _left_behind(teacher, student, sources, allow_unused):
     """Keys of the teacher's tensors without a counterpart that the student has no use for.
 
     All others are refused, unless their loss is accepted: a LayerScale, a token, a normalisation.
@@ -400,11 +390,23 @@ def _left_behind(teacher, sources, allow_unused):
     useless = teacher.neurons.unused & teacher.parameters
     needed = [key for key in lost if key not in useless and not re.search(teacher.facts.spare or NO_KEYS, key)]
     if needed and not allow_unused:
+        head = _own_head(teacher, student) if needed[0].rpartition(".")[0] in teacher.output_layers else None
+        remedy = f", keep the student's own head (--classifier {head})" if head else ""
         raise InputError(
             f"{needed[0]}: the student has no such tensor, so the teacher's is lost; give the student one "
-            "(--student_kwargs) or accept the loss (--allow_unused)"
+            f"(--student_kwargs){remedy} or accept the loss (--allow_unused)"
         )
     return [key for key in lost if key not in needed]
+
+
+def _own_head(teacher, student):
+    """Name of the outermost module that gives an output of the student and has no tensor of the teacher's, or None."""
+    for name in student.output_layers:
+        parts = name.split(".")
+        for module in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
+            if not any(key.startswith(f"{module}.") and key in teacher.shapes for key in student.shapes):
+                return module
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -485,8 +487,11 @@ def _check_shapes(teacher, student, key, teacher_key):
         raise InputError(f"{key}: teacher's shape is {teacher_shape}, student's {shape}: not the same kind of tensor")
     if not _is_classes(student.architecture, key):
         return
+    name, giving = key.rpartition(".")[0], [f"{name}.weight" for name in student.output_layers]
+    if name not in student.output_layers and any(map(student.in_classifier, giving)):
+        return  # it stands before the layer of the classes, such as a norm
     theirs = teacher.output_layers.get(teacher_key.rpartition(".")[0], *compared[:1])
-    ours = student.output_layers.get(key.rpartition(".")[0], *shape[:1])
+    ours = student.output_layers.get(name, *shape[:1])
     if theirs != ours:
         raise InputError(
             f"--include_head: teacher has {theirs} classes, student {ours} ({key}); give both the same "

@@ -9,10 +9,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
 import torch.nn as nn
 
 from weight_selection.apply import apply_plan
@@ -25,6 +27,13 @@ from weight_selection.sources.facts import check_classifier, unwrapped
 from weight_selection.sources.teachers import trained_normalization
 from weight_selection.sources.weight_files import under_own_names
 from weight_selection.tracing.tracer import skeleton_of
+
+
+@contextmanager
+def plain_context():
+    """No inference mode, and new tensors on the CPU, whatever the caller's contexts are."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 @dataclass

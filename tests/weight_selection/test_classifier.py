@@ -57,6 +57,14 @@ def test_the_classifier_is_that_of_ridge_regression(images):
     assert facts["held_out_loss"] < np.log(CLASSES)
 
 
+def test_the_classifier_may_be_named_by_a_module_around_it(images):
+    net = Net()
+    net.head = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, CLASSES))
+    before = net.head[1].weight.clone()
+    assert fit_classifier(net, in_batches(images), CLASSES, classifier="head")["images"] == IMAGES
+    assert not torch.equal(net.head[1].weight, before)
+
+
 def test_labels_may_be_in_a_dict_with_the_inputs(images):
     torch.manual_seed(0)
     nets = [Net() for _ in range(3)]

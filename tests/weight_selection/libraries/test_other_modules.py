@@ -266,9 +266,12 @@ def test_what_a_model_keeps_beside_its_tensors_is_no_matter():
 @pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.device("meta")])
 def test_contexts_of_the_caller_are_no_matter(context):
     teacher, student = cnn(8), cnn(4)
-    expected = select_weights(teacher, student, example_inputs=SMALL_IMAGES)
-    with context():
-        assert_same(select_weights(teacher, student, example_inputs=SMALL_IMAGES), expected)
+    for projection in ({}, {"element_selection": "greedy", "calibration": SMALL_IMAGES.float()}):
+        expected = select_weights(teacher, student, example_inputs=SMALL_IMAGES, **projection)
+        with context():
+            chosen = select_weights(teacher, student, example_inputs=SMALL_IMAGES, **projection)
+        assert_same(chosen, expected)
+        assert not any(value.is_inference() for value in chosen.values())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -285,6 +288,29 @@ class Two(nn.Module):
     def forward(self, x):
         x = self.body(x)
         return self.sort(x), self.colour(x)
+
+
+def with_head(width, classes):
+    """A model of timm's with a head that begins with a norm."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, embed_dim=width, num_heads=2, depth=1)
+    model.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
+    return model
+
+
+def test_a_head_that_begins_with_a_norm_is_selected_and_its_classes_are_compared():
+    chosen = select_weights(teacher := with_head(16, 3), with_head(8, 3), include_head=True)
+    assert torch.equal(chosen["head.0.weight"], teacher.head[0].weight[::2])
+    assert torch.equal(chosen["head.1.weight"], teacher.head[1].weight[:, ::2])
+    with pytest.raises(InputError, match=r"teacher has 3 classes, student 5 \(head.1.weight\)"):
+        select_weights(teacher, with_head(8, 5), include_head=True)
+
+
+def test_a_students_own_head_is_named_where_the_teacher_has_another():
+    teacher, student = MLP(8, 2), MLP(8, 2)
+    student.head = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))
+    with pytest.raises(InputError, match=r"head.weight: .* \(classifier=\('head',\)\)"):
+        select_weights(teacher, student, example_inputs=FEATURES)
+    assert len(select_weights(teacher, student, example_inputs=FEATURES, classifier=("head",))) == 4
 
 
 class Sorted(nn.Module):
