@@ -89,7 +89,7 @@ def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=No
         traced = trace(model, facts.inputs)
     except Untraceable as reason:
         remedy = ""
-        if example_inputs is not None and isinstance(reason, RefusedInputs):
+        if isinstance(reason, RefusedInputs):
             remedy = "; give example_inputs (student_inputs) that its forward takes"
         elif example_inputs is not None and facts_of(model).inputs is not None:
             remedy = "; leave example_inputs out, as its library says what inputs it takes"
