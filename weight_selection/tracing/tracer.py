@@ -69,7 +69,9 @@ REDUCTIONS = _names("mean sum amax amin max min linalg_vector_norm var all any")
 UNIFORM = _names("empty zeros ones full scalar_tensor new_zeros zeros_like ones_like empty_like")
 CONSTANTS = UNIFORM | _names("arange linspace eye lift_fresh _assert_async")
 REPEATS = _names("expand view _unsafe_view")  # with the last two sizes as before, they repeat a matrix
-NO_VALUES = r"meta (device type )?tensor|'Meta' backend"  # in PyTorch's complaints that a tensor has no values
+NO_VALUES = (
+    r"meta (device type )?tensor|'Meta' backend|Meta kernel"  # in PyTorch's complaints that a tensor has no values
+)
 ASKS_IF_CAUSAL = {nn.TransformerEncoder: "is_causal", nn.TransformerDecoder: "tgt_is_causal"}  # a module's option
 KEEP = _names("alias clone detach as_strided_")  # those of the moves that leave every element where it is
 
