@@ -79,8 +79,7 @@ def select_weights(
         weights: the teacher's weights, if they are not in the module: a state_dict with the teacher's keys, or a file
             or directory as for ``--pretrained_path``.
         layer_selection: one of ``LAYER_SELECTION`` (section 3.1), applied to the layers of each stage.
-        element_selection: one of ``ELEMENT_SELECTION`` (section 3.2), or of ``PROJECTION``. A projection runs both
-            models on the device of the teacher.
+        element_selection: of ``ELEMENT_SELECTION`` (section 3.2), or of ``PROJECTION``: on the device of the teacher.
         exclude: of attention, mlp, norm, patch_embed, pos_embed, those that keep the student's own values (Table 10).
         include_head: select the classifier too; both models must have the same classes.
         include_head_norm: select the normalisation inside ConvNeXt's head too, which the paper's release leaves out.
@@ -100,7 +99,7 @@ def select_weights(
     Raises:
         InputError: the arguments cannot be used together. The message is one line and says what to do.
     """
-    from weight_selection.selection import Selection, Student, Teacher
+    from weight_selection.selection import Selection, Student, Teacher, plain_context
 
     options = SelectionOptions(
         layer_selection,
@@ -119,7 +118,8 @@ def select_weights(
     try:
         options.check()
         inputs = example_inputs if student_inputs is None else student_inputs
-        pair = Teacher(teacher, weights=weights, inputs=example_inputs), Student(student, inputs=inputs)
-        return Selection(*pair, options).weights()
+        with plain_context():
+            pair = Teacher(teacher, weights=weights, inputs=example_inputs), Student(student, inputs=inputs)
+            return Selection(*pair, options).weights()
     except InputError as error:
         raise InputError(in_python(str(error))) from error

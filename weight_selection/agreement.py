@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weight_selection.errors import InputError
 from weight_selection.modules import run_forward
-from weight_selection.projection.images import BATCH_SIZE, inputs_and_labels, inputs_with, on_device
+from weight_selection.projection.images import BATCH_SIZE, inputs_and_labels, inputs_with, placed
 from weight_selection.sources.facts import facts_of, unwrapped
 
 
@@ -49,11 +49,12 @@ def top1_classes(model: nn.Module, batch: Tensor | Mapping) -> tuple[Tensor, int
     Args, Raises: as ``measure_agreement``.
     """
     model = unwrapped(model)
-    device, training = next(model.parameters()).device, model.training
-    batch = on_device(inputs_and_labels(batch, "images")[0], device)
+    like, training = next(model.parameters()), model.training
+    batch = placed(inputs_and_labels(batch, "images")[0], like)
     model.eval()
     try:
-        output = run_forward(model, inputs_with(facts_of(model).inputs or (batch,), batch))
+        with torch.autocast(like.device.type, enabled=False):  # the caller may train in mixed precision
+            output = run_forward(model, inputs_with(facts_of(model).inputs or (batch,), batch))
     finally:
         model.train(training)
     scores = getattr(output, "logits", output)  # Hugging Face's models give more than scores

@@ -167,7 +167,7 @@ def fit_classifier(model: nn.Module, batches: Iterable, num_classes: int, classi
         batches: of (inputs, labels), labels int64 (images,); inputs a tensor, or a dict of keyword arguments. Such a
             dict may also hold the labels itself, as ``labels`` or ``label``.
         num_classes: outputs of the classifier.
-        classifier: the name of the linear layer. Default: the only one with so many outputs.
+        classifier: the name of the linear layer, or of a module around it. Default: the only one with so many outputs.
 
     Returns:
         {ridge, in units of the features' mean variance; scale; held_out_acc1 in percent and held_out_loss of the
@@ -199,7 +199,7 @@ def fit_classifier(model: nn.Module, batches: Iterable, num_classes: int, classi
 
 
 def classifier_layer(model: nn.Module, num_classes: int, name: str | None = None) -> nn.Linear:
-    """The linear layer that is a model's classifier: of that name, or the only one with so many outputs.
+    """The linear layer that is a model's classifier: of or in that name, or the only one with so many outputs.
 
     Raises:
         InputError: there is none, or there are several.
@@ -209,7 +209,7 @@ def classifier_layer(model: nn.Module, num_classes: int, name: str | None = None
     if name is None and len(found) > 1 and (pattern := facts_of(model).architecture.classifier):
         found = [key for key in found if re.search(pattern, f"{key}.weight")]
     elif name is not None:
-        found = [key for key in found if key == name]
+        found = [key for key in found if f"{key}.".startswith(f"{name}.")]
     if len(found) != 1:
         has = f"has {len(found)}: {', '.join(found)}" if found else "has none"
         raise InputError(

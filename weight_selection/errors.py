@@ -50,4 +50,5 @@ def in_python(message: str) -> str:
     message = re.sub(r"--(student|teacher)_kwargs", r"arguments of the \1", message)
     message = re.sub(rf"--({'|'.join(FLAGS)})\b", r"\1=True", message)
     message = re.sub(rf"--({'|'.join(CHOICES)}) (?=\w)", r"\1=", message)
+    message = re.sub(r"\(--classifier ([\w.]+)(?: \.\.\.)?\)", r"(classifier=('\1',))", message)
     return re.sub(r"(?<!\S)--(?=\w)", "", message)

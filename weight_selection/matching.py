@@ -63,7 +63,8 @@ class Matching:
         if len(ours) != len(theirs):
             theirs = self._of_chosen_layers(ours, self._of_chosen_queries(ours, theirs))
         if len(ours) != len(theirs):
-            raise _refusal(where, t, s, f"made of {_parts(theirs)} in the teacher, of {_parts(ours)} in the student")
+            sizes = f"made of {_parts(theirs)} in the teacher, of {_parts(ours)} in the student"
+            raise _refusal(where, t, s, sizes + self._key_heads())
         pairs = []
         for their, our in zip(theirs, ours, strict=True):
             large, small = self.teacher.groups[their.group], self.student.groups[our.group]
@@ -73,11 +74,12 @@ class Matching:
                 raise _refusal(where, t, s, f"elsewhere in the student {origins}")
             indices = aligned(their.indices, our.indices)
             if indices is None:
-                raise _refusal(where, t, s, f"{_words(large)} in the teacher, {_words(small)} in the student")
+                sizes = f"{_words(large)} in the teacher, {_words(small)} in the student"
+                raise _refusal(where, t, s, sizes + self._key_heads())
             pairs.append(SlicePair(our.group, *indices))
         for pair, their in zip(pairs, theirs, strict=True):
             large, small = self.teacher.groups[their.group], self.student.groups[pair.group]
-            _check_blocks(pair, large, small, where, t, s)
+            _check_blocks(pair, large, small, where, t, s, self._key_heads())
             if pair.group not in self.groups:
                 kept = self._kept(pair.teacher.shape, pair.student.shape)
                 self.groups[pair.group] = PlannedGroup(large, small, kept)
@@ -100,6 +102,15 @@ class Matching:
             if t and len(large.block_shape) == len(small.block_shape) == 1:
                 found.append((t, large.size // t, s, small.size // s))
         return list(dict.fromkeys(found))
+
+    def _key_heads(self):
+        """What to do about a student that is built in another way, if several of its queries share a key."""
+        if not any(group.shared for group in self.student.groups):
+            return ""
+        return (
+            "; give the student at most as many queries for each key as the teacher has, and more than one key head "
+            "(--student_kwargs num_key_value_heads=N)"
+        )
 
     def _of_chosen_layers(self, ours, theirs):
         """The teacher's slices that the student's come from, if layers with features of their own were dropped.
@@ -136,14 +147,14 @@ class Matching:
         return np.ravel_multi_index(np.ix_(*kept), large).reshape(-1)
 
 
-def _check_blocks(pair, large, small, where, t, s):
+def _check_blocks(pair, large, small, where, t, s, remedy):
     """Refuse a student that has more of some neurons, or fewer where their number is fixed."""
     theirs, ours = pair.teacher, pair.student
     if theirs.shape == ours.shape:
         return
     if theirs.size < ours.size:
         sizes = f"a part of it has {theirs.size} neurons in the teacher, {ours.size} in the student"
-        raise _refusal(where, t, s, f"{sizes}; a teacher must be at least as wide")
+        raise _refusal(where, t, s, f"{sizes}; a teacher must be at least as wide{remedy}")
     if small.crossing_blocks or large.crossing_blocks:
         raise InputError(f"{where}, student's {s}: its neurons come in blocks that cross each other")
     for number, (n, m) in enumerate(zip(theirs.shape, ours.shape, strict=True)):

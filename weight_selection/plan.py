@@ -13,7 +13,7 @@ from weight_selection.matching import Matching
 from weight_selection.options import PARTS, WHOLE, SelectionOptions
 from weight_selection.rules import kept_indices
 from weight_selection.sources.architectures import NO_KEYS, keys_inside
-from weight_selection.structure import ModelStructure, plain_context, structure_of
+from weight_selection.structure import ModelStructure, structure_of
 from weight_selection.tied import check_classifier_is_not_tied, not_taken
 
 
@@ -106,7 +106,6 @@ def make_plan(teacher: nn.Module, student: nn.Module, **options) -> Plan:
     return plan_selection(*both, options)
 
 
-@plain_context()
 def plan_selection(teacher: ModelStructure, student: ModelStructure, options: SelectionOptions) -> Plan:
     """Decide where every student tensor comes from and which neurons it keeps.
 
@@ -122,7 +121,7 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
     if prefixes[1] and any(key.startswith(prefixes[1]) for key in teacher.shapes):  # the student is one of its towers
         prefixes = "", ""
     sources = teacher_keys(teacher.layers, student.layers, options.layer_selection, prefixes)
-    left_behind = _left_behind(teacher, sources, options.allow_unused)
+    left_behind = _left_behind(teacher, student, sources, options.allow_unused)
 
     matching = Matching(teacher.neurons, student.neurons, options)
     entries = {
@@ -202,7 +201,7 @@ def _check_common(teacher, student):
         )
 
 
-def _left_behind(teacher, sources, allow_unused):
+def _left_behind(teacher, student, sources, allow_unused):
     """Keys of the teacher's tensors without a counterpart that the student has no use for.
 
     All others are refused, unless their loss is accepted: a LayerScale, a token, a normalisation.
@@ -213,11 +212,23 @@ def _left_behind(teacher, sources, allow_unused):
     useless = teacher.neurons.unused & teacher.parameters
     needed = [key for key in lost if key not in useless and not re.search(teacher.facts.spare or NO_KEYS, key)]
     if needed and not allow_unused:
+        head = _own_head(teacher, student) if needed[0].rpartition(".")[0] in teacher.output_layers else None
+        remedy = f", keep the student's own head (--classifier {head})" if head else ""
         raise InputError(
             f"{needed[0]}: the student has no such tensor, so the teacher's is lost; give the student one "
-            "(--student_kwargs) or accept the loss (--allow_unused)"
+            f"(--student_kwargs){remedy} or accept the loss (--allow_unused)"
         )
     return [key for key in lost if key not in needed]
+
+
+def _own_head(teacher, student):
+    """Name of the outermost module that gives an output of the student and has no tensor of the teacher's, or None."""
+    for name in student.output_layers:
+        parts = name.split(".")
+        for module in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
+            if not any(key.startswith(f"{module}.") and key in teacher.shapes for key in student.shapes):
+                return module
+    return None
 
 
 def _entry(teacher, student, matching, key, teacher_key, options):
@@ -264,6 +275,12 @@ def _selected(teacher, student, matching, key, teacher_key, allow_unused):
             "vocab_size or max_position_embeddings)"
         )
     for dim in different:
+        if theirs[dim] is None and (key, dim) in student.neurons.constants:
+            raise InputError(
+                f"{key}, dimension {dim}: teacher's size {teacher_shape[dim]}, student's {shape[dim]}: the forward "
+                "pass combines these with numbers that are no weights, such as sinusoids of positions; keep these in a "
+                "persistent buffer (register_buffer), which is selected too, or give the student the teacher's size"
+            )
         if theirs[dim] is not None and teacher_shape[dim] > shape[dim]:  # the keys of one head, from those of several
             raise InputError(
                 f"{key}, dimension {dim}: teacher's size {teacher_shape[dim]}, student's {shape[dim]}: neurons in the "
@@ -283,8 +300,11 @@ def _check_shapes(teacher, student, key, teacher_key):
         raise InputError(f"{key}: teacher's shape is {teacher_shape}, student's {shape}: not the same kind of tensor")
     if not _is_classes(student.architecture, key):
         return
+    name, giving = key.rpartition(".")[0], [f"{name}.weight" for name in student.output_layers]
+    if name not in student.output_layers and any(map(student.in_classifier, giving)):
+        return  # it stands before the layer of the classes, such as a norm
     theirs = teacher.output_layers.get(teacher_key.rpartition(".")[0], *teacher_shape[:1])
-    ours = student.output_layers.get(key.rpartition(".")[0], *shape[:1])
+    ours = student.output_layers.get(name, *shape[:1])
     if theirs != ours:
         raise InputError(
             f"--include_head: teacher has {theirs} classes, student {ours} ({key}); give both the same "

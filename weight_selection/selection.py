@@ -9,10 +9,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
 import torch.nn as nn
 
 from weight_selection.apply import apply_plan
@@ -42,6 +44,14 @@ class _Given:
         """What to call the model in an error."""
         named = isinstance(self.model, str) and self.option.startswith("--")
         return f"{self.option} {self.model}" if named else self.option
+
+
+@contextmanager
+def plain_context():
+    """No inference mode, and new tensors on the CPU, whatever the caller's contexts are."""
+    on_cpu = torch.get_default_device().type == "cpu"  # then the context would only slow each operation down
+    with torch.inference_mode(False), nullcontext() if on_cpu else torch.device("cpu"):
+        yield
 
 
 @dataclass

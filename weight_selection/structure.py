@@ -2,10 +2,8 @@
 
 import inspect
 import re
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
-import torch
 import torch.nn as nn
 
 from weight_selection.errors import InputError
@@ -63,15 +61,6 @@ class ModelStructure:
         return replace(self, facts=replace(self.facts, architecture=replace(self.architecture, classifier=pattern)))
 
 
-@contextmanager
-def plain_context():
-    """No inference mode, and new tensors on the CPU, whatever the caller's contexts are."""
-    on_cpu = torch.get_default_device().type == "cpu"  # then the context would only slow each operation down
-    with torch.inference_mode(False), nullcontext() if on_cpu else torch.device("cpu"):
-        yield
-
-
-@plain_context()
 def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=None) -> ModelStructure:
     """Trace a model once and keep what a plan needs. Its weights are not touched: it may be on the meta device.
 
@@ -93,8 +82,11 @@ def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=No
     try:
         traced = trace(model, facts.inputs)
     except Untraceable as reason:
-        wrong = example_inputs is not None and isinstance(reason, RefusedInputs)
-        remedy = "; give example_inputs (student_inputs) that its forward takes" if wrong else ""
+        remedy = ""
+        if isinstance(reason, RefusedInputs):
+            remedy = "; give example_inputs (student_inputs) that its forward takes"
+        elif example_inputs is not None and facts_of(model).inputs is not None:
+            remedy = "; leave example_inputs out, as its library says what inputs it takes"
         raise InputError(f"{name}: weight selection cannot take a {kind} apart: {reason}{remedy}") from reason
     shapes = {key: tuple(value.shape) for key, value in tensors_of(model).items()}
     output_layers = {

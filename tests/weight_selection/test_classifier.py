@@ -70,6 +70,14 @@ def test_logits_of_classes_that_are_easy_to_tell_apart_stay_small():
     assert fitted.ridge >= 1, "of all that tell them apart, the one that trusts small differences least"
 
 
+def test_the_classifier_may_be_named_by_a_module_around_it(images):
+    net = Net()
+    net.head = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, CLASSES))
+    before = net.head[1].weight.clone()
+    assert fit_classifier(net, in_batches(images), CLASSES, classifier="head")["images"] == IMAGES
+    assert not torch.equal(net.head[1].weight, before)
+
+
 def test_labels_may_be_in_a_dict_with_the_inputs(images):
     torch.manual_seed(0)
     nets = [Net() for _ in range(3)]

@@ -19,6 +19,7 @@ next layer can restore the others is that of optimal brain compression and ThiNe
 import torch
 from torch import Tensor
 
+LEAST_RIDGE = 1e-30  # of inputs that are always zero, or nearly so
 RIDGE = 0.1  # of the least squares, times the mean square of the student's activations
 FLAT = 1e-9  # a direction with less than this share of the largest variance holds only rounding errors
 
@@ -251,7 +252,7 @@ def solve_up_map(across: Tensor, own: Tensor, prior: Tensor, constant: bool = Tr
     """
     prior = prior[:, :-1]
     (across, x), (own, z) = ((moments[:, :-1], moments[:, -1:]) for moments in (across, own[:-1]))
-    ridge = RIDGE * own.diagonal().mean().clamp(min=torch.finfo(own.dtype).tiny)
+    ridge = (RIDGE * own.diagonal().mean()).clamp(min=LEAST_RIDGE)
     if constant:  # it is free: what is left is the regression of the deviations from the means
         across, own = across - x @ z.T, own - z @ z.T
     ridges = ridge * torch.eye(len(own), dtype=own.dtype, device=own.device)

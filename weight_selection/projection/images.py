@@ -141,6 +141,14 @@ def image_of(inputs: tuple | dict) -> tuple:
     return images[0] if len(tensors) == len(images) == 1 else (None, None)
 
 
+def place_of(inputs: tuple | dict, batch: torch.Tensor) -> int | str | None:
+    """Place or name of the first of a model's inputs that is a tensor of the same kind as a batch; None without one."""
+    named = inputs.items() if isinstance(inputs, dict) else enumerate(inputs)
+    kind = batch.ndim, batch.is_floating_point()
+    tensors = ((name, value) for name, value in named if isinstance(value, torch.Tensor))
+    return next((name for name, value in tensors if (value.ndim, value.is_floating_point()) == kind), None)
+
+
 def images_in(batch: torch.Tensor | Mapping) -> int:
     """The number of images, or of other inputs, in a batch."""
     return len(next(iter(batch.values())) if isinstance(batch, Mapping) else batch)
@@ -168,14 +176,13 @@ def inputs_with(inputs: tuple | dict, batch) -> tuple | dict:
 
     Args:
         inputs: example inputs of the model. Those that are not tensors are passed on unchanged.
-        batch: images, or a dict of tensors.
+        batch: images or ids, or a dict of tensors.
     """
-    if isinstance(batch, Mapping):
+    place = None if isinstance(batch, Mapping) else place_of(inputs, batch)
+    if isinstance(batch, Mapping) or isinstance(inputs, dict):
         options = inputs if isinstance(inputs, dict) else {}
-        return {name: value for name, value in options.items() if not isinstance(value, torch.Tensor)} | batch
-    place, _ = image_of(inputs)
-    if isinstance(inputs, dict):
-        return {**inputs, place: batch}
+        given = batch if isinstance(batch, Mapping) else {place: batch}
+        return {name: value for name, value in options.items() if not isinstance(value, torch.Tensor)} | given
     return tuple(batch if number == place else value for number, value in enumerate(inputs))
 
 
@@ -225,6 +232,13 @@ def on_device(inputs: torch.Tensor | dict, device) -> torch.Tensor | dict:
     return inputs.to(device)
 
 
+def placed(inputs: torch.Tensor | Mapping, like: torch.Tensor) -> torch.Tensor | dict:
+    """A model's inputs where one of its parameters is; images and other floating point numbers in its precision."""
+    if isinstance(inputs, Mapping):
+        return {name: placed(value, like) for name, value in inputs.items()}
+    return inputs.to(like) if inputs.is_floating_point() else inputs.to(like.device)
+
+
 @dataclass(frozen=True)
 class LoadedInputs:
     """A model's inputs in the batches of a loader, as often as they are asked for."""
@@ -239,7 +253,8 @@ def check_batches(images, inputs: tuple | dict, count: int | None, side: int | N
     """Check images, or other inputs, that the caller gives as tensors, and return them in batches.
 
     Args:
-        images: a tensor (n, channels, height, width), or an iterable, such as a loader, of what ``inputs_in`` takes.
+        images: a tensor (n, channels, height, width), or (n, tokens) of ids for a model that takes these; or an
+            iterable, such as a loader, of what ``inputs_in`` takes.
         inputs: example inputs of the student.
         count, side: must be None, since all batches are taken as they are.
 
@@ -258,6 +273,8 @@ def check_batches(images, inputs: tuple | dict, count: int | None, side: int | N
     if isinstance(first, Mapping):
         return batches
     _, size = image_of(inputs)
+    if size is None and _are_ids(first, inputs):
+        return batches
     if size is None:
         named = inputs.items() if isinstance(inputs, dict) else {"NAME": first}.items()
         names = ", ".join(f'"{name}": tensor' for name, value in named if isinstance(value, torch.Tensor))
@@ -272,6 +289,12 @@ def check_batches(images, inputs: tuple | dict, count: int | None, side: int | N
     if first.shape[1] != channels:
         raise InputError(f"calibration: images have {first.shape[1]} channels, the model takes {channels}")
     return batches
+
+
+def _are_ids(batch, inputs):
+    """Whether a batch is of ids, and a model takes ids and no more: others of its inputs have names, and a default."""
+    count = sum(isinstance(value, torch.Tensor) for value in inputs) if isinstance(inputs, tuple) else 1
+    return count == 1 and not batch.is_floating_point() and place_of(inputs, batch) is not None
 
 
 def _alike(batch, other):

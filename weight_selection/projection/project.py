@@ -191,7 +191,9 @@ def _has_same_positions(teacher, student):
 
 def _check_takes(traced, batch, name):
     """Raise InputError unless a model takes such a batch."""
-    if isinstance(batch, torch.Tensor):
+    if isinstance(batch, torch.Tensor) and batch.ndim < 4:
+        words = f"take batches of {tuple(batch.shape)}; give what its forward takes, or dicts with its arguments' names"
+    elif isinstance(batch, torch.Tensor):
         words = "take {} x {} pixels; give images of its size, or leave --calibration_size out".format(*batch.shape[2:])
     else:
         words = f"take batches of {', '.join(batch)}; give what its forward takes"

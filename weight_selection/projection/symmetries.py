@@ -220,6 +220,8 @@ class Symmetries:
 
     def why_none_rotatable(self) -> str:
         """The reason why the stream that most layers take cannot be rotated."""
+        if any(self.is_norm(key) for key, _ in self.neurons.constants):
+            return "numbers that are no weights are added to it, such as sinusoids of positions"
         return self.why_not_rotatable(sorted(self.uses, key=lambda group: len(self.readers(group)))[-1])
 
     def leave_heads(self, kind: type) -> None:

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from weight_selection.errors import InputError
 from weight_selection.modules import run_forward
-from weight_selection.projection.images import inputs_with
+from weight_selection.projection.images import inputs_with, placed
 from weight_selection.projection.symmetries import Symmetries, weight_of
 from weight_selection.structure import ModelStructure
 
@@ -78,10 +78,7 @@ class TracedModel:
 
     def placed(self, batch: torch.Tensor | Mapping) -> torch.Tensor | dict:
         """A batch where the model is; images and other floating point numbers in its precision."""
-        if isinstance(batch, Mapping):
-            return {name: self.placed(value) for name, value in batch.items()}
-        like = next(self.model.parameters())
-        return batch.to(like) if batch.is_floating_point() else batch.to(like.device)
+        return placed(batch, next(self.model.parameters()))
 
     @property
     def device(self) -> torch.device:

@@ -11,21 +11,25 @@ TOKENS = 8  # in a sequence; any number would do, as a trace does not look at th
 def example_inputs(model) -> dict:
     """Keyword arguments of a Hugging Face model's forward pass: a batch of one.
 
-    Images have the size that the config records, sounds the number of frames, sequences a few tokens. Images and sounds
-    are on the meta device: a trace needs their shapes only. Tokens and masks are small and have values, with which a
-    model can also be run.
+    Images have the size that the config records, videos and sounds also the number of frames, sequences a few tokens.
+    Images and sounds are on the meta device: a trace needs their shapes only. Tokens and masks are small and have
+    values, with which a model can also be run.
 
     Args:
         model: a ``PreTrainedModel``, on any device.
 
     Returns:
-        {name: tensor}, of as many of ``pixel_values``, ``input_features``, ``input_ids`` and ``decoder_input_ids`` as
-        the forward takes, with a mask where one is needed, and ``use_cache=False`` where it is taken.
+        {name: tensor}, of as many of ``pixel_values``, ``input_values``, ``input_features``, ``input_ids`` and
+        ``decoder_input_ids`` as the forward takes, with a mask where one is needed, and ``use_cache=False`` where it is
+        taken.
     """
     config, takes = model.config, inspect.signature(model.forward).parameters
     inputs = {}
     if "pixel_values" in takes:
-        inputs["pixel_values"] = torch.empty(1, *image_shape(config), device="meta")
+        frames = [config.num_frames] if getattr(config, "num_frames", None) else []  # of a video
+        inputs["pixel_values"] = torch.empty(1, *frames, *image_shape(config), device="meta")
+    if "input_values" in takes and hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
+        inputs["input_values"] = torch.empty(1, config.max_length, config.num_mel_bins, device="meta")
     if "input_features" in takes and hasattr(config, "num_mel_bins"):
         inputs["input_features"] = torch.empty(1, config.num_mel_bins, _frames(model), device="meta")
     if "input_ids" in takes:

@@ -18,7 +18,7 @@ from weight_selection.sources.transformers_inputs import example_inputs, image_s
 
 # Tasks whose modules are a classifier. Language models and decoders of masked images are selected.
 CLASSIFICATION = r"For(\w*Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)"
-SEGMENTATION = r"ForSemanticSegmentation"  # their classifier stands inside a head that is selected
+INSIDE_HEADS = r"For((Semantic|Instance|Universal)?Segmentation|ObjectDetection)$"  # whose other modules are selected
 NORM, ATTENTION = r"Norm", r"Attention"  # in the names of classes
 MLP = r"(MLP|Mlp|FFN|FeedForward|Intermediate|Output|LayerFF)$"
 MLP_LAYERS = r"(fc|pwconv|pointwise_conv)\d$"  # in the names of modules; their blocks have no class for the MLP
@@ -34,8 +34,8 @@ def model_facts(model: nn.Module) -> ModelFacts:
     name, convolution = _first_convolution(model) if "pixel_values" in inputs else (None, None)
     first = {f"{name}.weight": convolution} if name else {}
     prefix = _base_prefix(model)
-    segments = re.search(SEGMENTATION, type(model).__name__)
-    classifier = None if segments else keys_inside(_classifier(model)) or NO_KEYS
+    inside = re.search(INSIDE_HEADS, type(model).__name__)
+    classifier = None if inside else keys_inside(_classifier(model)) or NO_KEYS
     components = {**_components(model), "patch_embed": keys_inside([name] if name else [])}
     components["pos_embed"] = POSITIONS if any(re.search(POSITIONS, key) for key in model.state_dict()) else None
     return ModelFacts(

@@ -61,6 +61,7 @@ class ModelGroups:
     Attributes:
         groups: list of ``NeuronGroup``.
         slices: {key: for each dimension a tuple of ``GroupSlice``, or None if the dimension holds positions}.
+        constants: {(key, dimension)} of positions that meet another number each which is no weight, such as a sinusoid.
         unused: keys of tensors that the forward pass does not use; nothing is known about their dimensions.
         attentions: [(number of the group of queries and keys, number of the group of values, heads, keys of the tensors
             that only its keys come from)].
@@ -70,6 +71,7 @@ class ModelGroups:
 
     groups: list
     slices: dict
+    constants: frozenset
     unused: frozenset
     attentions: list
     multiplied: frozenset
@@ -90,7 +92,7 @@ def find_groups(trace: Trace) -> ModelGroups:
         position = trace.labels.roots(trace.labels.positions).numpy()
         members, group, rank = _sort([dim for dims in roots.values() for dim in dims], position)
         joined = sum(_join_branches(trace, constraint, members, group) for constraint in trace.constraints)
-    shared = trace.labels.roots(trace.labels.shared).numpy()
+    shared, constant = (trace.labels.roots(some).numpy() for some in (trace.labels.shared, trace.labels.constants))
     groups = []
     for some, blocks in zip(members, _blocks(trace, list(map(len, members)), group, rank, position), strict=True):
         groups.append(_group(len(some), blocks, bool(position[some].all()), bool(shared[some].all())))
@@ -100,9 +102,14 @@ def find_groups(trace: Trace) -> ModelGroups:
             if dim.tobytes() not in known:
                 known[dim.tobytes()] = None if position[dim].all() else _slices(dim, group, rank, groups)
         slices[key] = tuple(known[dim.tobytes()] if key in trace.met else None for dim in dims)
+    constants = frozenset(
+        (key, number) for key, dims in roots.items() for number, dim in enumerate(dims) if constant[dim].all()
+    )
     attentions = _attentions(trace, group, rank, groups)
     multiplied = {int(number) for some in trace.multiplied for number in np.unique(group[find(some).numpy()])} - {-1}
-    return ModelGroups(groups, slices, frozenset(roots) - trace.met, attentions, frozenset(multiplied), trace.sums)
+    return ModelGroups(
+        groups, slices, constants, frozenset(roots) - trace.met, attentions, frozenset(multiplied), trace.sums
+    )
 
 
 def _attentions(trace, group, rank, groups):

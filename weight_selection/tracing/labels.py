@@ -33,6 +33,7 @@ class Labels:
 
     Attributes:
         positions: tensors of labels that are positions (a kernel's width, a table's rows) and not neurons.
+        constants: those of the positions that meet another number each which is no weight, such as a sinusoid.
         shared: tensors of labels of keys and values that several queries share.
         derived: bool, of the labels of no parameter: those of heads inside which a product sums.
     """
@@ -41,6 +42,7 @@ class Labels:
         self.parent = torch.arange(1 << 16)
         self.count = 0
         self.positions = []
+        self.constants = []
         self.shared = []
         self.derived = torch.zeros(1 << 16, dtype=torch.bool)
 
@@ -111,6 +113,11 @@ def compact(axis: AxisLabels) -> AxisLabels:
 def fit(axis: AxisLabels, shape) -> AxisLabels:
     """Labels for a tensor of another shape; they may not depend on a dimension whose size differs."""
     return core(axis).expand(shape)
+
+
+def storage(tensor: torch.Tensor) -> int:
+    """The memory that a tensor shares with its views."""
+    return tensor.untyped_storage()._cdata
 
 
 def unique_rows(rows: torch.Tensor) -> tuple:

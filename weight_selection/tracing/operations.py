@@ -4,9 +4,9 @@ from itertools import chain, zip_longest
 
 import torch
 
-from weight_selection.tracing.labels import BlockConstraint, along, core, fit, varying
+from weight_selection.tracing.labels import BlockConstraint, along, core, fit, storage, varying
 from weight_selection.tracing.products import convolution, note_view, product
-from weight_selection.tracing.tracer import Tracer, Untraceable, storage
+from weight_selection.tracing.tracer import Tracer, Untraceable
 
 aten = torch.ops.aten
 
@@ -27,6 +27,7 @@ ALONE = _names("""
     reciprocal square neg abs sin cos erf clamp clamp_ clamp_min clamp_max zero_ _softmax _safe_softmax _log_softmax
     _to_copy logical_not bitwise_not
 """)  # they work on each element by itself, or normalise lines
+ALONG_LINES = _names("_softmax _safe_softmax _log_softmax")  # those that normalise lines
 TOGETHER = _names("""
     add add_ sub sub_ rsub mul mul_ div div_ pow maximum minimum addcmul where copy_ floor_divide remainder masked_fill
     masked_fill_ eq ne gt ge lt le _prelu_kernel
@@ -57,7 +58,8 @@ def follow(tracer: Tracer, func, out, args: tuple, kwargs: dict) -> None:
         return
     tensors = _tensors(chain(args, kwargs.values()))
     tracer.met.update(map(id, tensors))
-    if any(map(tracer.get, tensors)):
+    labelled = any(map(tracer.get, tensors))
+    if labelled:
         if name not in RULES:
             raise Untraceable(f"{func} is no operation that neurons can be followed through")
         RULES[name](tracer, func, out, *args, **kwargs)
@@ -69,6 +71,12 @@ def follow(tracer: Tracer, func, out, args: tuple, kwargs: dict) -> None:
     if name.endswith("_") and len(tensors) > 1:  # written into
         tracer.uniform.pop(storage(out), None)
         tracer.differing.pop(storage(out), None)
+    if not labelled and (name in MOVES or name in KEEP):
+        tracer.repetitions.note_move(func, out, *args, **kwargs)
+    elif not labelled and (name in ALONE or name in TOGETHER) and name not in ALONG_LINES:
+        tracer.repetitions.note_elementwise(out, tensors)
+    elif name.endswith("_"):
+        tracer.repetitions.forget(out)
 
 
 def _tensors(arguments):

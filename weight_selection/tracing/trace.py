@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from weight_selection.modules import run_forward, skeleton_of, tensors_of
-from weight_selection.tracing.labels import Labels
+from weight_selection.tracing.labels import Labels, storage
 from weight_selection.tracing.meta_results import MetaResults
 from weight_selection.tracing.operations import follow
-from weight_selection.tracing.tracer import Tracer, Untraceable, storage
+from weight_selection.tracing.tracer import Tracer, Untraceable
 
-NO_VALUES = r"meta (device type )?tensor|'Meta' backend"  # in PyTorch's complaints that a tensor has no values
+# In PyTorch's complaints that a tensor has no values.
+NO_VALUES = r"meta (device type )?tensor|'Meta' backend|Meta kernel"
+ASKS_IF_CAUSAL = {nn.TransformerEncoder: "is_causal", nn.TransformerDecoder: "tgt_is_causal"}  # a module's option
 
 
 class RefusedInputs(Untraceable):
@@ -146,6 +148,8 @@ class _Modules:
             if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                 module.register_forward_pre_hook(lambda *_, name=name: self.running.append(name))
                 module.register_forward_hook(partial(self._end, name))
+            if type(module) in ASKS_IF_CAUSAL:
+                module.register_forward_pre_hook(_is_not_causal, with_kwargs=True)
 
     def _end(self, name, module, args, output):
         self.running.pop()
@@ -163,3 +167,9 @@ class _Modules:
         while before := {resized[place] for place in storages & resized.keys()} - storages:
             storages |= before
         return {name: size for given, name, size in self.given if storage(given) in storages}
+
+
+def _is_not_causal(module, args, kwargs):
+    """Tell a transformer of PyTorch to take its mask as it is, and not to look at values whether the mask is causal."""
+    option = ASKS_IF_CAUSAL[type(module)]
+    return args, {**kwargs, option: kwargs.get(option) or False}

@@ -7,7 +7,8 @@
 
 import torch
 
-from weight_selection.tracing.labels import BlockConstraint, Labels, along, compact, core, unique_rows, varying
+from weight_selection.tracing.labels import BlockConstraint, Labels, along, compact, core, storage, unique_rows, varying
+from weight_selection.tracing.repetitions import Repetitions
 
 
 class Untraceable(Exception):
@@ -29,6 +30,7 @@ class Tracer:
         resized: {storage of a tensor: storage of the images that it was interpolated or pooled from}.
         uniform: {storage of a tensor that has one value everywhere: the tensor}.
         differing: {storage of a tensor without labels: (it, the dimensions along which its values differ)}.
+        repetitions: where else tensors without labels have equal values.
     """
 
     def __init__(self):
@@ -37,6 +39,7 @@ class Tracer:
         self.heights, self.sums, self.views, self.resized = {}, {}, {}, {}
         self.met = set()
         self.uniform, self.differing = {}, {}
+        self.repetitions = Repetitions(self.differs)
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
 
     def get(self, tensor) -> list:
@@ -82,6 +85,7 @@ class Tracer:
     def meet(self, tensors: list, shape: tuple) -> list:
         """Labels of an element-wise combination of tensors that broadcast to ``shape``."""
         result, filled = [], frozenset()
+        tensors = sorted(tensors, key=lambda tensor: not self.get(tensor))  # constants meet labels, not the reverse
         for tensor in tensors:
             if self.is_uniform(tensor):
                 continue
@@ -91,9 +95,15 @@ class Tracer:
             if tensor is tensors[0] or not filled and not result:
                 result, filled = axes, full
             else:
-                result = self.match(result, axes, filled, full)
+                told = [axis for axis in result if axes or self._tells_apart(tensor, full, axis)]
+                untold = [axis for axis in result if not any(axis is other for other in told)]
+                result = self.match(told, axes, filled, full) + untold
                 filled |= full
         return result
+
+    def _tells_apart(self, constants, full, axis):
+        """Whether constants, whose values may differ along the dimensions ``full``, are others for some neurons."""
+        return not varying(axis) & full or not self.repetitions.same_for_all(axis, constants)
 
     def match(self, ours: list, theirs: list, our_full=frozenset(), their_full=frozenset()) -> list:
         """Labels of a combination of two tensors of one shape, from the labels of both.
@@ -127,6 +137,8 @@ class Tracer:
         met = (dims & full).difference(*parts)
         if met and met == dims:
             self.positions(axis)
+            if not others:
+                self.labels.constants.append(core(axis).flatten())
             return []
         if met:
             self.constrain(axis, met)
@@ -166,8 +178,3 @@ def as_rows(axis: torch.Tensor, dims) -> torch.Tensor:
     """Labels as a matrix that has a row for each place along ``dims``, without repetitions."""
     order = sorted(dims) + [dim for dim in range(axis.ndim) if dim not in dims]
     return core(axis).permute(order).flatten(len(dims)).flatten(0, len(dims) - 1)
-
-
-def storage(tensor: torch.Tensor) -> int:
-    """The memory that a tensor shares with its views."""
-    return tensor.untyped_storage()._cdata

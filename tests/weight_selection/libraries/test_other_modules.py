@@ -75,6 +75,33 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x.unsqueeze(2))[0][:, -1])
 
 
+class Causal(nn.Module):
+    """A language model of PyTorch's own layers, with a mask of later tokens and one of padding."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.tokens, self.head = nn.Embedding(11, width), nn.Linear(width, 11)
+        self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
+
+    def forward(self, ids):
+        later = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).triu(1)
+        return self.head(self.encoder(self.tokens(ids), mask=later, src_key_padding_mask=ids == 10))
+
+
+class Sinusoids(nn.Module):
+    """Positions that are no weights are added to tokens."""
+
+    def __init__(self, width, persistent):
+        super().__init__()
+        self.tokens, self.block, self.head = nn.Embedding(11, width), Block(width), nn.Linear(width, 3)
+        angles = torch.arange(5.0)[:, None] / 100 ** torch.linspace(0, 1, width // 2)
+        self.register_buffer("places", torch.cat((angles.sin(), angles.cos()), 1), persistent)
+
+    def forward(self, ids):
+        return self.head(self.block(self.tokens(ids) + self.places))
+
+
 def tower(width, depth):
     return VisionTransformer(16, 8, width, depth, width // 8, 2.0, output_dim=6)
 
@@ -98,6 +125,7 @@ PAIRS = {  # name: (teacher, student, inputs)
     "cnn": (lambda: cnn(8), lambda: cnn(4), (SMALL_IMAGES,)),
     "numbered": (lambda: Numbered(16, 3), lambda: Numbered(8, 2), (FEATURES,)),
     "lstm": (lambda: Recurrent(8), lambda: Recurrent(4), (FEATURES,)),
+    "causal": (lambda: Causal(16, 4), lambda: Causal(8, 2), (torch.arange(10).view(2, 5),)),
     "open_clip_tower": (lambda: tower(32, 3), lambda: tower(16, 2), (IMAGES,)),
     "open_clip": (lambda: clip(32, 3), lambda: clip(16, 2), (IMAGES, TOKENS)),
 }
@@ -115,6 +143,18 @@ def test_a_student_hidden_in_a_teacher_is_found_again_and_keeps_the_same_neurons
     check_hidden(teacher, student, both, inputs, name == "mlp", reads_projections, output)
     if name != "mlp":  # its layers have streams of their own
         check_consistent(teacher, both)
+
+
+def test_sinusoids_are_selected_from_a_buffer_and_refused_if_the_state_dict_lacks_them():
+    ids = torch.arange(10).view(2, 5)
+    chosen = select_weights(teacher := Sinusoids(16, True), Sinusoids(8, True), example_inputs=ids)
+    assert torch.equal(chosen["places"], teacher.places[:, ::2])
+    assert torch.equal(chosen["tokens.weight"], teacher.tokens.weight[:, ::2])
+    with pytest.raises(InputError, match="tokens.weight, dimension 1: .*such as sinusoids of positions; keep .*buffer"):
+        select_weights(Sinusoids(16, False), Sinusoids(8, False), example_inputs=ids)
+    projection = {"element_selection": "project", "calibration": [{"ids": ids}]}
+    with pytest.raises(InputError, match="can be rotated: numbers that are no weights .*choose greedy"):
+        select_weights(Sinusoids(8, False), Sinusoids(8, False), example_inputs=ids, **projection)
 
 
 def test_hidden_layers_in_a_list_are_chosen_by_the_rule():
@@ -226,9 +266,12 @@ def test_what_a_model_keeps_beside_its_tensors_is_no_matter():
 @pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.device("meta")])
 def test_contexts_of_the_caller_are_no_matter(context):
     teacher, student = cnn(8), cnn(4)
-    expected = select_weights(teacher, student, example_inputs=SMALL_IMAGES)
-    with context():
-        assert_same(select_weights(teacher, student, example_inputs=SMALL_IMAGES), expected)
+    for projection in ({}, {"element_selection": "greedy", "calibration": SMALL_IMAGES.float()}):
+        expected = select_weights(teacher, student, example_inputs=SMALL_IMAGES, **projection)
+        with context():
+            chosen = select_weights(teacher, student, example_inputs=SMALL_IMAGES, **projection)
+        assert_same(chosen, expected)
+        assert not any(value.is_inference() for value in chosen.values())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -245,6 +288,29 @@ class Two(nn.Module):
     def forward(self, x):
         x = self.body(x)
         return self.sort(x), self.colour(x)
+
+
+def with_head(width, classes):
+    """A model of timm's with a head that begins with a norm."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, embed_dim=width, num_heads=2, depth=1)
+    model.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
+    return model
+
+
+def test_a_head_that_begins_with_a_norm_is_selected_and_its_classes_are_compared():
+    chosen = select_weights(teacher := with_head(16, 3), with_head(8, 3), include_head=True)
+    assert torch.equal(chosen["head.0.weight"], teacher.head[0].weight[::2])
+    assert torch.equal(chosen["head.1.weight"], teacher.head[1].weight[:, ::2])
+    with pytest.raises(InputError, match=r"teacher has 3 classes, student 5 \(head.1.weight\)"):
+        select_weights(teacher, with_head(8, 5), include_head=True)
+
+
+def test_a_students_own_head_is_named_where_the_teacher_has_another():
+    teacher, student = MLP(8, 2), MLP(8, 2)
+    student.head = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))
+    with pytest.raises(InputError, match=r"head.weight: .* \(classifier=\('head',\)\)"):
+        select_weights(teacher, student, example_inputs=FEATURES)
+    assert len(select_weights(teacher, student, example_inputs=FEATURES, classifier=("head",))) == 4
 
 
 class Sorted(nn.Module):

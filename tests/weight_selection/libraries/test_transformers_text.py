@@ -221,6 +221,12 @@ def test_other_vocabularies_positions_and_heads_are_refused(name, changes, named
         plan_of(teacher, student)
 
 
+def test_inputs_that_a_trace_cannot_follow_are_not_needed_where_the_library_knows_others():
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(InputError, match="looks at the values .*; leave example_inputs out"):
+        select_weights(*pair("bert"), example_inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
 class Words(nn.Module):
     """A model of words with a head of its own, and a second one."""
 
@@ -268,6 +274,13 @@ def test_query_heads_are_those_whose_results_are_read(method):
     assert len(rows.unique()) == len(columns.unique()) == 8
     if method != "l1":  # which chooses in every tensor by itself
         assert torch.equal(rows[:, 0, 0], columns[0, :, 0])
+
+
+@pytest.mark.parametrize(("keys", "heads"), [(4, {"num_attention_heads": 8}), (2, {"num_key_value_heads": 1})])
+def test_keys_for_more_queries_are_refused_with_the_number_that_would_do(keys, heads):
+    remedy = "q_proj.weight, .*at most as many queries for each key as the teacher has, and more than one key head"
+    with pytest.raises(InputError, match=remedy):
+        select_weights(build("llama", (4, 1), num_key_value_heads=keys), build("llama", (2, 1), **heads))
 
 
 def test_one_key_head_is_not_made_of_several():

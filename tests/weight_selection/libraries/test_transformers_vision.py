@@ -276,3 +276,45 @@ def test_the_classes_of_a_segmentation_are_the_students_own_if_they_differ():
         student = segmenter(classes, 8)
         own = student.state_dict().keys() - select_weights(segmenter(5, 16), student).keys()
         assert own == {"decode_head.classifier.weight", "decode_head.classifier.bias"}
+
+
+def test_the_classes_of_a_detector_are_the_students_own_if_they_differ():
+    def detector(classes, width):
+        sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": width, "hidden_size": width}
+        config = transformers.YolosConfig(num_labels=classes, image_size=[16, 16], patch_size=8, **sizes)
+        return transformers.YolosForObjectDetection(config)
+
+    for classes, differ in ((4, True), (9, False)):
+        student = detector(classes, 8)
+        own = student.state_dict().keys() - select_weights(detector(9, 16), student).keys()
+        head = "class_labels_classifier.layers.2"  # the layers before it are selected, as those of the boxes are
+        assert own == ({f"{head}.weight", f"{head}.bias"} if differ else set())
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("Vivit", {"image_size": 16, "num_frames": 4, "tubelet_size": [2, 8, 8]}),
+        ("Timesformer", {"image_size": 16, "num_frames": 2, "patch_size": 8}),
+        ("AST", {"patch_size": 8, "num_mel_bins": 16, "max_length": 24, "frequency_stride": 8, "time_stride": 8}),
+    ],
+)
+def test_videos_and_spectrograms_have_the_sizes_of_the_config(name, sizes):
+    model, config = getattr(transformers, f"{name}Model"), getattr(transformers, f"{name}Config")
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    teacher, student = (model(config(hidden_size=width, **sizes)) for width in (16, 8))
+    both = structures(teacher, student)
+    check_consistent(teacher, both)
+    assert len(select_weights(teacher, student)) == len(student.state_dict())
+
+
+def test_the_sinusoids_of_videomae_are_selected_from_a_buffer():
+    sizes = {"image_size": 16, "patch_size": 8, "num_frames": 2, "num_hidden_layers": 1, "num_attention_heads": 2}
+    pair = [transformers.VideoMAEModel(transformers.VideoMAEConfig(hidden_size=width, **sizes)) for width in (16, 8)]
+    with pytest.raises(InputError, match="such as sinusoids of positions; keep these in a persistent buffer"):
+        select_weights(*pair)
+    for model in pair:
+        places = vars(model.embeddings).pop("position_embeddings")
+        model.embeddings.register_buffer("position_embeddings", places)
+    places = pair[0].embeddings.position_embeddings
+    assert torch.equal(select_weights(*pair)["embeddings.position_embeddings"], places[..., ::2])

@@ -57,6 +57,14 @@ def test_agreement_takes_batches_as_loaders_give_them():
         measure_agreement(teacher, student, ["scores"])
 
 
+def test_agreement_is_not_measured_in_the_precision_of_the_callers_autocast():
+    scores, layer = torch.tensor([[1.0, 1.001], [0.5, 0.2]]), nn.Linear(2, 2)
+    nn.init.eye_(layer.weight), nn.init.zeros_(layer.bias)
+    with torch.autocast("cpu", torch.bfloat16):  # in which the first two scores are equal
+        assert measure_agreement(Scores(0, 1), layer, scores) == 100
+    assert measure_agreement(Scores(0, 1).bfloat16(), layer.bfloat16(), scores) == 100, "images get the model's type"
+
+
 def test_held_out_images_are_others_and_the_calibrations_stay_the_same(image_folder):
     drawn, others = draw(1000, 256, 3), draw(1000, 64, 3, 256)
     assert len({*drawn, *others}) == 320 and draw(1000, 64, 4, 256) != others

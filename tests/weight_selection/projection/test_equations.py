@@ -1,5 +1,6 @@
 """The equations of projection, against plain loops and searches."""
 
+import pytest
 import torch
 
 from helpers import random
@@ -141,3 +142,11 @@ def test_a_read_is_least_squares_and_stays_at_its_prior_where_nothing_is_seen(mo
     read = equations.solve_up_map(moments.mean[:-1], own.mean, prior)
     torch.testing.assert_close(z @ read[:, :-1].T + read[:, -1], x)
     torch.testing.assert_close(read[:, 3], prior[:, 3])
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-35])
+def test_inputs_that_are_nearly_zero_leave_the_up_map_as_it_was(size):
+    own, across = (size**2 * torch.ones(n, 4, dtype=torch.float64) for n in (4, 3))
+    own[-1, -1], prior = 1.0, torch.randn(3, 4, dtype=torch.float64)
+    found = equations.solve_up_map(across, own, prior)
+    torch.testing.assert_close(found[:, :3], prior[:, :3])

@@ -359,6 +359,17 @@ def test_inputs_other_than_images_are_given_by_name():
     assert "1.weight" in greedy(calibration=[{"input": torch.randn(16, 6)}])
 
 
+def test_ids_need_no_name_where_the_model_takes_nothing_else():
+    ids = torch.randint(0, 9, (16, 4))
+    layers = [torch.nn.Sequential(torch.nn.Embedding(9, width), torch.nn.Linear(width, 3)) for width in (8, 4)]
+    greedy = partial(select_weights, *layers, element_selection="greedy", example_inputs=ids[:1])
+    expected = greedy(calibration=[{"input": ids}])
+    for batches in ([ids], [(ids, torch.arange(16))], ids):
+        assert_same(greedy(calibration=batches), expected)
+    with pytest.raises(InputError, match=r"the student cannot take batches of \(16, 4\); give what its forward takes"):
+        greedy(calibration=ids + 9)
+
+
 def test_an_image_that_cannot_be_read_is_named(cli, command, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
