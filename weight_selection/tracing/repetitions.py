@@ -12,7 +12,7 @@ import torch
 
 from weight_selection.tracing.labels import AxisLabels, core, storage, varying
 
-LONGEST = 100  # operations in a row that are followed
+MOST = 100  # operations that are followed, each as often as its result is used
 
 
 class Repetitions:
@@ -28,16 +28,16 @@ class Repetitions:
 
     def note_move(self, func, out, x: torch.Tensor, *args, **kwargs) -> None:
         """Note that an operation moved the elements of ``x``; it gave a tensor, or several."""
-        _, length, numbers = self._entry(x)
+        _, count, numbers = self._entry(x)
         for place, tensor in enumerate(out if isinstance(out, (tuple, list)) else [out]):
-            self._note(tensor, length, partial(_moved, numbers, tensor.shape, place, func, args, kwargs))
+            self._note(tensor, count, partial(_moved, numbers, tensor.shape, place, func, args, kwargs))
 
     def note_elementwise(self, out: torch.Tensor, tensors: list) -> None:
         """Note that every element of a tensor, perhaps one of them, follows from those of others at the same place."""
-        _, lengths, numbers = zip(*map(self._entry, tensors), strict=True)
+        _, counts, numbers = zip(*map(self._entry, tensors), strict=True)
         if any(out is tensor for tensor in tensors):
             self.forget(out)
-        self._note(out, max(lengths), partial(_combined, numbers, out.shape))
+        self._note(out, sum(counts), partial(_combined, numbers, out.shape))
 
     def forget(self, tensor: torch.Tensor) -> None:
         """An operation wrote into the memory of this tensor."""
@@ -56,9 +56,9 @@ class Repetitions:
                 return False
         return True
 
-    def _note(self, out, length, numbers):
-        if length < LONGEST:
-            self._made.setdefault(storage(out), {})[id(out)] = out, length + 1, numbers
+    def _note(self, out, count, numbers):
+        if count < MOST:
+            self._made.setdefault(storage(out), {})[id(out)] = out, count + 1, numbers
 
     def _entry(self, tensor):
         found = self._made.get(storage(tensor), {}).get(id(tensor))

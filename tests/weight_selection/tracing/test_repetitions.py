@@ -42,6 +42,13 @@ def written_into(scores, seen, heads):
     )
 
 
+def of_many_steps(scores, seen, heads):
+    mask = seen.to(scores.dtype)
+    for _ in range(60):  # each step uses the one before twice
+        mask = mask * mask
+    return scores + mask.repeat_interleave(heads, 0)[:, None]
+
+
 def slopes(scores, seen, heads):
     """As in ALiBi: another number for each head, times the positions."""
     positions = torch.arange(TOKENS) * 2.0 ** -torch.arange(heads)[:, None, None]
@@ -53,7 +60,7 @@ def inputs():
     return torch.randn(BATCH, TOKENS, 6, dtype=torch.float64), seen
 
 
-@pytest.mark.parametrize("mask", [expanded, repeated, written_into])
+@pytest.mark.parametrize("mask", [expanded, repeated, written_into, of_many_steps])
 def test_a_student_has_fewer_heads_where_all_of_them_get_the_same_mask(mask):
     teacher, student = Attention(4, mask), Attention(2, mask)
     both = structures(teacher, student, given := inputs())
