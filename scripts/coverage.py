@@ -44,7 +44,7 @@ REASONS = {
     "layers of other kinds": r"layers are of",
     "another number of prefix tokens": r"prefix tokens",
     "another vocabulary or number of positions": r"never subsampled",
-    "kernels or positions of other sizes": r"positions, not neurons|their positions overlap|can be adapted",
+    "kernels or positions of other sizes": r"positions, not neurons|positions overlap|can be adapted|are no weights",
     "sizes that must be the same": r"must be the same",
     "neurons in other parts or blocks": r"made of|blocks|elsewhere in the student",
     "a tensor that is not used": r"does not use it",
