@@ -46,7 +46,7 @@ REASONS = {
     "another vocabulary or number of positions": r"never subsampled",
     "kernels or positions of other sizes": r"positions, not neurons|positions overlap|can be adapted|are no weights",
     "sizes that must be the same": r"must be the same",
-    "neurons in other parts or blocks": r"made of|blocks|elsewhere in the student",
+    "neurons in other parts or blocks": r"made of|blocks|elsewhere in the student|neurons in the teacher",
     "a tensor that is not used": r"does not use it",
     "another kind of tensor": r"not the same kind",
 }
@@ -120,7 +120,8 @@ def reason_of(message: str) -> str:
     if "cannot take a" in message:
         why = re.sub(r"^in \S+: ", "", message.split(" apart: ")[1])
         return "not taken apart: " + re.sub(r"its forward pass of .* images fails.*", "its forward pass fails", why)
-    return next(reason for reason, pattern in REASONS.items() if re.search(pattern, message))
+    fitting = (reason for reason, pattern in REASONS.items() if re.search(pattern, message))
+    return next(fitting, "another reason")
 
 
 def describe(names: list, library: str = "timm") -> list:
