@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from weight_selection.errors import InputError
 from weight_selection.modules import run_forward
-from weight_selection.projection.images import inputs_and_labels, on_device
+from weight_selection.projection.images import inputs_and_labels, placed
 from weight_selection.sources.facts import facts_of, unwrapped
 
 HELD_OUT = 0.2  # share of the images, drawn by their numbers, that choose ridge and scale
@@ -177,7 +177,7 @@ def fit_classifier(model: nn.Module, batches: Iterable, num_classes: int, classi
         InputError: no such layer, several, or it gets more than a vector for each image; no images, or no labels.
     """
     model = unwrapped(model)
-    layer, device = classifier_layer(model, num_classes, classifier), next(model.parameters()).device
+    layer, like = classifier_layer(model, num_classes, classifier), next(model.parameters())
     sums, training = RidgeSums(num_classes), model.training
     model.eval()
     try:
@@ -186,9 +186,9 @@ def fit_classifier(model: nn.Module, batches: Iterable, num_classes: int, classi
                 inputs, labels = inputs_and_labels(batch, "batches")
                 if labels is None:
                     raise InputError("batches: one has no labels; give (inputs, labels), or dicts with labels")
-                inputs = on_device(inputs, device)
+                inputs = placed(inputs, like)
                 run_forward(model, inputs if isinstance(inputs, dict) else (inputs,))
-                sums.add(caught.pop(), labels.to(device))
+                sums.add(caught.pop(), labels.to(like.device))
     finally:
         model.train(training)
     if not sums.images:

@@ -39,6 +39,10 @@ class _Given:
         size = {} if self.input_size is None else {"input_size": self.input_size}  # of timm's models only
         return names.create_model(self.model, option=self.option, device=device, **size, **self.kwargs)
 
+    def own(self) -> nn.Module:
+        """A model that may be changed: a user's module is copied."""
+        return self.create() if isinstance(self.model, str) else copy_of(self.model)
+
     @property
     def called(self) -> str:
         """What to call the model in an error."""
@@ -117,7 +121,7 @@ class Teacher(_Given):
             opened = names.open_published(*named, include_head)
         else:
             if self.path.suffix == ".npz":  # these can only be converted into a real model
-                skeleton = self.create() if isinstance(self.model, str) else copy_of(self.model)
+                skeleton = self.own()
             opened = names.open_weights(self.weights, skeleton, self.weights_option)
         name = self.model if isinstance(self.model, str) else type(self.model).__name__
         provenance = {"name": name, "model": opened.model, "kwargs": self.kwargs}

@@ -133,20 +133,24 @@ def noise(size: tuple, entropy) -> torch.Tensor:
     return torch.from_numpy((0.5 + 0.25 * image).clip(0, 1)).float()
 
 
-def image_of(inputs: tuple | dict) -> tuple:
-    """(place or name, shape) of the images among a model's inputs; (None, None) unless they are the only tensor."""
-    named = inputs.items() if isinstance(inputs, dict) else enumerate(inputs)
-    tensors = [(name, value) for name, value in named if isinstance(value, torch.Tensor)]
-    images = [(name, tuple(value.shape)) for name, value in tensors if value.ndim == 4 and value.is_floating_point()]
-    return images[0] if len(tensors) == len(images) == 1 else (None, None)
+def image_shape(inputs: tuple | dict) -> tuple | None:
+    """Shape of the images among a model's inputs; None unless they are the only tensor."""
+    tensors = list(_tensors_in(inputs).values())
+    is_image = len(tensors) == 1 and tensors[0].ndim == 4 and tensors[0].is_floating_point()
+    return tuple(tensors[0].shape) if is_image else None
 
 
 def place_of(inputs: tuple | dict, batch: torch.Tensor) -> int | str | None:
     """Place or name of the first of a model's inputs that is a tensor of the same kind as a batch; None without one."""
-    named = inputs.items() if isinstance(inputs, dict) else enumerate(inputs)
     kind = batch.ndim, batch.is_floating_point()
-    tensors = ((name, value) for name, value in named if isinstance(value, torch.Tensor))
+    tensors = _tensors_in(inputs).items()
     return next((name for name, value in tensors if (value.ndim, value.is_floating_point()) == kind), None)
+
+
+def _tensors_in(inputs):
+    """{place or name: tensor} of a model's inputs."""
+    named = inputs.items() if isinstance(inputs, dict) else enumerate(inputs)
+    return {name: value for name, value in named if isinstance(value, torch.Tensor)}
 
 
 def images_in(batch: torch.Tensor | Mapping) -> int:
@@ -225,13 +229,6 @@ def inputs_and_labels(batch, argument: str) -> tuple:
     return inputs, labels
 
 
-def on_device(inputs: torch.Tensor | dict, device) -> torch.Tensor | dict:
-    """A model's inputs on a device."""
-    if isinstance(inputs, dict):
-        return {name: value.to(device) for name, value in inputs.items()}
-    return inputs.to(device)
-
-
 def placed(inputs: torch.Tensor | Mapping, like: torch.Tensor) -> torch.Tensor | dict:
     """A model's inputs where one of its parameters is; images and other floating point numbers in its precision."""
     if isinstance(inputs, Mapping):
@@ -272,7 +269,7 @@ def check_batches(images, inputs: tuple | dict, count: int | None, side: int | N
     first = inputs_in(next(iter(images), None), "calibration")
     if isinstance(first, Mapping):
         return batches
-    _, size = image_of(inputs)
+    size = image_shape(inputs)
     if size is None and _are_ids(first, inputs):
         return batches
     if size is None:
@@ -293,7 +290,7 @@ def check_batches(images, inputs: tuple | dict, count: int | None, side: int | N
 
 def _are_ids(batch, inputs):
     """Whether a batch is of ids, and a model takes ids and no more: others of its inputs have names, and a default."""
-    count = sum(isinstance(value, torch.Tensor) for value in inputs) if isinstance(inputs, tuple) else 1
+    count = len(_tensors_in(inputs)) if isinstance(inputs, tuple) else 1
     return count == 1 and not batch.is_floating_point() and place_of(inputs, batch) is not None
 
 

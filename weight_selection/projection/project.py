@@ -19,7 +19,7 @@ from weight_selection.errors import InputError
 from weight_selection.geometry import find_geometry
 from weight_selection.modules import tensors_of
 from weight_selection.projection.activation_stats import ActivationStats
-from weight_selection.projection.images import first_images, image_of, images_in
+from weight_selection.projection.images import first_images, image_shape, images_in
 from weight_selection.projection.maps import choose_down_maps
 from weight_selection.projection.skipped_layers import find_skipped
 from weight_selection.projection.student_weights import StudentWeights
@@ -128,7 +128,7 @@ def project(
 
 def check_positions(entries: dict, teacher: ModelStructure, student: ModelStructure) -> None:
     """Raise InputError if the plan resamples positions or channels: the teacher cannot see such images."""
-    (_, theirs), (_, ours) = (image_of(structure.facts.inputs) for structure in (teacher, student))
+    theirs, ours = (image_shape(structure.facts.inputs) for structure in (teacher, student))
     if theirs and ours and theirs[1] != ours[1]:
         raise InputError("in_chans: the teacher cannot see images of other channels than its own; select by a rule")
     resampled = next((key for key, entry in entries.items() if entry.resampling is not None), None)

@@ -8,10 +8,9 @@ from tqdm import tqdm
 
 from weight_selection.agreement import measure_agreement
 from weight_selection.errors import InputError
-from weight_selection.modules import copy_of
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import Plan, plan_selection
-from weight_selection.projection.images import Calibration, check_batches, image_of
+from weight_selection.projection.images import Calibration, check_batches, image_shape
 from weight_selection.projection.maps import check_heads
 from weight_selection.projection.project import check_positions, describer, load_teacher, match_geometry, project
 from weight_selection.projection.symmetries import Symmetries
@@ -66,7 +65,7 @@ class Projection:
             InputError: as ``project``, or the device has too little memory.
         """
         with torch.autocast(torch.device(self.device).type, enabled=False):  # the caller may train in mixed precision
-            teacher, student = (_own(who).to(self.device).eval() for who in (self.teacher, self.student))
+            teacher, student = (who.own().to(self.device).eval() for who in (self.teacher, self.student))
             load_teacher(teacher, self.structures[0], weights, origin, self.options.selects_all)
             match_geometry(teacher, student)
             student.to(next(teacher.parameters()))
@@ -125,7 +124,7 @@ class Projection:
         inputs, (count, side) = self.structures[1].facts.inputs, (options.calibration_images, options.calibration_size)
         if not isinstance(options.calibration, (str, os.PathLike)):
             return check_batches(options.calibration, inputs, count, side)
-        _, shape = image_of(inputs)
+        shape = image_shape(inputs)
         if shape is None:
             raise InputError(
                 f"--calibration {options.calibration}: a {whose} takes more than images; calibrate it in Python with "
@@ -161,11 +160,6 @@ def _left_out_classifier(plan, structures, options):
     except InputError as error:
         return {}, str(error).removeprefix("--include_head: ")
     return {key: entry for key, entry in whole.selected.items() if key not in plan.selected}, None
-
-
-def _own(who):
-    """A model that may be changed: a user's module is copied."""
-    return who.create() if isinstance(who.model, str) else copy_of(who.model)
 
 
 def _device(model):

@@ -86,6 +86,13 @@ def along(dim: int, labels: torch.Tensor, shape) -> AxisLabels:
     return labels.view([-1 if other == dim else 1 for other in range(len(shape))]).expand(shape)
 
 
+def moved(func, axis: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor | list:
+    """What an operation that moves elements makes of labels, which are often expanded and then cannot be viewed."""
+    if func in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+        return axis.reshape(*args)
+    return func(axis, *args, **kwargs)
+
+
 def varying(axis: AxisLabels) -> frozenset:
     """The dimensions along which labels differ."""
     return frozenset(

@@ -4,7 +4,7 @@ from itertools import chain, zip_longest
 
 import torch
 
-from weight_selection.tracing.labels import BlockConstraint, along, core, fit, storage, varying
+from weight_selection.tracing.labels import BlockConstraint, along, core, fit, moved, storage, varying
 from weight_selection.tracing.products import convolution, note_view, product
 from weight_selection.tracing.tracer import Tracer, Untraceable
 
@@ -87,15 +87,12 @@ def _tensors(arguments):
 
 def _move(tracer, func, out, x, *args, **kwargs):
     note_view(tracer, func, out, x)
-    if func in (aten.view.default, aten._unsafe_view.default):
-        moved = [axis.reshape(out.shape) for axis in tracer.get(x)]
-    else:
-        moved = [func(axis, *args, **kwargs) for axis in tracer.get(x)]
+    axes = [moved(func, axis, args, kwargs) for axis in tracer.get(x)]
     if isinstance(out, torch.Tensor):
-        tracer.put(out, moved)
+        tracer.put(out, axes)
     else:
-        for tensor, *axes in zip(out, *moved, strict=True):
-            tracer.put(tensor, axes)
+        for tensor, *parts in zip(out, *axes, strict=True):
+            tracer.put(tensor, parts)
 
 
 def _keep(tracer, func, out, x, *args, **kwargs):

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from weight_selection.tracing.labels import AxisLabels, core, storage, varying
+from weight_selection.tracing.labels import AxisLabels, core, moved, storage, varying
 
 MOST = 100  # operations that are followed, each as often as its result is used
 
@@ -30,7 +30,7 @@ class Repetitions:
         """Note that an operation moved the elements of ``x``; it gave a tensor, or several."""
         _, count, numbers = self._entry(x)
         for place, tensor in enumerate(out if isinstance(out, (tuple, list)) else [out]):
-            self._note(tensor, count, partial(_moved, numbers, tensor.shape, place, func, args, kwargs))
+            self._note(tensor, count, partial(_moved, numbers, place, func, args, kwargs))
 
     def note_elementwise(self, out: torch.Tensor, tensors: list) -> None:
         """Note that every element of a tensor, perhaps one of them, follows from those of others at the same place."""
@@ -74,11 +74,9 @@ def _new(shape, dims):
     return [torch.arange(torch.Size(size).numel()).view(size).expand(shape)]
 
 
-def _moved(numbers, shape, place, func, args, kwargs):
-    if func in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
-        return [one.reshape(shape) for one in numbers()]
-    moved = [func(one, *args, **kwargs) for one in numbers()]
-    return [one if isinstance(one, torch.Tensor) else one[place] for one in moved]
+def _moved(numbers, place, func, args, kwargs):
+    all_moved = [moved(func, one, args, kwargs) for one in numbers()]
+    return [one if isinstance(one, torch.Tensor) else one[place] for one in all_moved]
 
 
 def _combined(several, shape):
