@@ -18,6 +18,7 @@ from torchvision.datasets import ImageFolder
 from weight_selection.options import CALIBRATION_IMAGES
 from weight_selection.projection.images import draw
 
+TEACHER = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 ARMS = {  # name: (module in this directory, function, its further arguments)
     "project": ("selected", "select", {"rule": "project"}),
     "selection": ("selected", "select", {"rule": "uniform"}),

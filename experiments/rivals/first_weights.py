@@ -22,7 +22,7 @@ import torch
 from distributed.program import find_launch
 from distributed.stop_coordinator import StopCoordinator
 from engine import evaluate
-from rivals.arms import ARMS, Pair, arm
+from rivals.arms import ARMS, TEACHER, Pair, arm
 from training.first_classifier import fit_first_classifier
 from training.options import Options, parse_args, share_batch
 from training.setup import build_model, build_train_state, complete_options, open_data
@@ -30,8 +30,6 @@ from weight_selection.arguments import Parser
 from weight_selection.errors import run_program
 from weight_selection.files import new_directory, write_json
 from weight_selection.sources.timm_models import create_model
-
-TEACHER = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
 
 def options_of(words: list) -> Options:

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository's modules
 sys.path.insert(0, str(Path(__file__).parents[1]))  # and the experiments'
 import torch
 
-from rivals.arms import Pair
+from rivals.arms import TEACHER, Pair
 from rivals.corp import compensated
-from rivals.first_weights import TEACHER, open_teacher
+from rivals.first_weights import open_teacher
 from weight_selection import select_weights
 from weight_selection.agreement import top1_classes
 from weight_selection.arguments import Parser

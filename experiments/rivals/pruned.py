@@ -9,6 +9,7 @@ loss is the cross-entropy of the training images, behind a classifier in closed 
 import copy
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Attention
 
@@ -24,7 +25,7 @@ def prune(pair: Pair, criterion: str) -> dict:
 
     kinds = {"l2": "GroupMagnitude", "taylor": "GroupTaylor", "hessian": "GroupHessian"}
     importance = getattr(torch_pruning.importance, kinds[criterion] + "Importance")()
-    teacher = copy.deepcopy(pair.teacher)
+    teacher, student = copy.deepcopy(pair.teacher), pair.student.get_submodule
     if criterion != "l2":
         classes = int(pair.labels.max()) + 1
         teacher.reset_classifier(classes)
@@ -41,9 +42,13 @@ def prune(pair: Pair, criterion: str) -> dict:
         teacher,
         torch.zeros(1, *pair.student.pretrained_cfg["input_size"]),
         importance,
-        pruning_ratio=1 - pair.student.embed_dim / teacher.embed_dim,
+        pruning_ratio_dict={
+            layer: 1 - len(student(name).weight) / len(layer.weight)
+            for name, layer in teacher.named_modules()
+            if isinstance(layer, (nn.Linear, nn.Conv2d))
+        },
         num_heads={layer.qkv: layer.num_heads for layer in teacher.modules() if isinstance(layer, Attention)},
-        ignored_layers=[teacher.head],
+        ignored_layers=[teacher.get_classifier()],
     )
     pruner.step()
     return without_classifier(teacher)

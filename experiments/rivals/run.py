@@ -8,7 +8,8 @@ python experiments/rivals/run.py --phase test ...
 classifier in closed form it tries at least four learning rates, and goes on while the best is the largest or the
 smallest; then it tries the best one with a random classifier. An arm 10 points behind the best at the first two
 learning rates stops there, unless it is one of FINAL or the best of the others. ``test`` trains FINAL, the best of the
-others and the ceiling at their best settings, with three seeds, and evaluates on the test images.
+others and the ceiling at their best settings, with three seeds, and evaluates on the test images. ``--student`` takes
+another student than the ViT (schedule.py).
 
 What follows -- goes to main.py. DATA holds flowers-102/ and, for --data cifar100, cifar100_50/
 (experiments/cifar100_folders.py). A run that stands in results.jsonl is skipped, so the queue goes on where it stopped;
@@ -31,90 +32,19 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository's modules
 sys.path.insert(0, str(Path(__file__).parents[1]))  # and the experiments'
 from scipy.io import loadmat
 
-from rivals.arms import ARMS, CEILING, FINAL, WHOLE
+from rivals.arms import ARMS, CEILING, WHOLE
+from rivals.schedule import EPOCHS, RESULTS, STUDENTS, key_of, of_student, read_results, testing, tuning
 from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
 from weight_selection.files import new_directory
 
 ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).with_name("results.jsonl")
-RECIPES = {"flowers": "experiments/vit_half_112.yaml:flowers", "cifar100": "experiments/vit_half_112.yaml:cifar100"}
-EPOCHS = {"flowers": 20, "cifar100": 12}  # of these recipes
 NORMALIZATION = ("--imagenet_default_mean_and_std", "false")  # mean and std 0.5, as the teacher's images had
-FIRST = (5e-4, 1e-3)  # the learning rates that decide whether an arm goes on
-LATER = (2.5e-4, 2e-3)
-CEILING_RATES = (5e-4, 2.5e-4, 1e-3)  # of the ceiling, which takes four times as long
+MADE_ONCE = ("student", "data", "phase", "arm", "seed")  # these runs share their first weights
 SPLITS = {  # of Flowers-102: to train on 1,020 or 2,040 images, and to evaluate on 1,020 or 6,149
     "tune": {"train": ["trnid"], "val": ["valid"]},
     "test": {"train": ["trnid", "valid"], "val": ["tstid"]},
 }
-BEHIND = 10  # points
-KEY = ("data", "arm", "epochs", "lr", "classifier", "seed", "phase")
-
-
-def key_of(row: dict) -> tuple:
-    """What makes a run another run."""
-    return tuple(row[name] for name in KEY)
-
-
-def read_results(path: Path) -> list[dict]:
-    """The finished runs."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def tuning_rows(rows: list[dict], arm: str) -> list[dict]:
-    """The finished runs of an arm's tuning."""
-    return [row for row in rows if row["phase"] == "tune" and row["arm"] == arm]
-
-
-def tuned(rows: list[dict], arm: str) -> dict | None:
-    """The best run of an arm's tuning."""
-    return max(tuning_rows(rows, arm), key=lambda row: row["accuracy"], default=None)
-
-
-def finalists(rows: list[dict]) -> list[str]:
-    """FINAL, the best of the other arms so far, and the ceiling."""
-    others = [best for arm in ARMS if arm not in (*FINAL, CEILING) and (best := tuned(rows, arm))]
-    return [*FINAL, *(best["arm"] for best in sorted(others, key=lambda row: -row["accuracy"])[:1]), CEILING]
-
-
-def tuning(rows: list[dict], arms: list[str]) -> list[dict]:
-    """The runs of the tuning, the most telling first, as far as the finished ones show that they are wanted."""
-    students = [arm for arm in arms if arm != CEILING]
-    wanted = [(lr, "ridge", arm) for lr in FIRST for arm in students]
-    students = [arm for arm in students if _goes_on(rows, arm)]
-    wanted += [(lr, "ridge", arm) for lr in LATER for arm in students]
-    wanted += [(*setting, arm) for arm in students if (setting := _next_setting(rows, arm))]
-    wanted += [(lr, "ridge", CEILING) for lr in CEILING_RATES if CEILING in arms]
-    keys = [("flowers", arm, EPOCHS["flowers"], lr, classifier, 0, "tune") for lr, classifier, arm in wanted]
-    return [dict(zip(KEY, key, strict=True)) for key in keys]
-
-
-def _goes_on(rows, arm):
-    first = [row for row in rows if row["phase"] == "tune" and row["lr"] in FIRST and row["classifier"] == "ridge"]
-    own = [row["accuracy"] for row in first if row["arm"] == arm]
-    best = max((row["accuracy"] for row in first if row["arm"] != CEILING), default=0)
-    return arm in finalists(rows) or len(own) < len(FIRST) or max(own) > best - BEHIND
-
-
-def _next_setting(rows, arm):
-    """A learning rate beyond the tried ones if the best is at their end, otherwise a random classifier at the best."""
-    rates = {row["lr"] for row in tuning_rows(rows, arm) if row["classifier"] == "ridge"}
-    best = tuned(rows, arm)
-    if len(rates) < len(FIRST + LATER):
-        return None
-    if best["lr"] == min(rates):
-        return best["lr"] / 2, "ridge"
-    if best["lr"] == max(rates):
-        return best["lr"] * 2, "ridge"
-    return best["lr"], "random"
-
-
-def testing(rows: list[dict], arms: list[str], data: str, epochs: int) -> list[dict]:
-    """The runs on test images, with three seeds, at the settings of the tuning."""
-    best = [row for arm in finalists(rows) if arm in arms and (row := tuned(rows, arm))]
-    changes = {"data": data, "epochs": epochs, "phase": "test"}
-    return [{name: row[name] for name in KEY} | changes | {"seed": seed} for seed in (0, 1, 2) for row in best]
 
 
 def link_flowers(data: Path, out: Path, splits: dict) -> None:
@@ -140,11 +70,11 @@ class Queue:
         """The next run that is neither finished nor taken."""
         args = self.args
         with self.lock:
-            rows = read_results(args.results)
+            rows = of_student(read_results(args.results), args.student)
             if args.phase == "tune":
-                runs = tuning(rows, args.arms)
+                runs = tuning(rows, args.arms, args.student)
             else:
-                runs = testing(rows, args.arms, args.data, args.epochs or EPOCHS[args.data])
+                runs = testing(rows, args.arms, args.student, args.data, args.epochs or EPOCHS[args.data])
             done = self.taken | {key_of(row) for row in rows}
             run = next((run for run in runs if key_of(run) not in done), None)
             self.taken |= {key_of(run)} if run else set()
@@ -167,11 +97,12 @@ class Queue:
     def do(self, run: dict) -> dict:
         """Make the first weights unless they are there, and train from them; returns the line of the results."""
         args, name, words = self.args, "_".join(map(str, key_of(run))), self.recipe(run)
-        init = args.output_dir / "init" / "_".join(map(str, (run["data"], run["phase"], run["arm"], run["seed"])))
+        init = args.output_dir / "init" / "_".join(str(run[word]) for word in MADE_ONCE)
         log, training = args.output_dir / "logs" / f"{name}.log", args.output_dir / "runs" / name
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
-            teacher = ["--teacher_path", args.teacher_path] if args.teacher_path else []
+            teacher = ["--teacher", STUDENTS[run["student"]].teacher]
+            teacher += ["--teacher_path", args.teacher_path] if args.teacher_path else []
             with self.making[init]:
                 if not init.exists():
                     program = Path(__file__).with_name("first_weights.py")
@@ -192,9 +123,11 @@ class Queue:
 
     def recipe(self, run: dict) -> list:
         """The options of main.py that the first weights depend on too."""
-        words = ["--config", RECIPES[run["data"]], "--data_set", "image_folder", *NORMALIZATION]
+        student = STUDENTS[run["student"]]
+        words = ["--config", f"{student.recipe}:{run['data']}", "--data_set", "image_folder", *NORMALIZATION]
         words += ["--data_path", self.folders(run["data"], run["phase"]), "--seed", run["seed"], "--num_workers", 0]
-        return [*words, *self.args.main_args, *(["--model_kwargs", *WHOLE] if run["arm"] == CEILING else [])]
+        words += [*student.changes, *self.args.main_args]
+        return [*words, *(["--model_kwargs", *WHOLE] if run["arm"] == CEILING else [])]
 
     def folders(self, data: str, phase: str) -> Path:
         """The class folders of a phase's images."""
@@ -229,9 +162,10 @@ def get_args_parser() -> Parser:
     parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="of first weights and logs")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: results.jsonl here")
     parser.add_argument("--teacher_path", type=Path, metavar="FILE", help="of the teacher (default: from the hub)")
-    parser.add_argument("--data", choices=RECIPES, default="flowers", help="of the test (default: %(default)s)")
+    parser.add_argument("--student", choices=STUDENTS, default="vit_half", help="default: %(default)s")
+    parser.add_argument("--data", choices=EPOCHS, default="flowers", help="of the test (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="of the test (default: 20 of flowers, 12 of cifar100)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"default: all of {', '.join(ARMS)}")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time, each on one thread")
     parser.add_argument("main_args", nargs="*", metavar="OPTION", help="further options of main.py, after --")
     return parser
@@ -241,6 +175,12 @@ def main(argv=None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.processes < 1:
         raise InputError(f"--processes {args.processes}: give a number from 1 up")
+    can = STUDENTS[args.student].arms
+    args.arms = args.arms or can
+    if others := [arm for arm in args.arms if arm not in can]:
+        raise InputError(f"--arms {others[0]}: cannot make --student {args.student}; choose from {', '.join(can)}")
+    if args.phase == "tune" and (tuned_as := STUDENTS[args.student].tuned_as):
+        raise InputError(f"--student {args.student}: is trained at the settings of {tuned_as}; tune that")
     for name in ("data_path", "output_dir", "results", "teacher_path"):  # the programs run in the repository
         setattr(args, name, getattr(args, name) and getattr(args, name).absolute())
     queue = Queue(args)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository's modules
 sys.path.insert(0, str(Path(__file__).parents[1]))  # and the experiments'
 from rivals.arms import ARMS
-from rivals.run import EPOCHS, RECIPES, RESULTS, finalists, read_results, tuned, tuning_rows
+from rivals.schedule import EPOCHS, RESULTS, STUDENTS, finalists, of_student, read_results, tuned, tuning_rows
 from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
 
@@ -76,7 +76,8 @@ def get_args_parser() -> Parser:
     parser = Parser("table.py", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
-    parser.add_argument("--data", choices=RECIPES, default="flowers", help="of the test (default: %(default)s)")
+    parser.add_argument("--student", choices=STUDENTS, default="vit_half", help="default: %(default)s")
+    parser.add_argument("--data", choices=EPOCHS, default="flowers", help="of the test (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="of the test (default: 20 of flowers, 12 of cifar100)")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw this figure")
     return parser
@@ -84,9 +85,11 @@ def get_args_parser() -> Parser:
 
 def main(argv=None) -> None:
     args = get_args_parser().parse_args(argv)
-    rows = read_results(args.results)
+    rows = of_student(read_results(args.results), args.student)
     if not rows:
-        raise InputError(f"--results {args.results}: no finished runs; experiments/rivals/run.py makes them")
+        raise InputError(
+            f"--results {args.results}: no finished runs of {args.student}; experiments/rivals/run.py makes them"
+        )
     for words in (HEAD, ["---"] * len(HEAD), *table(rows, args.data, args.epochs or EPOCHS[args.data])):
         print(f"| {' | '.join(words)} |")
     if args.figure:

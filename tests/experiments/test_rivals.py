@@ -1,17 +1,19 @@
 """The arena of experiments/rivals/: first weights of every arm, and the queue that trains from them."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from helpers import assert_same
-from rivals import run, table
+from rivals import run, schedule, table
 from rivals.arms import ARMS, CEILING, FINAL, Pair, arm, without_classifier
 from rivals.corp import compensated
 from rivals.front import front
 from rivals.vit_widths import Kept, cut
 from training.options import parse_args
+from weight_selection.errors import InputError
 from weight_selection.sources.timm_models import create_model
 
 SIZES = {"num_heads": 3, "depth": 2, "img_size": 32, "num_classes": 5}
@@ -69,7 +71,7 @@ def fake(accuracy):
     """A way to do a run that takes no time: its accuracy is that of its arm and learning rate."""
 
     def do(queue, row):
-        queue.done.append(run.key_of(row))
+        queue.done.append(schedule.key_of(row))
         figures = {"probe": 1.0, "accuracy": accuracy(row), "seconds_before": 2.0, "seconds_training": 3.0}
         return row | figures | {"torch": "2"}
 
@@ -88,18 +90,20 @@ def test_the_queue_skips_what_is_finished_and_drops_arms_that_are_behind(tmp_pat
     )
     run.main([*words, "tune"])
     done = run.Queue.done
-    settings = {name: {key[3:5] for key in done if key[1] == name} for name in level}
+    settings = {name: {key[4:6] for key in done if key[2] == name} for name in level}
     ridge = lambda *rates: {(rate, "ridge") for rate in rates}  # noqa: E731
-    assert settings["l2"] == ridge(*run.FIRST)  # more than ten points behind
-    assert settings["project"] == ridge(*run.FIRST, *run.LATER) | {(5e-4, "random")}
-    assert settings["random"] == ridge(*run.FIRST, *run.LATER) | {(1e-3, "random")}  # random is never dropped
-    assert settings["taylor"] == ridge(*run.FIRST, *run.LATER, 4e-3) | {(2e-3, "random")}  # best at the largest rate
-    assert len(done) == len(set(done)) == len(run.read_results(results))
+    assert settings["l2"] == ridge(*schedule.FIRST)  # more than ten points behind
+    assert settings["project"] == ridge(*schedule.FIRST, *schedule.LATER) | {(5e-4, "random")}
+    assert settings["random"] == ridge(*schedule.FIRST, *schedule.LATER) | {(1e-3, "random")}  # random is never dropped
+    assert settings["taylor"] == ridge(*schedule.FIRST, *schedule.LATER, 4e-3) | {
+        (2e-3, "random")
+    }  # best at the largest rate
+    assert len(done) == len(set(done)) == len(schedule.read_results(results))
     run.main([*words, "tune"])
-    assert len(done) == len(run.read_results(results))  # nothing was left to do
+    assert len(done) == len(schedule.read_results(results))  # nothing was left to do
     del done[:]
     run.main([*words, "test"])
-    assert {(key[1], key[3], key[5]) for key in done} == {
+    assert {(key[2], key[4], key[6]) for key in done} == {
         (name, best_rate.get(name, 1e-3), seed) for name in ("project", "taylor", "random") for seed in (0, 1, 2)
     }
     capsys.readouterr()
@@ -109,13 +113,43 @@ def test_the_queue_skips_what_is_finished_and_drops_arms_that_are_behind(tmp_pat
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
-def test_images_are_normalised_as_the_teachers_were(tmp_path):
+@pytest.mark.parametrize("student", schedule.STUDENTS)
+def test_images_are_normalised_as_the_teachers_were(tmp_path, student):
     (tmp_path / "cifar100_50").mkdir()
     args = run.get_args_parser().parse_args(["--phase", "test", "--data_path", str(tmp_path), "--output_dir", "out"])
-    words = run.Queue(args).recipe({"data": "cifar100", "phase": "test", "arm": "project", "seed": 3})
+    words = run.Queue(args).recipe(
+        {"student": student, "data": "cifar100", "phase": "test", "arm": "greedy", "seed": 3}
+    )
     options = parse_args([str(word) for word in [*words, "--output_dir", str(tmp_path / "out")]])
     assert options.imagenet_default_mean_and_std is False and options.seed == 3
 
 
 def test_the_arms_that_go_on_are_arms():
-    assert {*FINAL, CEILING} <= ARMS.keys()
+    assert {*FINAL, CEILING, *(arm for student in schedule.STUDENTS.values() for arm in student.arms)} <= ARMS.keys()
+
+
+def test_another_student_is_tuned_by_itself_or_takes_anothers_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.Queue, "done", [], raising=False)
+    monkeypatch.setattr(run.Queue, "do", fake(lambda row: 50 - abs(row["lr"] - 2e-3)))
+    words = f"--data_path {tmp_path} --output_dir {tmp_path} --results {tmp_path / 'results.jsonl'} --student".split()
+    run.main([*words, "vit_half", "--phase", "tune", "--arms", "greedy"])
+    run.main([*words, "lite0_half", "--phase", "tune", "--arms", "greedy"])
+    del run.Queue.done[:]
+    run.main([*words, "lite0", "--phase", "test"])
+    assert {key[:1] + key[2:3] + key[4:5] for key in run.Queue.done} == {("lite0", "greedy", 2e-3)}
+    with pytest.raises(InputError, match="--student lite0: .*tune that"):
+        run.main([*words, "lite0", "--phase", "tune"])
+    with pytest.raises(InputError, match="--arms project: cannot make --student lite0"):
+        run.main([*words, "lite0", "--phase", "test", "--arms", "project"])
+
+
+@pytest.mark.parametrize("name", schedule.STUDENTS["lite0_half"].arms)
+def test_an_arm_makes_a_narrower_convnet(name):
+    if ARMS[name][0] == "pruned":
+        pytest.importorskip("torch_pruning")
+    create = partial(create_model, "tf_efficientnet_lite0", input_size=32, num_classes=5)
+    student = create(channel_multiplier=0.5)
+    made = arm(name)(Made(create().eval(), student, Path(), 0))
+    assert {key: value.shape for key, value in made.items()} == {
+        key: value.shape for key, value in without_classifier(student).items()
+    }

@@ -1,0 +1,120 @@
+"""Which runs the arena wants: its students, and the settings that its finished runs have chosen for each arm."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rivals.arms import ARMS, CEILING, FINAL, TEACHER
+
+RESULTS = Path(__file__).with_name("results.jsonl")
+EPOCHS = {"flowers": 20, "cifar100": 12}  # of the recipes
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student of the arena.
+
+    Attributes:
+        recipe: options of main.py; the section of each data set bears its name.
+        teacher: timm's name of its teacher.
+        arms: that can make its first weights, in the order of their runs.
+        changes: further options of main.py.
+        tuned_as: the student whose settings it takes, if not its own.
+    """
+
+    recipe: str
+    teacher: str
+    arms: tuple[str, ...]
+    changes: tuple[str, ...] = ()
+    tuned_as: str | None = None
+
+
+STUDENTS = {
+    "vit_half": Student("experiments/vit_half_112.yaml", TEACHER, tuple(ARMS)),
+    "lite0_half": Student(
+        "experiments/efficientnet_half.yaml", "tf_efficientnet_lite0.in1k", ("greedy", "selection", "taylor", "random")
+    ),
+    "lite0": Student(  # shallower than its teacher too, which Torch-Pruning cannot make it
+        "experiments/efficientnet_half.yaml",
+        "tf_efficientnet_lite2.in1k",
+        ("greedy", "selection", "random"),
+        ("--model_kwargs", "channel_multiplier=1.0"),
+        "lite0_half",
+    ),
+}
+FIRST = (5e-4, 1e-3)  # the learning rates that decide whether an arm goes on
+LATER = (2.5e-4, 2e-3)
+CEILING_RATES = (5e-4, 2.5e-4, 1e-3)  # of the ceiling, which takes four times as long
+BEHIND = 10  # points
+KEY = ("student", "data", "arm", "epochs", "lr", "classifier", "seed", "phase")
+
+
+def key_of(row: dict) -> tuple:
+    """What makes a run another run."""
+    return tuple(row[name] for name in KEY)
+
+
+def read_results(path: Path) -> list[dict]:
+    """The finished runs."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def of_student(rows: list[dict], student: str) -> list[dict]:
+    """A student's finished runs; those of its tuning may be another student's."""
+    tuned_as = STUDENTS[student].tuned_as or student
+    return [row for row in rows if row["student"] == (tuned_as if row["phase"] == "tune" else student)]
+
+
+def tuning_rows(rows: list[dict], arm: str) -> list[dict]:
+    """The finished runs of an arm's tuning."""
+    return [row for row in rows if row["phase"] == "tune" and row["arm"] == arm]
+
+
+def tuned(rows: list[dict], arm: str) -> dict | None:
+    """The best run of an arm's tuning."""
+    return max(tuning_rows(rows, arm), key=lambda row: row["accuracy"], default=None)
+
+
+def finalists(rows: list[dict]) -> list[str]:
+    """FINAL, the best of the other arms so far, and the ceiling."""
+    others = [best for arm in ARMS if arm not in (*FINAL, CEILING) and (best := tuned(rows, arm))]
+    return [*FINAL, *(best["arm"] for best in sorted(others, key=lambda row: -row["accuracy"])[:1]), CEILING]
+
+
+def tuning(rows: list[dict], arms: list[str], student: str) -> list[dict]:
+    """The runs of the tuning, the most telling first, as far as the finished ones show that they are wanted."""
+    going = [arm for arm in arms if arm != CEILING]
+    wanted = [(lr, "ridge", arm) for lr in FIRST for arm in going]
+    going = [arm for arm in going if _goes_on(rows, arm)]
+    wanted += [(lr, "ridge", arm) for lr in LATER for arm in going]
+    wanted += [(*setting, arm) for arm in going if (setting := _next_setting(rows, arm))]
+    wanted += [(lr, "ridge", CEILING) for lr in CEILING_RATES if CEILING in arms]
+    keys = [(student, "flowers", arm, EPOCHS["flowers"], lr, classifier, 0, "tune") for lr, classifier, arm in wanted]
+    return [dict(zip(KEY, key, strict=True)) for key in keys]
+
+
+def _goes_on(rows, arm):
+    first = [row for row in rows if row["phase"] == "tune" and row["lr"] in FIRST and row["classifier"] == "ridge"]
+    own = [row["accuracy"] for row in first if row["arm"] == arm]
+    best = max((row["accuracy"] for row in first if row["arm"] != CEILING), default=0)
+    return arm in finalists(rows) or len(own) < len(FIRST) or max(own) > best - BEHIND
+
+
+def _next_setting(rows, arm):
+    """A learning rate beyond the tried ones if the best is at their end, otherwise a random classifier at the best."""
+    rates = {row["lr"] for row in tuning_rows(rows, arm) if row["classifier"] == "ridge"}
+    best = tuned(rows, arm)
+    if len(rates) < len(FIRST + LATER):
+        return None
+    if best["lr"] == min(rates):
+        return best["lr"] / 2, "ridge"
+    if best["lr"] == max(rates):
+        return best["lr"] * 2, "ridge"
+    return best["lr"], "random"
+
+
+def testing(rows: list[dict], arms: list[str], student: str, data: str, epochs: int) -> list[dict]:
+    """The runs on test images, with three seeds, at the settings of the tuning."""
+    best = [row for arm in finalists(rows) if arm in arms and (row := tuned(rows, arm))]
+    changes = {"student": student, "data": data, "epochs": epochs, "phase": "test"}
+    return [{name: row[name] for name in KEY} | changes | {"seed": seed} for seed in (0, 1, 2) for row in best]
