@@ -32,6 +32,8 @@ ARMS = {  # name: (module in this directory, function, its further arguments)
     "subcloning": ("subcloning", "subclone", {}),
     "consecutive": ("selected", "select", {"rule": "consecutive"}),
     "random_consistent": ("selected", "select", {"rule": "random"}),
+    "project_uniform": ("selected", "select", {"rule": "project", "layers": "uniform"}),
+    "greedy_uniform": ("selected", "select", {"rule": "greedy", "layers": "uniform"}),
     "kaiming": ("random_weights", "random", {"scheme": "kaiming"}),
     "teacher": ("selected", "keep", {}),
 }

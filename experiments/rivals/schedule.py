@@ -8,6 +8,7 @@ from rivals.arms import ARMS, CEILING, FINAL, TEACHER
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 EPOCHS = {"flowers": 20, "cifar100": 12}  # of the recipes
+VIT = "experiments/vit_half_112.yaml"
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,23 @@ class Student:
 
 
 STUDENTS = {
-    "vit_half": Student("experiments/vit_half_112.yaml", TEACHER, tuple(ARMS)),
+    "vit_half": Student(VIT, TEACHER, tuple(arm for arm in ARMS if not arm.endswith("_uniform"))),
+    **{  # as many parameters, in fewer and wider layers
+        f"vit_{depth}_layers": Student(
+            VIT,
+            TEACHER,
+            ("project_uniform", "project", "selection"),
+            ("--model_kwargs", f"embed_dim={width}", "num_heads=3", f"depth={depth}"),
+        )
+        for width, depth in ((120, 8), (144, 5), (192, 3))
+    },
     "lite0_half": Student(
         "experiments/efficientnet_half.yaml", "tf_efficientnet_lite0.in1k", ("greedy", "selection", "taylor", "random")
     ),
     "lite0": Student(  # shallower than its teacher too, which Torch-Pruning cannot make it
         "experiments/efficientnet_half.yaml",
         "tf_efficientnet_lite2.in1k",
-        ("greedy", "selection", "random"),
+        ("greedy_uniform", "greedy", "selection", "random"),
         ("--model_kwargs", "channel_multiplier=1.0"),
         "lite0_half",
     ),

@@ -4,10 +4,12 @@ from rivals.arms import Pair, without_classifier
 from weight_selection import PROJECTION, select_weights
 
 
-def select(pair: Pair, rule: str) -> dict:
-    """Weights by a rule of ``--element_selection``."""
-    images = {"calibration": pair.images} if rule in PROJECTION else {}
-    return select_weights(pair.teacher, pair.student, element_selection=rule, seed=pair.seed, **images)
+def select(pair: Pair, rule: str, layers: str = "first_n") -> dict:
+    """Weights by a rule of ``--element_selection``, and of a shallower student one of ``--layer_selection``."""
+    options = {"element_selection": rule, "layer_selection": layers, "seed": pair.seed}
+    if rule in PROJECTION:
+        options["calibration"] = pair.images
+    return select_weights(pair.teacher, pair.student, **options)
 
 
 def keep(pair: Pair) -> dict:
