@@ -12,18 +12,18 @@ import numpy as np
 from PIL import Image
 
 from weight_selection.errors import InputError
-from weight_selection.image_files import read_image
+from weight_selection.image_files import IMAGE_SUFFIXES, read_image
 
 
 class ImageFiles:
     """Images that lie in files, from the (path, label) of each; items are (transformed RGB image, label).
 
-    ``classes`` are the class names in the order of their labels, if they are known. An item whose file cannot be read
-    raises ``BadImage``.
+    ``classes`` are the class names in the order of their labels, if they are known; ``left_out`` are paths of files
+    beside the images that are not named like images. An item whose file cannot be read raises ``BadImage``.
     """
 
-    def __init__(self, samples, transform, classes=None):
-        self.samples, self.transform, self.classes = list(samples), transform, classes
+    def __init__(self, samples, transform, classes=None, left_out=()):
+        self.samples, self.transform, self.classes, self.left_out = list(samples), transform, classes, left_out
 
     def __len__(self):
         return len(self.samples)
@@ -132,8 +132,16 @@ def _eurosat(root, train, transform, download):
 
 
 def _folder(root, train, transform, download):
-    folder = _torchvision("ImageFolder")(root)
-    return ImageFiles(folder.samples, transform, folder.classes)
+    left_out = []
+
+    def is_image(path):
+        found = path.lower().endswith(IMAGE_SUFFIXES)
+        if not found:
+            left_out.append(path)
+        return found
+
+    folder = _torchvision("ImageFolder")(root, is_valid_file=is_image)
+    return ImageFiles(folder.samples, transform, folder.classes, left_out)
 
 
 FOLDERS = "train/CLASS/IMAGE and val/CLASS/IMAGE"

@@ -16,7 +16,8 @@ from PIL import Image
 
 from datasets import DATA_SETS, Digits, build_dataset, find_data
 from fabricate import FABRICATE, number_of
-from training.options import parse_args
+from training.options import parse_args, share_batch
+from training.setup import complete_options, open_data
 from weight_selection.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -258,6 +259,16 @@ def test_class_folders_are_classes_in_alphabetical_order(folders):
     for dataset in (train, test):
         assert {Path(path).parent.name: label for path, label in dataset.samples} == {"blue": 0, "green": 1, "red": 2}
     assert (len(train), len(test)) == (48, 13)
+
+
+def test_files_that_are_not_named_like_images_are_left_out_and_said(folders, capsys):
+    for name in ("train/blue/moving.gif", "val/red/phone.heic"):
+        (folders / name).touch()
+    given = options("--data_set image_folder --model vit_tiny --total_batch_size 8", folders)
+    data = open_data(complete_options(share_batch(given, 1), 0))
+    assert (len(data.train_set), len(data.test_set)) == (48, 13)
+    said = f"--data_path {folders}: 2 files are left out, such as {folders}/train/blue/moving.gif; images end with .jpg"
+    assert said in capsys.readouterr().out
 
 
 def test_eval_data_path_names_the_test_folders_themselves(folders):

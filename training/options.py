@@ -473,9 +473,11 @@ def check_together(args: Options) -> None:
         if low == high:  # timm draws a whole number of pixels from low to high - 1
             words = _in_words("cutmix_minmax", args.cutmix_minmax)
             raise InputError(f"{words}: not a pixel apart at --input_size {args.input_size}; set them further apart")
-    if args.initialize and args.finetune:
-        raise InputError(f"--initialize {args.initialize}: give it or --finetune, not both")
-    if args.eval and not (args.resume or args.initialize or args.finetune):
+    weights = ["initialize", "finetune", *(["resume"] if args.eval else [])]
+    weights = [name for name in weights if getattr(args, name)]
+    if len(weights) > 1:
+        raise InputError(f"{_in_words(weights[0], getattr(args, weights[0]))}: give it or --{weights[1]}, not both")
+    if args.eval and not weights:
         raise InputError("--eval true: name the weights to evaluate with --resume, --initialize or --finetune")
     if args.distillation != "none" and args.teacher is None and args.teacher_path is None:
         raise InputError(f"--distillation {args.distillation}: name the model to learn from with --teacher")

@@ -29,6 +29,7 @@ from training.options import OPTIONS, Options, complete_warmup, default_options,
 from utils import print_main, seed_everything
 from weight_selection.commands import student_words
 from weight_selection.errors import InputError, printable
+from weight_selection.image_files import IMAGE_SUFFIXES
 from weight_selection.sources.architectures import CONVNEXT, declared_architecture
 from weight_selection.sources.directories import files_of
 from weight_selection.sources.initial_weights import find_weights, load_finetune, load_initial, read_provenance
@@ -142,6 +143,9 @@ def open_data(options: Options) -> RunData:
     """
     train_set = None if options.eval else build_dataset(options, train=True)[0]
     test_set, classes = build_dataset(options, train=False)
+    if left_out := [path for images in (train_set, test_set) for path in getattr(images, "left_out", ())]:
+        named = f"{len(left_out):,} files are left out, such as {left_out[0]}"
+        print_main(f"--data_path {options.data_path}: {named}; images end with {' '.join(IMAGE_SUFFIXES)}")
     if options.nb_classes not in (None, classes):
         raise InputError(f"--nb_classes {options.nb_classes}: {options.data_set} has {classes} classes; leave it out")
     steps = 1 if options.eval else len(train_set) // options.total_batch_size

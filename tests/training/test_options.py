@@ -218,6 +218,7 @@ def test_option_without_effect_is_refused(refused, option):
     [
         ("--initialize a.pth --finetune b.pth", "--initialize a.pth"),
         ("--eval true", "--eval true"),
+        ("--eval true --resume a.pth --initialize b.pth", "--initialize b.pth: give it or --resume"),
         ("--overwrite true --output_dir x --resume y.pth", "--overwrite true"),
     ],
 )
