@@ -87,7 +87,7 @@ def ours(args, dataset, train, device):
     if train:
         sampler = TrainBatchSampler(len(dataset), BATCH, len(dataset) // BATCH, 1, 0, 1, seed=0)
         return train_loader(dataset, pipeline, sampler, args, device, BadImages(0, coordinator))
-    sampler = EvalSampler(len(dataset), 0, 1)
+    sampler = EvalSampler(range(len(dataset)), 0, 1)
     return eval_loader(dataset, pipeline, sampler, args, device, BadTestImages(coordinator))
 
 

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,10 +52,10 @@ class TrainBatchSampler(Sampler):
 
 
 class EvalSampler(Sampler):
-    """One process's test images: every ``world_size``-th index from ``rank`` on, so that each image is seen once."""
+    """One process's share of images: every ``world_size``-th index from number ``rank`` on. Each is seen once."""
 
-    def __init__(self, images: int, rank: int, world_size: int):
-        self.indices, self.most = range(rank, images, world_size), -(-images // world_size)
+    def __init__(self, indices: Sequence[int], rank: int, world_size: int):
+        self.indices, self.most = indices[rank::world_size], -(-len(indices) // world_size)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
@@ -212,7 +212,7 @@ def train_loader(dataset, pipeline, sampler: TrainBatchSampler, args, device, ba
 
 
 def plain_train_loader(dataset, pipeline, sampler: EvalSampler, args, device, bad_images: BadImages) -> DeviceLoader:
-    """The loader of this process's share of the training images in their order, brought to the model like test images.
+    """The loader of the sampler's training images in their order, brought to the model like test images.
 
     ``pipeline`` is from ``build_pipeline`` for the test, and is not shared with another loader. The other arguments are
     those of ``train_loader``.

@@ -94,7 +94,7 @@ def predict_images(trained, images: list[Path], args) -> tuple[list[dict], list[
     options = complete_options(trained.options.replace(**machine), local_rank=0)
     device = torch.device(options.device)
     numbered = ImageFiles(zip(images, range(STAND_IN + 1, len(images) + 1), strict=True), to_pixels)
-    sampler, skipped = EvalSampler(len(images), 0, 1), Skipped()
+    sampler, skipped = EvalSampler(range(len(images)), 0, 1), Skipped()
     loader = eval_loader(numbered, build_pipeline(options, train=False), sampler, options, device, skipped)
     rows = []
     with Progress("images", sampler.most_batches(args.batch_size), lines=0) as progress:

@@ -1,18 +1,25 @@
 """The classifier that training starts from, in closed form (``--classifier_init ridge``)."""
 
-from engine import TrainState, predict
-from input_pipeline.loader import BadImages, EvalSampler, plain_train_loader
+import numpy as np
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from engine import TrainState, autocast, predict
+from input_pipeline.loader import BadImages, DeviceLoader, EvalSampler, plain_train_loader
 from input_pipeline.placement import build_pipeline
 from training.options import Options
 from training.setup import RunData
 from utils import describe, print_main
 from weight_selection.classifier import RidgeSums, classifier_layer, features_of, set_classifier
 
+SETTLING_IMAGES = 1024
+
 
 def fit_first_classifier(options: Options, state: TrainState, data: RunData) -> dict:
     """Fit the model's classifier, and that of its moving average, to its features of all training images.
 
-    All processes must call it; they share the images out. See ``weight_selection.classifier.fit_classifier``.
+    Before, batch normalisations get the statistics that they will have in training. All processes must call it; they
+    share the images out. See ``weight_selection.classifier.fit_classifier``.
 
     Returns:
         ``FittedClassifier.facts``.
@@ -24,8 +31,14 @@ def fit_first_classifier(options: Options, state: TrainState, data: RunData) -> 
     layer = classifier_layer(state.model, data.classes)
     share = state.rank, state.world_size
     sums, bad_images = RidgeSums(data.classes, *share), BadImages(options.skip_bad_images, state.stop_coordinator)
-    pipeline, sampler = build_pipeline(options, train=False), EvalSampler(data.train_images, *share)
-    loader = plain_train_loader(data.train_set, pipeline, sampler, options, state.device, bad_images)
+
+    def load(sampler):
+        pipeline = build_pipeline(options, train=False)
+        return plain_train_loader(data.train_set, pipeline, sampler, options, state.device, bad_images)
+
+    mixed = np.random.default_rng(options.seed).permutation(data.train_images).tolist()  # files lie class by class
+    settle_batch_norms(state, load(EvalSampler(mixed[:SETTLING_IMAGES], 0, 1)))
+    loader = load(EvalSampler(range(data.train_images), *share))
     with features_of(layer) as caught:
         for _, labels in predict(state.model, loader, state.amp_dtype):
             sums.add(caught.pop(), labels)
@@ -38,3 +51,28 @@ def fit_first_classifier(options: Options, state: TrainState, data: RunData) -> 
         set_classifier(classifier_layer(model, data.classes), fitted)
     print_main(f"classifier fitted to the training images: {describe(fitted.facts())}")
     return fitted.facts()
+
+
+@torch.no_grad()
+def settle_batch_norms(state: TrainState, loader: DeviceLoader) -> None:
+    """Give a model's batch normalisations, and those of its moving average, the statistics of some batches.
+
+    Selected weights come with their teacher's statistics. In training every batch has its own, so the features change
+    with the first step, and a classifier that was fitted before no longer suits them. All processes must see the same
+    images.
+    """
+    norms = [norm for norm in state.model.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    state.model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    for images, _ in loader if norms else ():
+        with autocast(state.device, state.amp_dtype):
+            state.model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+    if norms and state.ema:
+        state.ema.module.load_state_dict(state.model.state_dict())

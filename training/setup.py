@@ -130,7 +130,7 @@ class RunData:
     def test_loader(self, options: Options, state: TrainState) -> DeviceLoader:
         """The loader of this process's share of the test images, or of all of them with ``--dist_eval false``."""
         place = (state.rank, state.world_size) if options.dist_eval else (0, 1)
-        sampler = loader.EvalSampler(len(self.test_set), *place)
+        sampler = loader.EvalSampler(range(len(self.test_set)), *place)
         bad_images = loader.BadTestImages(state.stop_coordinator)
         return loader.eval_loader(self.test_set, self.test_pipeline, sampler, options, state.device, bad_images)
 

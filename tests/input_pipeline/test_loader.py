@@ -78,7 +78,7 @@ def test_processes_share_test_images_out_without_duplicates(images, world_size):
     args = options("--data_set digits --num_workers 0 --batch_size 2")
     dataset = [(torch.zeros(8, 8, 3, dtype=torch.uint8), index) for index in range(images)]
     pipeline = build_pipeline(args, train=False)
-    samplers = [EvalSampler(images, rank, world_size) for rank in range(world_size)]
+    samplers = [EvalSampler(range(images), rank, world_size) for rank in range(world_size)]
     bad = BadTestImages(StopCoordinator(1))
     shards = [eval_loader(dataset, pipeline, sampler, args, CPU, bad) for sampler in samplers]
     seen = [[index for _, labels in shard for index in labels.tolist()] for shard in shards]

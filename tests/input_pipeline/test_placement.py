@@ -109,7 +109,7 @@ def test_fast_way_gives_what_timm_gives_one_by_one(image_folder, train):
             sampler = TrainBatchSampler(len(dataset), 16, 3, 1, 0, 1, seed=2)
             loader = train_loader(dataset, pipeline, sampler, args, CPU, BadImages(0, coordinator))
         else:
-            sampler = EvalSampler(len(dataset), 0, 1)
+            sampler = EvalSampler(range(len(dataset)), 0, 1)
             loader = eval_loader(dataset, pipeline, sampler, args, CPU, BadTestImages(coordinator))
         values.append(torch.cat([images for images, _ in loader]))
     fast, plain = values

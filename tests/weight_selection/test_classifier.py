@@ -7,7 +7,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 
-from helpers import read_checkpoint, read_results
 from weight_selection import InputError, fit_classifier
 from weight_selection.classifier import RIDGES, RidgeSums
 
@@ -127,18 +126,3 @@ def test_what_cannot_be_fitted_is_refused(images):
         fit_classifier(net, [(images[0][None], images[1])], CLASSES, classifier="head")
     with pytest.raises(InputError, match="too few"):
         fit_classifier(net, [(images[0][:2], images[1][:2])], CLASSES, classifier="head")
-
-
-def test_training_starts_from_the_fitted_classifier_and_records_it(train, interrupted, tmp_path, capsys):
-    words = "--classifier_init ridge --model_ema true --lr 1e-9 --mixup 0 --cutmix 0"
-    train(words, f"--output_dir {tmp_path / 'whole'}")
-    assert "classifier fitted to the training images: ridge" in capsys.readouterr().out
-    results = read_results(tmp_path / "whole")
-    assert results["classifier_init"]["images"] == 48
-    assert results["best"]["acc1"] > 80, "the features of a random ViT tell the colours"
-    interrupted(1, words, f"--output_dir {tmp_path / 'halted'}")
-    train(words, f"--output_dir {tmp_path / 'halted'}")
-    assert read_results(tmp_path / "halted")["classifier_init"] == results["classifier_init"]
-    ours, theirs = (read_checkpoint(tmp_path / name, "best") for name in ("halted", "whole"))
-    assert torch.equal(ours["model"]["head.weight"], theirs["model"]["head.weight"])
-    torch.testing.assert_close(ours["model_ema"]["head.weight"], ours["model"]["head.weight"], atol=1e-5, rtol=1e-3)
