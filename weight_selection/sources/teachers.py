@@ -11,7 +11,7 @@ import numpy as np
 import torch.nn as nn
 
 from weight_selection.errors import InputError
-from weight_selection.sources.architectures import NO_KEYS
+from weight_selection.sources.architectures import HALVES, IMAGENET, NO_KEYS
 from weight_selection.sources.directories import files_of
 from weight_selection.sources.facts import facts_of, library_of
 from weight_selection.sources.safe_load import check_archive
@@ -204,16 +204,7 @@ def _read_npz(path, model, architecture, option):
 
 def normalization(imagenet: bool) -> tuple:
     """(mean, std) by channel that images are normalised with: ImageNet's, or 0.5 and 0.5."""
-    from timm.data import (
-        IMAGENET_DEFAULT_MEAN,
-        IMAGENET_DEFAULT_STD,
-        IMAGENET_INCEPTION_MEAN,
-        IMAGENET_INCEPTION_STD,
-    )
-
-    if imagenet:
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+    return IMAGENET if imagenet else HALVES
 
 
 def normalization_option(mean: Sequence, std: Sequence) -> str | None:
