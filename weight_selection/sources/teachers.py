@@ -86,18 +86,15 @@ def read_teacher(path, model: nn.Module, option: str) -> tuple:
     Raises:
         InputError: the file cannot be read, or its keys or shapes are not the model's; the message names the first.
     """
-    architecture, pattern = facts_of(model).architecture, classifier_of(model)
+    architecture = facts_of(model).architecture
     if Path(path).suffix == ".npz":
         state_dict, unused = _read_npz(path, model, architecture, option)
     else:
         state_dict, unused = _converted(read_weights(path, option), model, architecture, f"{option} {path}")
-    classifier = [key for key in state_dict if re.search(pattern, key)]
-    backbone = {key: value for key, value in state_dict.items() if key not in classifier}
-    problem = first_mismatch(backbone, model, lambda key: re.search(pattern, key))
-    if problem:
+    if problem := mismatch(state_dict, model):
         raise InputError(f"{option} {path}: not the weights of this teacher: {problem}; name another or set its kwargs")
     expected = model.state_dict()
-    unused += [key for key in classifier if key not in expected]
+    unused += [key for key in state_dict if key not in expected]  # of the classifier: all others fit
     return {key: value for key, value in state_dict.items() if key in expected}, unused
 
 

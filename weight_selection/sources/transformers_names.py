@@ -18,10 +18,9 @@ from weight_selection.errors import InputError
 from weight_selection.sources import teachers
 from weight_selection.sources.directories import Directory, files_of, read_config, weight_files
 from weight_selection.sources.names import place_of
-from weight_selection.sources.teachers import Opened, classifier_of, refuse_quantised
+from weight_selection.sources.teachers import Opened, classifier_of, mismatch, refuse_quantised
 from weight_selection.sources.weight_files import (
     Weights,
-    first_mismatch,
     open_files,
     read_files,
     stored_whole,
@@ -229,8 +228,7 @@ def _check(found, model, where):
                 f"{where}: {key} is missing, and from_pretrained would draw it at random; give weights of a whole "
                 f"{type(model).__name__}"
             )
-    backbone = {key: value for key, value in found.items() if not re.search(pattern, key)}
-    if problem := first_mismatch(backbone, model, lambda key: re.search(pattern, key)):
+    if problem := mismatch(found, model):
         raise InputError(f"{where}: not the weights of this teacher: {problem}; name another or set its kwargs")
 
 
