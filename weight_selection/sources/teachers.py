@@ -19,7 +19,7 @@ from weight_selection.sources.weight_files import (
     StoredTensor,
     Weights,
     first_mismatch,
-    open_state_dict,
+    open_files,
     read_weights,
     training_options,
     without_common_prefix,
@@ -113,7 +113,7 @@ def load_into_teacher(model: nn.Module, path, option: str) -> None:
 
 def stored_under_own_names(path, model, option):
     """{key: StoredTensor} of a path whose tensors are the model's but for its classifier; None for another layout."""
-    stored = open_state_dict(path, option)
+    stored = open_files(files_of(path, option), option)
     if stored is None:
         return None
     return next((s for s in (stored, without_common_prefix(stored)) if mismatch(s, model) is None), None)

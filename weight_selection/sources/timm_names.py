@@ -7,12 +7,12 @@ import torch.nn as nn
 
 from weight_selection.errors import InputError
 from weight_selection.sources.architectures import NO_KEYS
-from weight_selection.sources.directories import Directory, weight_files
+from weight_selection.sources.directories import Directory, files_of, weight_files
 from weight_selection.sources.hub import Repository, fetch
 from weight_selection.sources.names import TIMM, check_name
 from weight_selection.sources.teachers import Opened, classifier_of, open_weights, stored_under_own_names
 from weight_selection.sources.timm_models import arguments_of, create_model, model_facts
-from weight_selection.sources.weight_files import Weights, open_state_dict, read_weights, stored_whole, training_options
+from weight_selection.sources.weight_files import Weights, stored_in, training_options
 
 __all__ = ["arguments_of", "create_model", "create_pretrained", "model_of_checkpoint", "open_published", "open_weights"]
 
@@ -73,7 +73,7 @@ def model_of_checkpoint(path, option: str) -> tuple:
     check_name(name, option, TIMM)
     model = create_model(name, option=option, input_size=size, device="meta", **kwargs)
     head_norm = model_facts(model).architecture.head_norm or NO_KEYS
-    stored = open_state_dict(path, option) or stored_whole(read_weights(path, option))
+    stored = stored_in(files_of(path, option), option)
     classifier = [
         value for key, value in stored.items() if re.search(classifier_of(model), key) and not re.search(head_norm, key)
     ]

@@ -19,13 +19,7 @@ from weight_selection.sources import teachers
 from weight_selection.sources.directories import Directory, files_of, read_config, weight_files
 from weight_selection.sources.names import place_of
 from weight_selection.sources.teachers import Opened, classifier_of, mismatch, refuse_quantised
-from weight_selection.sources.weight_files import (
-    Weights,
-    open_files,
-    read_files,
-    stored_whole,
-    without_common_prefix,
-)
+from weight_selection.sources.weight_files import Weights, stored_in, without_common_prefix
 
 NOT_SIZES = {"architectures", "auto_map", "model_type", "transformers_version", "quantization_config"}
 CONVERTED = object()  # in place of a key: from_pretrained changes the tensor
@@ -156,9 +150,7 @@ def open_weights(path, model: nn.Module, option: str) -> Opened:
 
 def _open(files: list, model: nn.Module, where: str) -> tuple:
     """({the model's key: tensor}, the files' names of all else). A tensor is read when it is asked for, if possible."""
-    stored = open_files(files, where)
-    if stored is None:
-        stored = stored_whole(read_files(files, where))
+    stored = stored_in(files, where)
     rename, expected = _renaming(model), model.state_dict(keep_vars=True)
     if not any(rename(key) in expected for key in stored):
         stored = without_common_prefix(stored)
