@@ -13,18 +13,16 @@ import torch
 from weight_selection.errors import InputError
 from weight_selection.files import Damaged, check_file
 
+# Containers that copy what they are called with.
+COPYING = {"collections OrderedDict", "collections Counter", "builtins set", "__builtin__ set"}
 # All that a file of torch.save may ask for. ``torch.load(weights_only=True)`` runs no code, but it would let a file of
 # a few bytes ask for a bytearray or a tensor of any size.
-GLOBALS = {
-    "collections OrderedDict",
-    "collections Counter",
+GLOBALS = COPYING | {
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
     "torch.nn.parameter Parameter",
     "torch Size",
     "torch device",
-    "__builtin__ set",
-    "builtins set",
 }
 EXPANSION = 20  # times its size that a file may unpack to: weights hardly shrink when they are compressed
 MAGIC = b"PK\x03\x04"
@@ -95,9 +93,6 @@ def _check_pickle(pickle, allowed):
     for operation, argument in pickle_operations(pickle):
         if operation == "GLOBAL" and argument not in allowed and not _is_torch_type(argument):
             raise Damaged(f"it asks for {argument.replace(' ', '.')}")
-
-
-COPYING = {"collections OrderedDict", "collections Counter", "builtins set", "__builtin__ set"}
 
 
 class _Copying(int):
