@@ -235,16 +235,11 @@ class _Unfilled(TorchFunctionMode):
 
 def check_input_size(model: nn.Module, input_size: int, name: str) -> None:
     """Raise InputError unless a model, then in evaluation mode, takes square images of that side in pixels."""
-    check_images(model, torch.zeros(1, 3, input_size, input_size), f"--input_size {input_size}: {name} cannot take it")
-
-
-def check_images(model: nn.Module, images: torch.Tensor, complaint: str) -> None:
-    """Raise InputError, complaint and reason, unless a model, then in evaluation mode, takes images of that size."""
     try:
         with torch.no_grad():
-            model.eval()(images)
+            model.eval()(torch.zeros(1, 3, input_size, input_size))
     except (RuntimeError, AssertionError, ValueError) as error:  # too small for the last stage, no multiple of a patch
-        raise InputError(f"{complaint}: {error}") from error
+        raise InputError(f"--input_size {input_size}: {name} cannot take it: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------
