@@ -29,7 +29,7 @@ from weight_selection.options import (
 )
 from weight_selection.sources import COMPONENTS, MODEL_TYPES
 from weight_selection.sources.directories import files_of
-from weight_selection.sources.names import SCHEMES, TIMM, check_name, split_name
+from weight_selection.sources.names import SCHEMES, TIMM, arguments_of, check_name, split_name
 from weight_selection.sources.recipe import read_student
 from weight_selection.sources.widths import fraction, shown, smaller_arguments
 
@@ -204,8 +204,6 @@ def main(argv=None) -> None:
 def _take_after(teacher, args) -> None:
     """Make the student a model like the teacher, with the arguments that were given, or with smaller ones."""
     if args.width or args.depth:
-        from weight_selection.sources.names import arguments_of
-
         arguments = arguments_of(teacher.model, teacher.kwargs, teacher.option)
         args.student_kwargs = smaller_arguments(arguments, args.width, args.depth)
     args.student, args.student_input_size = teacher.model, teacher.input_size
@@ -334,8 +332,7 @@ def words_of_normalization(selection) -> list:
 
 def run() -> None:
     """Run the command on the words of the command line, and exit."""
-    if not any(
-        word.split("=")[-1].lower() in PROJECTION for word in sys.argv
-    ):  # a projection computes; the others copy, which
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # waits for memory: more threads would wait for each other
+    if not any(word.split("=")[-1].lower() in PROJECTION for word in sys.argv):
+        # A projection computes. The others copy, which waits for memory: more threads would wait for each other.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     run_program("weight_selection.py", main)
