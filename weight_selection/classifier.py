@@ -230,11 +230,8 @@ def features_of(layer: nn.Linear) -> Iterator[list]:
             )
         caught.append(inputs[0].detach())
 
-    handle = layer.register_forward_pre_hook(catch)
-    try:
+    with layer.register_forward_pre_hook(catch):
         yield caught
-    finally:
-        handle.remove()
 
 
 def set_classifier(layer: nn.Linear, fitted: FittedClassifier) -> None:
