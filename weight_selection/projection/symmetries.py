@@ -269,7 +269,7 @@ class Symmetries:
             and len(others) == len(per_head)
             and [self.dense[key] == dim for key, dim, _ in queries] == [False, False]
             and len(given) == len(taken) == 1
-            and all(key in self.dense or self._is_bias(key) for key, *_ in used)
+            and all(key in self.dense or key.endswith("bias") and not self.is_norm(key) for key, *_ in used)
         )
         sizes = {self.neurons.groups[group].size for group in others if heads > 1 and self._is_of_norms(group)}
         normed = shapes[0].size // heads in sizes
@@ -293,9 +293,6 @@ class Symmetries:
 
     def _is_of_norms(self, group):
         return all(self.is_norm(key) for key, *_ in self.uses[group])
-
-    def _is_bias(self, key):
-        return key.endswith("bias") and not self.is_norm(key)
 
 
 def _kind(module):
