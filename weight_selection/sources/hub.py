@@ -2,14 +2,13 @@
 
 import re
 import sys
-import threading
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer  # of its own class before Python 3.11
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 from weight_selection.errors import InputError
+from weight_selection.files import in_background
 
 SECONDS = 10  # to wait for the first answer; without a network it may never come
 
@@ -116,16 +115,7 @@ def check_reachable(address: str, where: str, remedy: str) -> None:
 
 def answer_in_time(ask):
     """What ``ask()`` returns. A TimeoutError after ``SECONDS``, however long names and addresses are still tried."""
-    answer = Future()
-
-    def run():
-        try:
-            answer.set_result(ask())
-        except Exception as error:  # it is raised again below
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
     try:
-        return answer.result(SECONDS)
+        return in_background(ask).result(SECONDS)
     except NoAnswer as error:
         raise TimeoutError(str(error) or f"no answer in {SECONDS} s") from error
