@@ -37,7 +37,7 @@ class Repository:
         """A branch, tag or commit; None: the default branch."""
         return self.name.partition("@")[2] or None
 
-    def known(self, name: str, what: str = "weights") -> Path | None:
+    def known(self, name: str) -> Path | None:
         """The file of this name in the local cache, or None."""
         import huggingface_hub
 
