@@ -9,6 +9,7 @@ import torch.nn as nn
 from weight_selection.cost import multiply_adds, parameter_count
 from weight_selection.layers import Layers
 from weight_selection.matching import shape_words
+from weight_selection.modules import module_around
 from weight_selection.options import WHOLE
 from weight_selection.plan import Plan, PlanEntry
 from weight_selection.sources.facts import ModelFacts
@@ -157,13 +158,7 @@ def _rule_words(plan, group):
 
 def _where(keys):
     """The module that holds all tensors of a group, or ``stream`` if that is the whole model."""
-    modules = [key.split(".")[:-1] for key in keys]
-    common = []
-    for names in zip(*modules, strict=False):
-        if len(set(names)) > 1:
-            break
-        common.append(names[0])
-    return ".".join(common) or "stream"
+    return module_around([key.split(".")[:-1] for key in keys]) or "stream"
 
 
 def _fold(name):

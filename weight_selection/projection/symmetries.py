@@ -8,12 +8,11 @@ Neurons that come in blocks, and neurons that no dense layer takes, are kept as 
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 import torch.nn as nn
 
-from weight_selection.modules import skeleton_of, tensors_of
+from weight_selection.modules import module_around, skeleton_of, tensors_of
 from weight_selection.tied import tied_keys
 from weight_selection.tracing.groups import ModelGroups
 
@@ -246,9 +245,7 @@ class Symmetries:
 
     def _around(self, keys):
         """The innermost module that holds several tensors, or one linear layer; and the groups that only it uses."""
-        parts = [key.split(".")[: -2 if len(keys) == 1 else -1] for key in keys]
-        levels = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
-        name = ".".join(level[0] for level in levels)
+        name = module_around([key.split(".")[: -2 if len(keys) == 1 else -1] for key in keys])
         return name, {g for g, uses in self.uses.items() if all(key.startswith(f"{name}.") for key, *_ in uses)}
 
     def _find_attention(self, name, found, inside):
