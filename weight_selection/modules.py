@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE
 from torch.utils._pytree import tree_leaves
 
-from weight_selection.errors import InputError
+from weight_selection.errors import InputError, first_line
 
 
 def run_forward(model: nn.Module, inputs: tuple | dict):
@@ -68,7 +68,7 @@ def copy_of(model: nn.Module, memo: dict | None = None) -> nn.Module:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:
         raise InputError(
-            f"a {type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); give one without what Python's "
+            f"a {type(model).__name__} cannot be copied ({first_line(error)}); give one without what Python's "
             "copy.deepcopy does not take"
         ) from error
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-from weight_selection.errors import InputError
+from weight_selection.errors import InputError, first_line
 from weight_selection.files import in_background
 
 SECONDS = 10  # to wait for the first answer; without a network it may never come
@@ -70,10 +70,9 @@ class Repository:
             raise self._refused(name, what, error) from error
 
     def _refused(self, name, what, reason):
-        reason = (str(reason) or type(reason).__name__).strip().splitlines()[0]
         return InputError(
-            f"{self.where}: cannot fetch its {what}, {name} of the hub's {self.name} ({reason:.200}); {self.remedy}, "
-            "or copy the hub's cache from a machine that has it and set HF_HUB_OFFLINE=1"
+            f"{self.where}: cannot fetch its {what}, {name} of the hub's {self.name} ({first_line(reason):.200}); "
+            f"{self.remedy}, or copy the hub's cache from a machine that has it and set HF_HUB_OFFLINE=1"
         )
 
 

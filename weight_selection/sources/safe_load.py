@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from weight_selection.errors import InputError
+from weight_selection.errors import InputError, first_line
 from weight_selection.files import Damaged, check_file
 
 # Containers that copy what they are called with.
@@ -217,10 +217,9 @@ def _one_line(path, option):
     try:
         yield
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise InputError(
             f"{option} {path}: not a readable PyTorch file of tensors and plain types (empty, truncated, or with "
-            f"code in it: {reason})"
+            f"code in it: {first_line(error):.160})"
         ) from error
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch.nn as nn
 
-from weight_selection.errors import InputError
+from weight_selection.errors import InputError, first_line
 from weight_selection.sources.architectures import HALVES, IMAGENET, NO_KEYS
 from weight_selection.sources.directories import files_of
 from weight_selection.sources.facts import facts_of, library_of
@@ -183,8 +183,7 @@ def _read_npz(path, model, architecture, option):
             classes = arrays["head/bias"].shape[0] if "head/bias" in names else 0
         model.load_pretrained(str(path))
     except Exception as error:  # the zip, numpy and timm layers each have their own errors for a file that is not one
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{option} {path}: timm cannot read it for this model ({reason})") from error
+        raise InputError(f"{option} {path}: timm cannot read it for this model ({first_line(error)})") from error
     state_dict = model.state_dict()
     deep = len({match[1] for match in map(re.compile(r"/encoderblock_(\d+)/").search, names) if match})
     shallow = len(getattr(model, "blocks", ()))

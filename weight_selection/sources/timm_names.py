@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch.nn as nn
 
-from weight_selection.errors import InputError
+from weight_selection.errors import InputError, first_line
 from weight_selection.sources.architectures import NO_KEYS
 from weight_selection.sources.directories import Directory, files_of, weight_files
 from weight_selection.sources.hub import Repository, fetch
@@ -29,8 +29,7 @@ def create_pretrained(name: str, kwargs: dict, option: str, remedy: str) -> nn.M
     try:
         return create_model(name, option=option, pretrained=True, **kwargs)
     except OSError as error:  # what requests, urllib and huggingface_hub raise without a network or such a file
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{option} {name}: cannot fetch its weights ({reason}); {remedy}") from error
+        raise InputError(f"{option} {name}: cannot fetch its weights ({first_line(error)}); {remedy}") from error
 
 
 def open_published(name: str, model: nn.Module, kwargs: dict, option: str, remedy: str, include_head: bool) -> Opened:

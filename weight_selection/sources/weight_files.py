@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 
-from weight_selection.errors import InputError
+from weight_selection.errors import InputError, first_line
 from weight_selection.sources.directories import files_of
 from weight_selection.sources.safe_load import is_archive, is_plain, load_torch, map_torch, read_mapped
 from weight_selection.sources.torchscript import is_torchscript, read_torchscript
@@ -86,7 +86,7 @@ def save_torch(value, path) -> None:
         with open(path, "wb") as file:
             torch.save(value, file)
     except RuntimeError as error:  # torch hides a full disk behind a message about its archive writer
-        raise OSError(f"is the disk full? {str(error).splitlines()[0]}") from error
+        raise OSError(f"is the disk full? {first_line(error)}") from error
 
 
 def first_mismatch(state_dict: Mapping, model: nn.Module, may_be_missing=lambda key: False) -> str | None:
