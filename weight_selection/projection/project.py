@@ -23,9 +23,8 @@ from weight_selection.projection.images import first_images, image_shape, images
 from weight_selection.projection.maps import choose_down_maps
 from weight_selection.projection.skipped_layers import find_skipped
 from weight_selection.projection.student_weights import StudentWeights
-from weight_selection.projection.symmetries import Symmetries
 from weight_selection.projection.symmetry_check import check_symmetries
-from weight_selection.projection.traced_model import TracedModel, paired_groups
+from weight_selection.projection.traced_model import TracedModel
 from weight_selection.projection.up_maps import fit_up_maps
 from weight_selection.report import role_words
 from weight_selection.sources.architectures import NO_KEYS
@@ -140,24 +139,18 @@ def check_positions(entries: dict, teacher: ModelStructure, student: ModelStruct
 
 
 def describer(
-    entries: dict, symmetries: Symmetries, teacher: ModelStructure, student: ModelStructure, rotate: bool
+    entries: dict, takes: dict, teacher: ModelStructure, student: ModelStructure, treatments: dict
 ) -> Callable:
     """A function that says in words how projection makes an entry of a plan. No weights are needed.
 
     Args:
         entries: {student's key: its entry of the plan}, of the selected tensors.
-        symmetries: of the teacher.
+        takes: ``Symmetries.dense`` of the teacher.
         teacher, student: their structures.
-        rotate: whether streams are going to be rotated.
+        treatments: {number of a student's group that gets smaller: what is done with it}.
     """
-    takes = symmetries.dense
     up_mapped = {key for key, entry in entries.items() if takes.get(entry.teacher_key) in entry.slices}
     skipped = find_skipped(entries, teacher.layers, student.layers, up_mapped)
-    treatments = {
-        our: symmetries.treatment(their, rotate)
-        for our, their in paired_groups(entries, teacher, student).items()
-        if teacher.neurons.groups[their].size != student.neurons.groups[our].size
-    }
 
     def describe(entry) -> str:
         if entry.role != "selected":
