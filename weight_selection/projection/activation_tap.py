@@ -125,9 +125,3 @@ class _HiddenProducts(TorchDispatchMode):
         if bias is None or func is torch.ops.aten.addmm.default:
             return self.tap.dense(key, x, y)
         return self.tap.dense(key, x, y + bias) - bias
-
-
-def vectors(x: torch.Tensor, weight_ndim: int) -> torch.Tensor:
-    """The input or output of a dense layer as rows, (n, channels). Of a convolution the channels are dimension 1."""
-    x = x.movedim(1, -1) if weight_ndim > 2 else x
-    return x.reshape(-1, x.shape[-1])
