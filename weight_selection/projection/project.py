@@ -116,7 +116,7 @@ def project(
     batch = teacher.placed(next(iter(images)))
     for name, traced in (("student", student), ("teacher", teacher)):
         _check_takes(traced, batch, name)
-    stats = ActivationStats(teacher, _shown(images, "teacher", teacher))
+    stats = ActivationStats(teacher, _shown(images, teacher))
     check_symmetries(stats, student, first_images(batch, CHECK_IMAGES), rotate)
     maps = choose_down_maps(entries, student, stats, rotate)
     weights = StudentWeights(entries, student, stats, maps)
@@ -195,11 +195,11 @@ def _check_takes(traced, batch, name):
         raise InputError(f"calibration: the {name} cannot {words}: {error}") from error
 
 
-def _shown(images, name, traced):
-    """The first batches, on the models' device, with a progress bar; ``name`` is the model that sees them."""
+def _shown(images, teacher):
+    """The first batches, on the models' device, with a progress bar."""
     count = 0
-    with tqdm(images, desc=f"calibration, {name}", unit="batch", leave=False) as batches:
-        for batch in map(traced.placed, batches):
+    with tqdm(images, desc="calibration, teacher", unit="batch", leave=False) as batches:
+        for batch in map(teacher.placed, batches):
             yield batch
             count += images_in(batch)
             if count >= STATS_IMAGES:

@@ -62,7 +62,7 @@ def open_teacher(path, model: nn.Module, option: str) -> tuple:
 
     Other layouts (those of publishers, .npz, TorchScript, ``torch.save`` before PyTorch 1.6) are read whole.
     """
-    stored = stored_under_own_names(path, model, option)
+    stored = stored_under_own_names(files_of(path, option), model, option)
     if stored is None:
         return read_teacher(path, model, option)
     refuse_quantised(stored, model, f"{option} {path}")
@@ -111,9 +111,9 @@ def load_into_teacher(model: nn.Module, path, option: str) -> None:
     model.load_state_dict(weights)
 
 
-def stored_under_own_names(path, model, option):
-    """{key: StoredTensor} of a path whose tensors are the model's but for its classifier; None for another layout."""
-    stored = open_files(files_of(path, option), option)
+def stored_under_own_names(files, model, option):
+    """{key: StoredTensor} of files whose tensors are the model's but for its classifier; None for another layout."""
+    stored = open_files(files, option)
     if stored is None:
         return None
     return next((s for s in (stored, without_common_prefix(stored)) if mismatch(s, model) is None), None)

@@ -44,8 +44,7 @@ def open_published(name: str, model: nn.Module, kwargs: dict, option: str, remed
             "--teacher_kwargs"
         )
     files = _fetch(name, cfg, option, remedy)
-    path = files and (files[0] if len(files) == 1 else files[0].parent)
-    stored = path and stored_under_own_names(path, model, f"{option} {name}:")
+    stored = files and stored_under_own_names(files, model, f"{option} {name}:")
     weights = Weights(stored) if stored else create_pretrained(name, kwargs, option, remedy).state_dict()
     if cfg.get("source") == "local-dir":
         return Opened(weights, cfg["architecture"], cfg["file"], files, [])
