@@ -149,16 +149,12 @@ def _check_student(args):
                 raise InputError(f"{option} {shown(value)}: {other} says already what the student is; leave one out")
         if value is not None and not 0 < value < 1:
             raise InputError(f"{option} {shown(value)}: give a number between 0 and 1")
-    args.student_input_size = None
-    if args.student_config is not None:
+    config, args.student_input_size = args.student_config, None
+    if config is not None:
         for option, value in (("--student", args.student), ("--student_kwargs", args.student_kwargs)):
             if value:
-                raise InputError(
-                    f"--student_config {args.student_config}: already names the student; leave {option} out"
-                )
-        args.student, args.student_kwargs, args.student_input_size = read_student(
-            args.student_config, "--student_config"
-        )
+                raise InputError(f"--student_config {config}: already names the student; leave {option} out")
+        args.student, args.student_kwargs, args.student_input_size = read_student(config, "--student_config")
     types = ",".join(MODEL_TYPES)
     if args.model_type is not None:
         student, teacher = MODEL_TYPES[args.model_type]
