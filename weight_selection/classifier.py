@@ -117,10 +117,8 @@ class RidgeSums:
                 if best is None or max(loss, least) < max(best[0], least):
                     best = loss, ridge, scale, accuracy
         loss, ridge, scale, accuracy = best
-        weight, bias = next(_solutions(everything, [ridge]))
-        return FittedClassifier(
-            (scale * weight).float(), (scale * bias).float(), ridge, scale, accuracy, loss, self.images
-        )
+        weight, bias = ((scale * part).float() for part in next(_solutions(everything, [ridge])))
+        return FittedClassifier(weight, bias, ridge, scale, accuracy, loss, self.images)
 
 
 def _moments(features, labels, classes):
