@@ -77,8 +77,7 @@ class WeightFile:
             tensors = untied(state_dict, student) if safetensors else state_dict
             write_weights(tensors, temporary, provenance=json.dumps(content))
             check_written(temporary, tensors)
-            problem = first_mismatch(state_dict, student, lambda key: key in provenance["left_out"])
-            if problem:
+            if problem := first_mismatch(state_dict, student, lambda key: key in provenance["left_out"]):
                 raise InputError(f"--output_dir: what was written cannot be loaded: {problem}")
             if not is_large(state_dict):
                 student.load_state_dict(state_dict, strict=False)
@@ -137,8 +136,7 @@ class HubDirectory:
             check_written(file, weights)
             if not is_large(state_dict):
                 opened = self.hub.reopened(self.model, directory)
-                problem = first_difference(opened.state_dict(), state_dict)
-                if problem:
+                if problem := first_difference(opened.state_dict(), state_dict):
                     raise InputError(f"--format hub: what was written opens with other weights: {problem}")
                 try_forward(opened.float())
             provenance_path(file).write_text(_record(content, file))

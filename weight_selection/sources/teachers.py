@@ -105,8 +105,7 @@ def load_into_teacher(model: nn.Module, path, option: str) -> None:
         InputError: as ``read_teacher``, or the classifier is absent or of another size.
     """
     weights, _ = read_teacher(path, model, option)
-    problem = first_mismatch(weights, model)
-    if problem:
+    if problem := first_mismatch(weights, model):
         raise InputError(f"{option} {path}: does not fit a teacher of {model.num_classes} classes: {problem}")
     model.load_state_dict(weights)
 
