@@ -10,7 +10,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from weight_selection.errors import InputError
-from weight_selection.sources.facts import ModelFacts
 
 
 @dataclass(frozen=True)
@@ -45,17 +44,19 @@ class Geometry:
     patches: frozenset
 
 
-def find_geometry(model: nn.Module, facts: ModelFacts) -> Geometry:
-    """The geometry of a model on any device."""
+def find_geometry(model: nn.Module, images: dict, grid: tuple | None, embeddings: tuple = ()) -> Geometry:
+    """The geometry of a model on any device.
+
+    Args:
+        images, grid, embeddings: ``first_convolutions``, ``grid`` and ``position_embeddings`` of ``ModelFacts``.
+    """
     windows = {}
     for name, module in model.named_modules():
         table = getattr(module, "relative_position_bias_table", None)
         if table is not None and getattr(module, "window_size", None) is not None:
             windows[f"{name}.relative_position_bias_table".lstrip(".")] = tuple(module.window_size)
-    images = facts.first_convolutions
     patches = {key for key, convolution in images.items() if convolution.stride == convolution.kernel_size}
-    embeddings = frozenset(facts.position_embeddings)
-    return Geometry(facts.grid, embeddings, windows, frozenset(images), frozenset(patches))
+    return Geometry(grid, frozenset(embeddings), windows, frozenset(images), frozenset(patches))
 
 
 def resampling(

@@ -100,7 +100,7 @@ def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=No
         shapes,
         Layers(model, shapes, traced.heights, facts.layer_patterns),
         find_groups(traced),
-        find_geometry(model, facts),
+        find_geometry(model, facts.first_convolutions, facts.grid, facts.position_embeddings),
         frozenset(key for key, _ in model.named_parameters(remove_duplicate=False)),
         output_layers,
         embedding_keys(model) | heads,

@@ -171,13 +171,14 @@ def describer(
 def _has_same_positions(teacher, student):
     """Whether the teacher's position embeddings, windows and patches are of the student's size."""
     facts = [facts_of(model) for model in (teacher, student)]
-    theirs, ours = map(find_geometry, (teacher, student), facts)
+    convolutions, grids = [one.first_convolutions for one in facts], [one.grid for one in facts]
+    theirs, ours = map(find_geometry, (teacher, student), convolutions, grids)
     embedded = all(isinstance(getattr(model, "pos_embed", None), torch.Tensor) for model in (teacher, student))
     if embedded and theirs.grid != ours.grid:
         return False
     if any(theirs.windows.get(key, window) != window for key, window in ours.windows.items()):
         return False
-    first, second = ({key: c.kernel_size for key, c in one.first_convolutions.items()} for one in facts)
+    first, second = ({key: c.kernel_size for key, c in found.items()} for found in convolutions)
     return all(first.get(key, size) == size for key, size in second.items())
 
 
