@@ -117,10 +117,8 @@ class RidgeSums:
                 if best is None or max(loss, least) < max(best[0], least):
                     best = loss, ridge, scale, accuracy
         loss, ridge, scale, accuracy = best
-        weight, bias = next(_solutions(everything, [ridge]))
-        return FittedClassifier(
-            (scale * weight).float(), (scale * bias).float(), ridge, scale, accuracy, loss, self.images
-        )
+        weight, bias = ((scale * part).float() for part in next(_solutions(everything, [ridge])))
+        return FittedClassifier(weight, bias, ridge, scale, accuracy, loss, self.images)
 
 
 def _moments(features, labels, classes):
@@ -230,11 +228,8 @@ def features_of(layer: nn.Linear) -> Iterator[list]:
             )
         caught.append(inputs[0].detach())
 
-    handle = layer.register_forward_pre_hook(catch)
-    try:
+    with layer.register_forward_pre_hook(catch):
         yield caught
-    finally:
-        handle.remove()
 
 
 def set_classifier(layer: nn.Linear, fitted: FittedClassifier) -> None:

@@ -29,7 +29,7 @@ from weight_selection.options import (
 )
 from weight_selection.sources import COMPONENTS, MODEL_TYPES
 from weight_selection.sources.directories import files_of
-from weight_selection.sources.names import SCHEMES, TIMM, check_name, split_name
+from weight_selection.sources.names import SCHEMES, TIMM, arguments_of, check_name, split_name
 from weight_selection.sources.recipe import read_student
 from weight_selection.sources.widths import fraction, shown, smaller_arguments
 
@@ -149,16 +149,12 @@ def _check_student(args):
                 raise InputError(f"{option} {shown(value)}: {other} says already what the student is; leave one out")
         if value is not None and not 0 < value < 1:
             raise InputError(f"{option} {shown(value)}: give a number between 0 and 1")
-    args.student_input_size = None
-    if args.student_config is not None:
+    config, args.student_input_size = args.student_config, None
+    if config is not None:
         for option, value in (("--student", args.student), ("--student_kwargs", args.student_kwargs)):
             if value:
-                raise InputError(
-                    f"--student_config {args.student_config}: already names the student; leave {option} out"
-                )
-        args.student, args.student_kwargs, args.student_input_size = read_student(
-            args.student_config, "--student_config"
-        )
+                raise InputError(f"--student_config {config}: already names the student; leave {option} out")
+        args.student, args.student_kwargs, args.student_input_size = read_student(config, "--student_config")
     types = ",".join(MODEL_TYPES)
     if args.model_type is not None:
         student, teacher = MODEL_TYPES[args.model_type]
@@ -204,8 +200,6 @@ def main(argv=None) -> None:
 def _take_after(teacher, args) -> None:
     """Make the student a model like the teacher, with the arguments that were given, or with smaller ones."""
     if args.width or args.depth:
-        from weight_selection.sources.names import arguments_of
-
         arguments = arguments_of(teacher.model, teacher.kwargs, teacher.option)
         args.student_kwargs = smaller_arguments(arguments, args.width, args.depth)
     args.student, args.student_input_size = teacher.model, teacher.input_size
@@ -334,8 +328,7 @@ def words_of_normalization(selection) -> list:
 
 def run() -> None:
     """Run the command on the words of the command line, and exit."""
-    if not any(
-        word.split("=")[-1].lower() in PROJECTION for word in sys.argv
-    ):  # a projection computes; the others copy, which
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # waits for memory: more threads would wait for each other
+    if not any(word.split("=")[-1].lower() in PROJECTION for word in sys.argv):
+        # A projection computes. The others copy, which waits for memory: more threads would wait for each other.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     run_program("weight_selection.py", main)

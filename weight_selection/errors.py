@@ -14,6 +14,11 @@ def printable(text):
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text).split()))
 
 
+def first_line(error) -> str:
+    """The first line of what an error says; of one that says nothing, the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run_program(name, main):
     """Run ``main()`` and exit with a status; an error is one line on stderr instead of a traceback.
 

@@ -30,20 +30,29 @@ def sha256(path):
 
 
 def begin_sha256(*paths):
-    """A future of ``sha256(path)``, of several paths of {name: digest}.
-
-    A thread computes it that nothing waits for when the program ends.
-    """
-    future = Future()
+    """A future of ``sha256(path)``, of several paths of {name: digest}."""
 
     def compute():
         try:
             digests = {Path(path).name: sha256(path) for path in paths}
-            future.set_result(digests if len(paths) > 1 else digests.popitem()[1])
         except OSError as error:
-            future.set_exception(InputError(f"cannot read {error.filename}: {error.strerror or error}"))
+            raise InputError(f"cannot read {error.filename}: {error.strerror or error}") from error
+        return digests if len(paths) > 1 else digests.popitem()[1]
 
-    threading.Thread(target=compute, daemon=True).start()
+    return in_background(compute)
+
+
+def in_background(function) -> Future:
+    """A future of what ``function()`` returns or raises. Nothing waits for its thread when the program ends."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(function())
+        except Exception as error:  # the future raises it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
     return future
 
 

@@ -2,14 +2,14 @@
 
 import copy
 from collections import OrderedDict
-from itertools import chain
+from itertools import chain, takewhile
 
 import torch
 import torch.nn as nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as EXTRA_STATE
 from torch.utils._pytree import tree_leaves
 
-from weight_selection.errors import InputError
+from weight_selection.errors import InputError, first_line
 
 
 def run_forward(model: nn.Module, inputs: tuple | dict):
@@ -20,6 +20,12 @@ def run_forward(model: nn.Module, inputs: tuple | dict):
 def tensors_of(model: nn.Module, **options) -> dict:
     """A model's state_dict without what its modules add beside tensors (``get_extra_state``)."""
     return {key: value for key, value in model.state_dict(**options).items() if key.rpartition(".")[2] != EXTRA_STATE}
+
+
+def module_around(names: list) -> str:
+    """The innermost module that holds all of some, each given by the parts of its name; empty for the whole model."""
+    levels = takewhile(lambda level: len(set(level)) == 1, zip(*names, strict=False))
+    return ".".join(level[0] for level in levels)
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
@@ -62,7 +68,7 @@ def copy_of(model: nn.Module, memo: dict | None = None) -> nn.Module:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:
         raise InputError(
-            f"a {type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); give one without what Python's "
+            f"a {type(model).__name__} cannot be copied ({first_line(error)}); give one without what Python's "
             "copy.deepcopy does not take"
         ) from error
 

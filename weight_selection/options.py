@@ -14,10 +14,7 @@ PER_TENSOR = ("random_inconsistent", "l1", "magnitude")  # they choose anew in e
 ELEMENT_SELECTION = CONSISTENT + PER_TENSOR
 PROJECTION = ("project", "greedy")  # beyond the paper: weights that are fitted to the teacher's activations
 SEEDED = ("random", "random_inconsistent")  # the rules of ELEMENT_SELECTION that the seed changes
-PARTS, WHOLE = FUSED_QKV = (
-    "parts",
-    "whole",
-)  # where uniform selection spreads its indices over queries, keys and values
+PARTS, WHOLE = FUSED_QKV = ("parts", "whole")  # of q, k and v: over which uniform selection spreads its indices
 CALIBRATION_IMAGES = 1024
 HELD_OUT_IMAGES = 64  # drawn beside these, to compare the student with its teacher
 KEEP = "keep"

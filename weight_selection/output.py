@@ -23,13 +23,7 @@ from weight_selection.modules import run_forward, skeleton_of
 from weight_selection.options import KEEP
 from weight_selection.sources.facts import facts_of, library_of
 from weight_selection.sources.names import split_name
-from weight_selection.sources.weight_files import (
-    Weights,
-    first_mismatch,
-    open_state_dict,
-    read_weights,
-    write_weights,
-)
+from weight_selection.sources.weight_files import Weights, first_mismatch, stored_in, write_weights
 from weight_selection.tied import tied_keys
 
 LARGE = 10**9  # bytes of values, from which a student is written without being built or run
@@ -83,8 +77,7 @@ class WeightFile:
             tensors = untied(state_dict, student) if safetensors else state_dict
             write_weights(tensors, temporary, provenance=json.dumps(content))
             check_written(temporary, tensors)
-            problem = first_mismatch(state_dict, student, lambda key: key in provenance["left_out"])
-            if problem:
+            if problem := first_mismatch(state_dict, student, lambda key: key in provenance["left_out"]):
                 raise InputError(f"--output_dir: what was written cannot be loaded: {problem}")
             if not is_large(state_dict):
                 student.load_state_dict(state_dict, strict=False)
@@ -143,8 +136,7 @@ class HubDirectory:
             check_written(file, weights)
             if not is_large(state_dict):
                 opened = self.hub.reopened(self.model, directory)
-                problem = first_difference(opened.state_dict(), state_dict)
-                if problem:
+                if problem := first_difference(opened.state_dict(), state_dict):
                     raise InputError(f"--format hub: what was written opens with other weights: {problem}")
                 try_forward(opened.float())
             provenance_path(file).write_text(_record(content, file))
@@ -250,9 +242,7 @@ def _record(content, file):
 
 def check_written(path: Path, state_dict: dict) -> None:
     """Read a written file back, tensor by tensor, and raise InputError unless it has exactly these tensors."""
-    stored = open_state_dict(path, "--output_dir")
-    written = Weights(stored) if stored is not None else read_weights(path, "--output_dir")
-    if problem := first_difference(written, state_dict):
+    if problem := first_difference(Weights(stored_in([path], "--output_dir")), state_dict):
         raise InputError(f"--output_dir: what was written cannot be loaded: {problem}")
 
 

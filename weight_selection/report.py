@@ -9,6 +9,7 @@ import torch.nn as nn
 from weight_selection.cost import multiply_adds, parameter_count
 from weight_selection.layers import Layers
 from weight_selection.matching import shape_words
+from weight_selection.modules import module_around
 from weight_selection.options import WHOLE
 from weight_selection.plan import Plan, PlanEntry
 from weight_selection.sources.facts import ModelFacts
@@ -66,7 +67,7 @@ def group_lines(plan: Plan, describe=None) -> list:
     for number, group in plan.groups.items():
         if group.teacher.size == group.student.size == 1:
             continue  # of a depthwise convolution, say
-        name, layers = _fold(_where(group.keys))
+        name, layers = _fold(module_around([key.split(".")[:-1] for key in group.keys]) or "stream")
         sizes = f"{shape_words(group.teacher.block_shape)} -> {shape_words(group.student.block_shape)}"
         words = describe(number) if describe else _rule_words(plan, group)
         kinds.setdefault((name, sizes, words, len(group.keys)), []).append(layers)
@@ -153,17 +154,6 @@ def _rule_words(plan, group):
     if plan.element_selection == "uniform" and len(steps) == 1:
         return f"every {steps[0]}{'nd' if steps[0] == 2 else 'rd' if steps[0] == 3 else 'th'}"
     return plan.element_selection
-
-
-def _where(keys):
-    """The module that holds all tensors of a group, or ``stream`` if that is the whole model."""
-    modules = [key.split(".")[:-1] for key in keys]
-    common = []
-    for names in zip(*modules, strict=False):
-        if len(set(names)) > 1:
-            break
-        common.append(names[0])
-    return ".".join(common) or "stream"
 
 
 def _fold(name):

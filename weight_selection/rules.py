@@ -65,7 +65,7 @@ def element_indices(method: str, weight: torch.Tensor, dim: int, s: int, seed: i
         raise InputError(f"{method}: does not select slices; choose one of uniform, consecutive, random, l1")
     t = weight.shape[dim]
     if t == s or method in CONSISTENT:
-        return kept_indices("uniform" if t == s else method, t, s, seed)
+        return kept_indices(method, t, s, seed)
     if method == "random_inconsistent":
         return random_indices(t, s, seed, zlib.crc32(name.encode()), dim)
     norms = weight.movedim(dim, 0).reshape(t, -1).double().abs().sum(dim=1)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weight_selection.errors import InputError
-from weight_selection.projection.activation_tap import ActivationTap, vectors
+from weight_selection.projection.activation_tap import ActivationTap
 from weight_selection.projection.equations import Moments, Variances
+from weight_selection.projection.stream_sums import rows
 from weight_selection.projection.symmetries import LAYER_NORM, STRONGEST
 from weight_selection.projection.traced_model import TracedModel
 
@@ -66,7 +67,7 @@ class ActivationStats:
 
     def add_input(self, key: str, x: Tensor) -> None:
         """Add what a dense layer takes."""
-        x = vectors(x, len(self.teacher.structure.shapes[key]))
+        x = rows(self.teacher, key, x)
         if key in self._hidden:
             self.moments.setdefault(key, Variances()).add(x)
         else:

@@ -51,9 +51,12 @@ class ActivationTap(TorchFunctionMode):
         self.parameters = dict(traced.model.named_parameters())
         self.keys = {id(parameter): key for key, parameter in self.parameters.items()}
         self.places = {parameter.data_ptr(): key for key, parameter in self.parameters.items()}
-        self.dense, self.norm, self.scaled, self.batch_norm = dense, norm, scaled, batch_norm
+        self.dense, self.norm, self.scaled, self.added = dense, norm, scaled, added
         self.before = before or (lambda key, x: None)
-        self.added = added
+        layers = {func: (*places, self.before, dense) for func, places in DENSE.items()}
+        layers[F.layer_norm] = 0, 2, lambda key, x: None, norm
+        layers[F.batch_norm] = 0, 3, self.before, batch_norm
+        self._layers = {func: layer for func, layer in layers.items() if layer[-1] is not None}
         keys = [key for key in self.parameters if norm is not None and traced.symmetries.kind(key) == RMS_NORM]
         self._rms_norms = {key: traced.model.get_submodule(key.rpartition(".")[0]) for key in keys}
 
@@ -76,24 +79,15 @@ class ActivationTap(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in DENSE:
-            taken, weight = DENSE[func]
+        if func in self._layers:
+            taken, weight, before, show = self._layers[func]
             key = self.keys.get(id(args[weight] if len(args) > weight else kwargs.get("weight")))
             if key is not None:
-                self.before(key, args[taken])
-                return self.dense(key, args[taken], func(*args, **kwargs))
+                before(key, args[taken])
+                return show(key, args[taken], func(*args, **kwargs))
         elif func is F.multi_head_attention_forward:
             with _HiddenProducts(self):
                 return func(*args, **kwargs)
-        elif func is F.layer_norm and self.norm is not None:
-            key = self.keys.get(id(args[2] if len(args) > 2 else kwargs.get("weight")))
-            if key is not None:
-                return self.norm(key, args[0], func(*args, **kwargs))
-        elif func is F.batch_norm and self.batch_norm is not None:
-            key = self.keys.get(id(args[3] if len(args) > 3 else kwargs.get("weight")))
-            if key is not None:
-                self.before(key, args[0])
-                return self.batch_norm(key, args[0], func(*args, **kwargs))
         elif self.added is not None and getattr(func, "__name__", "") in SUMS:
             y = func(*args, **kwargs)
             self.added(y)
@@ -131,9 +125,3 @@ class _HiddenProducts(TorchDispatchMode):
         if bias is None or func is torch.ops.aten.addmm.default:
             return self.tap.dense(key, x, y)
         return self.tap.dense(key, x, y + bias) - bias
-
-
-def vectors(x: torch.Tensor, weight_ndim: int) -> torch.Tensor:
-    """The input or output of a dense layer as rows, (n, channels). Of a convolution the channels are dimension 1."""
-    x = x.movedim(1, -1) if weight_ndim > 2 else x
-    return x.reshape(-1, x.shape[-1])

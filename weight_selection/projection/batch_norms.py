@@ -41,14 +41,10 @@ def fit_batch_norm(norm: _BatchNorm, taken: Variances, wanted: Tensor) -> None:
         wanted: the mean that it is to give, float64 (d,).
     """
     variance = taken.variance.clamp(min=0)
-    gain = _slope(norm) * (variance + norm.eps).sqrt()
-    for value, new in (
-        (norm.weight, gain),
-        (norm.bias, wanted),
-        (norm.running_mean, taken.mean),
-        (norm.running_var, variance),
-    ):
-        value.copy_(new)
+    norm.weight.copy_(_slope(norm) * (variance + norm.eps).sqrt())
+    norm.bias.copy_(wanted)
+    norm.running_mean.copy_(taken.mean)
+    norm.running_var.copy_(variance)
 
 
 def given_by(norm: _BatchNorm, x: Tensor) -> Tensor:

@@ -56,9 +56,8 @@ def choose_down_maps(entries: dict, student: TracedModel, stats: ActivationStats
         elif seen and treatment in (ROTATED, GREEDY):
             maps.of[our] = equations.greedy(*_covariance_and_weight(their, stats), count)
             if treatment == ROTATED:
-                maps.of[our] = equations.rotation(
-                    _normalised(their, stats), maps.of[our], teacher.symmetries.centred(their)
-                )
+                centred = teacher.symmetries.centred(their)
+                maps.of[our] = equations.rotation(_normalised(their, stats), maps.of[our], centred)
                 maps.rotated.add(our)
         elif seen and treatment == STRONGEST:
             maps.of[our] = _strongest(their, count, stats)
@@ -79,9 +78,8 @@ def random_down_maps(model: TracedModel, groups, streams: list, attentions: list
     maps = DownMaps()
     maps.of = {group: torch.arange(model.size(group), device=model.device) for group in groups}
     for group in streams:
-        maps.of[group] = equations.random_rotation(model.size(group), generator, model.symmetries.centred(group)).to(
-            model.device
-        )
+        rotation = equations.random_rotation(model.size(group), generator, model.symmetries.centred(group))
+        maps.of[group] = rotation.to(model.device)
         maps.rotated.add(group)
     for attention in attentions:
         for group in (attention.query_group, attention.value_group):

@@ -23,9 +23,8 @@ from weight_selection.projection.images import first_images, image_shape, images
 from weight_selection.projection.maps import choose_down_maps
 from weight_selection.projection.skipped_layers import find_skipped
 from weight_selection.projection.student_weights import StudentWeights
-from weight_selection.projection.symmetries import Symmetries
 from weight_selection.projection.symmetry_check import check_symmetries
-from weight_selection.projection.traced_model import TracedModel, paired_groups
+from weight_selection.projection.traced_model import TracedModel
 from weight_selection.projection.up_maps import fit_up_maps
 from weight_selection.report import role_words
 from weight_selection.sources.architectures import NO_KEYS
@@ -117,7 +116,7 @@ def project(
     batch = teacher.placed(next(iter(images)))
     for name, traced in (("student", student), ("teacher", teacher)):
         _check_takes(traced, batch, name)
-    stats = ActivationStats(teacher, _shown(images, "teacher", teacher))
+    stats = ActivationStats(teacher, _shown(images, teacher))
     check_symmetries(stats, student, first_images(batch, CHECK_IMAGES), rotate)
     maps = choose_down_maps(entries, student, stats, rotate)
     weights = StudentWeights(entries, student, stats, maps)
@@ -140,24 +139,18 @@ def check_positions(entries: dict, teacher: ModelStructure, student: ModelStruct
 
 
 def describer(
-    entries: dict, symmetries: Symmetries, teacher: ModelStructure, student: ModelStructure, rotate: bool
+    entries: dict, takes: dict, teacher: ModelStructure, student: ModelStructure, treatments: dict
 ) -> Callable:
     """A function that says in words how projection makes an entry of a plan. No weights are needed.
 
     Args:
         entries: {student's key: its entry of the plan}, of the selected tensors.
-        symmetries: of the teacher.
+        takes: ``Symmetries.dense`` of the teacher.
         teacher, student: their structures.
-        rotate: whether streams are going to be rotated.
+        treatments: {number of a student's group that gets smaller: what is done with it}.
     """
-    takes = symmetries.dense
     up_mapped = {key for key, entry in entries.items() if takes.get(entry.teacher_key) in entry.slices}
     skipped = find_skipped(entries, teacher.layers, student.layers, up_mapped)
-    treatments = {
-        our: symmetries.treatment(their, rotate)
-        for our, their in paired_groups(entries, teacher, student).items()
-        if teacher.neurons.groups[their].size != student.neurons.groups[our].size
-    }
 
     def describe(entry) -> str:
         if entry.role != "selected":
@@ -203,11 +196,11 @@ def _check_takes(traced, batch, name):
         raise InputError(f"calibration: the {name} cannot {words}: {error}") from error
 
 
-def _shown(images, name, traced):
-    """The first batches, on the models' device, with a progress bar; ``name`` is the model that sees them."""
+def _shown(images, teacher):
+    """The first batches, on the models' device, with a progress bar."""
     count = 0
-    with tqdm(images, desc=f"calibration, {name}", unit="batch", leave=False) as batches:
-        for batch in map(traced.placed, batches):
+    with tqdm(images, desc="calibration, teacher", unit="batch", leave=False) as batches:
+        for batch in map(teacher.placed, batches):
             yield batch
             count += images_in(batch)
             if count >= STATS_IMAGES:

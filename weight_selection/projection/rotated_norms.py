@@ -1,5 +1,7 @@
 """Layer normalisations and LayerScales in a rotated stream: the layers around them take over what they do."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ def fold_layer_scales(entries: dict, student: TracedModel, stats: ActivationStat
     return weights, folded
 
 
+@dataclass
 class RotatedNorms:
     """The values of a student's norms and LayerScales in rotated streams.
 
@@ -40,7 +43,7 @@ class RotatedNorms:
     new classifier, whose features should keep their sizes; and a norm behind which only another norm stands. The last
     two get the mean gain of the neurons that make each coordinate, which is only nearly right.
 
-    Args:
+    Attributes:
         entries: {student's key: its entry of the plan}.
         stats: of the teacher.
         maps: of the student's groups.
@@ -48,17 +51,12 @@ class RotatedNorms:
         taken_over: keys of the gains that up maps take over.
     """
 
-    def __init__(
-        self,
-        entries: dict,
-        student: TracedModel,
-        stats: ActivationStats,
-        maps: DownMaps,
-        weights: dict,
-        taken_over: set,
-    ):
-        self.entries, self.student, self.stats, self.maps = entries, student, stats, maps
-        self.weights, self.taken_over = weights, taken_over
+    entries: dict
+    student: TracedModel
+    stats: ActivationStats
+    maps: DownMaps
+    weights: dict
+    taken_over: set
 
     def covers(self, key: str) -> bool:
         """Whether a student's tensor is of a norm or a LayerScale in a rotated stream."""

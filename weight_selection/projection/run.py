@@ -40,10 +40,15 @@ class Projection:
         self.teacher, self.student, self.structures = teacher, student, structures
         self.plan, self.options = plan, options
         self.symmetries = Symmetries(skeletons[0], structures[0].neurons)
-        if options.element_selection == "project":
+        rotate = options.element_selection == "project"
+        if rotate:
             name = teacher.model if isinstance(teacher.model, str) else type(teacher.model).__name__
             check_streams(self.symmetries, name)
-        self._teacher_groups = paired_groups(plan.selected, *structures)
+        self._treatments = {
+            our: self.symmetries.treatment(their, rotate)
+            for our, their in paired_groups(plan.selected, *structures).items()
+            if structures[0].neurons.groups[their].size != structures[1].neurons.groups[our].size
+        }
         self.images = None
         if options.calibration is not None:
             self.images = self._images(skeletons[0])
@@ -109,15 +114,11 @@ class Projection:
 
     def describer(self):
         """A function that says in words how a plan's entry is made."""
-        rotate = self.options.element_selection == "project"
-        return describer(self.plan.selected, self.symmetries, *self.structures, rotate)
+        return describer(self.plan.selected, self.symmetries.dense, *self.structures, self._treatments)
 
     def describe_group(self, number: int) -> str:
         """What is done with a group of the student's, in words."""
-        teacher_group = self.plan.groups[number]
-        if teacher_group.teacher.size == teacher_group.student.size:
-            return "all"
-        return self.symmetries.treatment(self._teacher_groups[number], self.options.element_selection == "project")
+        return self._treatments.get(number, "all")
 
     def _images(self, teacher):
         options, (whose, facts) = self.options, (type(teacher).__name__, self.structures[0].facts)

@@ -19,7 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from weight_selection.projection.activation_tap import ActivationTap, vectors
+from weight_selection.projection.activation_tap import ActivationTap
 from weight_selection.projection.images import images_in
 from weight_selection.projection.traced_model import TracedModel
 
@@ -50,7 +50,9 @@ class StreamSum:
 def rows(traced: TracedModel, key: str, x: Tensor) -> Tensor:
     """What a dense layer or a norm takes or gives, as rows (n, channels); ``key`` is of its weight or gain."""
     batch_norm = isinstance(traced.symmetries.module_of(key), _BatchNorm)
-    return vectors(x, x.ndim if batch_norm else len(traced.structure.shapes[key]))
+    if (x.ndim if batch_norm else len(traced.structure.shapes[key])) > 2:  # of images the channels are dimension 1
+        x = x.movedim(1, -1)
+    return x.reshape(-1, x.shape[-1])
 
 
 def by_place(rows: Tensor, images: int) -> Tensor:

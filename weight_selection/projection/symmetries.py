@@ -8,12 +8,11 @@ Neurons that come in blocks, and neurons that no dense layer takes, are kept as 
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 import torch.nn as nn
 
-from weight_selection.modules import skeleton_of, tensors_of
+from weight_selection.modules import module_around, skeleton_of, tensors_of
 from weight_selection.tied import tied_keys
 from weight_selection.tracing.groups import ModelGroups
 
@@ -246,9 +245,7 @@ class Symmetries:
 
     def _around(self, keys):
         """The innermost module that holds several tensors, or one linear layer; and the groups that only it uses."""
-        parts = [key.split(".")[: -2 if len(keys) == 1 else -1] for key in keys]
-        levels = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
-        name = ".".join(level[0] for level in levels)
+        name = module_around([key.split(".")[: -2 if len(keys) == 1 else -1] for key in keys])
         return name, {g for g, uses in self.uses.items() if all(key.startswith(f"{name}.") for key, *_ in uses)}
 
     def _find_attention(self, name, found, inside):
@@ -269,7 +266,7 @@ class Symmetries:
             and len(others) == len(per_head)
             and [self.dense[key] == dim for key, dim, _ in queries] == [False, False]
             and len(given) == len(taken) == 1
-            and all(key in self.dense or self._is_bias(key) for key, *_ in used)
+            and all(key in self.dense or key.endswith("bias") and not self.is_norm(key) for key, *_ in used)
         )
         sizes = {self.neurons.groups[group].size for group in others if heads > 1 and self._is_of_norms(group)}
         normed = shapes[0].size // heads in sizes
@@ -293,9 +290,6 @@ class Symmetries:
 
     def _is_of_norms(self, group):
         return all(self.is_norm(key) for key, *_ in self.uses[group])
-
-    def _is_bias(self, key):
-        return key.endswith("bias") and not self.is_norm(key)
 
 
 def _kind(module):

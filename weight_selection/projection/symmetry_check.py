@@ -66,7 +66,7 @@ def _is_unchanged(stats, batch, streams, attentions):
     maps = random_down_maps(teacher, paired_groups(entries, teacher.structure, teacher.structure), streams, attentions)
     weights = StudentWeights(entries, mixed, stats, maps)
     comparison = _Comparison(weights)
-    with ActivationTap(teacher, comparison.record, comparison.record_norm):
+    with ActivationTap(teacher, comparison.record, comparison.record):
         teacher.run(batch)
     with ActivationTap(mixed, comparison.compare, comparison.replace_norm):
         mixed.run(batch)
@@ -82,25 +82,21 @@ class _Comparison:
 
     def __init__(self, weights: StudentWeights):
         self.weights, self.errors = weights, []
-        self._outputs, self._normalised = {}, {}  # of the teacher: {key: [output of each time that the layer ran]}
+        self._given = {}  # {key: [what the teacher's layer or norm gave, each time that it ran]}
 
     def record(self, key, x, y):
-        self._outputs.setdefault(key, []).append(y.clone())
-        return y
-
-    def record_norm(self, key, x, y):
-        self._normalised.setdefault(key, []).append(y.clone())
+        self._given.setdefault(key, []).append(y.clone())
         return y
 
     def compare(self, key, x, y):
-        expected = self._outputs[key].pop(0)
+        expected = self._given[key].pop(0)
         if self.weights.keeps_outputs(key):
             self.errors.append(((y - expected).norm() / expected.norm().clamp(min=1e-30)).item())
         return y
 
     def replace_norm(self, key, x, y):
         """A norm from which no dense layer takes is only nearly right: go on with what it should give."""
-        expected = self._normalised[key].pop(0)
+        expected = self._given[key].pop(0)
         stream = self.weights.student.group_of(key)
         if stream not in self.weights.maps.rotated or key in self.weights.stats.norm_of.values():
             return y

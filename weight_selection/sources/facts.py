@@ -84,6 +84,12 @@ def facts_of_any(model: nn.Module) -> ModelFacts:
     return ModelFacts(architecture, token_heads=None)
 
 
+def first_convolution(model: nn.Module) -> tuple:
+    """(name, convolution) of a model's first convolution of images, or (None, None)."""
+    convolutions = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    return next(convolutions, (None, None))
+
+
 def library_of(model: nn.Module) -> str | None:
     """The package that a model's class, or a class that it extends, comes from: one of ``LIBRARIES``, or None."""
     modules = (cls.__module__ for cls in type(model).__mro__)

@@ -2,14 +2,13 @@
 
 import re
 import sys
-import threading
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer  # of its own class before Python 3.11
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-from weight_selection.errors import InputError
+from weight_selection.errors import InputError, first_line
+from weight_selection.files import in_background
 
 SECONDS = 10  # to wait for the first answer; without a network it may never come
 
@@ -38,7 +37,7 @@ class Repository:
         """A branch, tag or commit; None: the default branch."""
         return self.name.partition("@")[2] or None
 
-    def known(self, name: str, what: str = "weights") -> Path | None:
+    def known(self, name: str) -> Path | None:
         """The file of this name in the local cache, or None."""
         import huggingface_hub
 
@@ -71,10 +70,9 @@ class Repository:
             raise self._refused(name, what, error) from error
 
     def _refused(self, name, what, reason):
-        reason = (str(reason) or type(reason).__name__).strip().splitlines()[0]
         return InputError(
-            f"{self.where}: cannot fetch its {what}, {name} of the hub's {self.name} ({reason:.200}); {self.remedy}, "
-            "or copy the hub's cache from a machine that has it and set HF_HUB_OFFLINE=1"
+            f"{self.where}: cannot fetch its {what}, {name} of the hub's {self.name} ({first_line(reason):.200}); "
+            f"{self.remedy}, or copy the hub's cache from a machine that has it and set HF_HUB_OFFLINE=1"
         )
 
 
@@ -116,16 +114,7 @@ def check_reachable(address: str, where: str, remedy: str) -> None:
 
 def answer_in_time(ask):
     """What ``ask()`` returns. A TimeoutError after ``SECONDS``, however long names and addresses are still tried."""
-    answer = Future()
-
-    def run():
-        try:
-            answer.set_result(ask())
-        except Exception as error:  # it is raised again below
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
     try:
-        return answer.result(SECONDS)
+        return in_background(ask).result(SECONDS)
     except NoAnswer as error:
         raise TimeoutError(str(error) or f"no answer in {SECONDS} s") from error

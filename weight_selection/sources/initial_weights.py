@@ -79,7 +79,7 @@ def load_initial(model: nn.Module, path, option: str, nested=NESTED, student: li
     if problem := _mismatch(model, state_dict, left_out):
         remedy = _remedy(path, provenance, model, student) if provenance else ""
         raise InputError(f"{option} {path}: does not fit this model: {problem}{remedy}")
-    return _load(model, state_dict)
+    return model.load_state_dict(state_dict, strict=False).missing_keys
 
 
 def _remedy(path, provenance, model, student):
@@ -112,18 +112,13 @@ def load_finetune(model: nn.Module, path, option: str, nested) -> list:
             del state_dict[key]
     if problem := _mismatch(model, state_dict, ()):
         raise InputError(f"{option} {path}: does not fit this model: {problem}")
-    return _load(model, state_dict)
+    return model.load_state_dict(state_dict, strict=False).missing_keys
 
 
 def _mismatch(model, state_dict, left_out):
     """What does not fit in a state_dict that may lack the classifier and ``left_out``, nothing else; or None."""
     classifier = facts_of(model).architecture.classifier
     return first_mismatch(state_dict, model, lambda key: re.search(classifier, key) or key in left_out)
-
-
-def _load(model, state_dict):
-    """Load what fits; returns the keys that it lacks."""
-    return list(model.load_state_dict(state_dict, strict=False).missing_keys)
 
 
 def read_provenance(path, option: str) -> dict | None:

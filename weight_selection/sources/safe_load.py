@@ -10,21 +10,19 @@ from pathlib import Path
 
 import torch
 
-from weight_selection.errors import InputError
+from weight_selection.errors import InputError, first_line
 from weight_selection.files import Damaged, check_file
 
+# Containers that copy what they are called with.
+COPYING = {"collections OrderedDict", "collections Counter", "builtins set", "__builtin__ set"}
 # All that a file of torch.save may ask for. ``torch.load(weights_only=True)`` runs no code, but it would let a file of
 # a few bytes ask for a bytearray or a tensor of any size.
-GLOBALS = {
-    "collections OrderedDict",
-    "collections Counter",
+GLOBALS = COPYING | {
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
     "torch.nn.parameter Parameter",
     "torch Size",
     "torch device",
-    "__builtin__ set",
-    "builtins set",
 }
 EXPANSION = 20  # times its size that a file may unpack to: weights hardly shrink when they are compressed
 MAGIC = b"PK\x03\x04"
@@ -95,9 +93,6 @@ def _check_pickle(pickle, allowed):
     for operation, argument in pickle_operations(pickle):
         if operation == "GLOBAL" and argument not in allowed and not _is_torch_type(argument):
             raise Damaged(f"it asks for {argument.replace(' ', '.')}")
-
-
-COPYING = {"collections OrderedDict", "collections Counter", "builtins set", "__builtin__ set"}
 
 
 class _Copying(int):
@@ -222,10 +217,9 @@ def _one_line(path, option):
     try:
         yield
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise InputError(
             f"{option} {path}: not a readable PyTorch file of tensors and plain types (empty, truncated, or with "
-            f"code in it: {reason})"
+            f"code in it: {first_line(error):.160})"
         ) from error
 
 

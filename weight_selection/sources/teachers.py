@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch.nn as nn
 
-from weight_selection.errors import InputError
-from weight_selection.sources.architectures import NO_KEYS
+from weight_selection.errors import InputError, first_line
+from weight_selection.sources.architectures import HALVES, IMAGENET, NO_KEYS
 from weight_selection.sources.directories import files_of
 from weight_selection.sources.facts import facts_of, library_of
 from weight_selection.sources.safe_load import check_archive
@@ -19,7 +19,7 @@ from weight_selection.sources.weight_files import (
     StoredTensor,
     Weights,
     first_mismatch,
-    open_state_dict,
+    open_files,
     read_weights,
     training_options,
     without_common_prefix,
@@ -62,7 +62,7 @@ def open_teacher(path, model: nn.Module, option: str) -> tuple:
 
     Other layouts (those of publishers, .npz, TorchScript, ``torch.save`` before PyTorch 1.6) are read whole.
     """
-    stored = stored_under_own_names(path, model, option)
+    stored = stored_under_own_names(files_of(path, option), model, option)
     if stored is None:
         return read_teacher(path, model, option)
     refuse_quantised(stored, model, f"{option} {path}")
@@ -86,18 +86,15 @@ def read_teacher(path, model: nn.Module, option: str) -> tuple:
     Raises:
         InputError: the file cannot be read, or its keys or shapes are not the model's; the message names the first.
     """
-    architecture, pattern = facts_of(model).architecture, classifier_of(model)
+    architecture = facts_of(model).architecture
     if Path(path).suffix == ".npz":
         state_dict, unused = _read_npz(path, model, architecture, option)
     else:
         state_dict, unused = _converted(read_weights(path, option), model, architecture, f"{option} {path}")
-    classifier = [key for key in state_dict if re.search(pattern, key)]
-    backbone = {key: value for key, value in state_dict.items() if key not in classifier}
-    problem = first_mismatch(backbone, model, lambda key: re.search(pattern, key))
-    if problem:
+    if problem := mismatch(state_dict, model):
         raise InputError(f"{option} {path}: not the weights of this teacher: {problem}; name another or set its kwargs")
     expected = model.state_dict()
-    unused += [key for key in classifier if key not in expected]
+    unused += [key for key in state_dict if key not in expected]  # of the classifier: all others fit
     return {key: value for key, value in state_dict.items() if key in expected}, unused
 
 
@@ -108,15 +105,14 @@ def load_into_teacher(model: nn.Module, path, option: str) -> None:
         InputError: as ``read_teacher``, or the classifier is absent or of another size.
     """
     weights, _ = read_teacher(path, model, option)
-    problem = first_mismatch(weights, model)
-    if problem:
+    if problem := first_mismatch(weights, model):
         raise InputError(f"{option} {path}: does not fit a teacher of {model.num_classes} classes: {problem}")
     model.load_state_dict(weights)
 
 
-def stored_under_own_names(path, model, option):
-    """{key: StoredTensor} of a path whose tensors are the model's but for its classifier; None for another layout."""
-    stored = open_state_dict(path, option)
+def stored_under_own_names(files, model, option):
+    """{key: StoredTensor} of files whose tensors are the model's but for its classifier; None for another layout."""
+    stored = open_files(files, option)
     if stored is None:
         return None
     return next((s for s in (stored, without_common_prefix(stored)) if mismatch(s, model) is None), None)
@@ -186,8 +182,7 @@ def _read_npz(path, model, architecture, option):
             classes = arrays["head/bias"].shape[0] if "head/bias" in names else 0
         model.load_pretrained(str(path))
     except Exception as error:  # the zip, numpy and timm layers each have their own errors for a file that is not one
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{option} {path}: timm cannot read it for this model ({reason})") from error
+        raise InputError(f"{option} {path}: timm cannot read it for this model ({first_line(error)})") from error
     state_dict = model.state_dict()
     deep = len({match[1] for match in map(re.compile(r"/encoderblock_(\d+)/").search, names) if match})
     shallow = len(getattr(model, "blocks", ()))
@@ -204,16 +199,7 @@ def _read_npz(path, model, architecture, option):
 
 def normalization(imagenet: bool) -> tuple:
     """(mean, std) by channel that images are normalised with: ImageNet's, or 0.5 and 0.5."""
-    from timm.data import (
-        IMAGENET_DEFAULT_MEAN,
-        IMAGENET_DEFAULT_STD,
-        IMAGENET_INCEPTION_MEAN,
-        IMAGENET_INCEPTION_STD,
-    )
-
-    if imagenet:
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+    return IMAGENET if imagenet else HALVES
 
 
 def normalization_option(mean: Sequence, std: Sequence) -> str | None:

@@ -59,8 +59,10 @@ def rebuildable(
     arguments = {key: value for key, value in arguments.items() if key not in of_timm and value is not None}
     refused = f"--format hub: timm cannot rebuild {name} from a config.json:"
     for key, value in arguments.items():
-        if not _in_json(value):
-            raise InputError(f"{refused} JSON has no word for {key}={value}; {remedy}")
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise InputError(f"{refused} JSON has no word for {key}={value}; {remedy}") from error
     model.pretrained_cfg = model.pretrained_cfg | {"tag": "", "custom_load": False} | config
     with tempfile.TemporaryDirectory() as directory:
         write_config((model, arguments), {}, Path(directory))
@@ -95,11 +97,3 @@ def stored_tensors(model: nn.Module, state_dict: dict) -> dict:
 def reopened(model: nn.Module, directory: Path) -> nn.Module:
     """The model that timm makes of a directory."""
     return timm.create_model(f"local-dir:{directory}", pretrained=True)
-
-
-def _in_json(value):
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True

@@ -27,7 +27,7 @@ from weight_selection.sources.architectures import (
     keys_inside,
 )
 from weight_selection.sources.directories import CONFIG, Directory, read_config
-from weight_selection.sources.facts import ModelFacts
+from weight_selection.sources.facts import ModelFacts, first_convolution
 from weight_selection.sources.names import TIMM, place_of, split_name
 from weight_selection.sources.names import check_name as check_scheme
 
@@ -235,16 +235,11 @@ class _Unfilled(TorchFunctionMode):
 
 def check_input_size(model: nn.Module, input_size: int, name: str) -> None:
     """Raise InputError unless a model, then in evaluation mode, takes square images of that side in pixels."""
-    check_images(model, torch.zeros(1, 3, input_size, input_size), f"--input_size {input_size}: {name} cannot take it")
-
-
-def check_images(model: nn.Module, images: torch.Tensor, complaint: str) -> None:
-    """Raise InputError, complaint and reason, unless a model, then in evaluation mode, takes images of that size."""
     try:
         with torch.no_grad():
-            model.eval()(images)
+            model.eval()(torch.zeros(1, 3, input_size, input_size))
     except (RuntimeError, AssertionError, ValueError) as error:  # too small for the last stage, no multiple of a patch
-        raise InputError(f"{complaint}: {error}") from error
+        raise InputError(f"--input_size {input_size}: {name} cannot take it: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -285,11 +280,10 @@ def _config(model):
     """What timm records of a model; of one that timm's factory did not build, as much of it as can be found."""
     if hasattr(model, "pretrained_cfg"):
         return model.pretrained_cfg
-    modules = dict(model.named_modules())
-    first = next((name for name, module in modules.items() if isinstance(module, nn.Conv2d)), None)
+    first, convolution = first_convolution(model)
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
-    classifier = next((name for name, module in modules.items() if module is head), None)
-    channels = modules[first].in_channels if first else 3
+    classifier = next((name for name, module in model.named_modules() if module is head), None)
+    channels = convolution.in_channels if first else 3
     return {"input_size": (channels, IMAGE_SIZE, IMAGE_SIZE), "first_conv": first, "classifier": classifier}
 
 

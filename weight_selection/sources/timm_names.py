@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch.nn as nn
 
-from weight_selection.errors import InputError
+from weight_selection.errors import InputError, first_line
 from weight_selection.sources.architectures import NO_KEYS
-from weight_selection.sources.directories import Directory, weight_files
+from weight_selection.sources.directories import Directory, files_of, weight_files
 from weight_selection.sources.hub import Repository, fetch
 from weight_selection.sources.names import TIMM, check_name
 from weight_selection.sources.teachers import Opened, classifier_of, open_weights, stored_under_own_names
 from weight_selection.sources.timm_models import arguments_of, create_model, model_facts
-from weight_selection.sources.weight_files import Weights, open_state_dict, read_weights, stored_whole, training_options
+from weight_selection.sources.weight_files import Weights, stored_in, training_options
 
 __all__ = ["arguments_of", "create_model", "create_pretrained", "model_of_checkpoint", "open_published", "open_weights"]
 
@@ -29,8 +29,7 @@ def create_pretrained(name: str, kwargs: dict, option: str, remedy: str) -> nn.M
     try:
         return create_model(name, option=option, pretrained=True, **kwargs)
     except OSError as error:  # what requests, urllib and huggingface_hub raise without a network or such a file
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{option} {name}: cannot fetch its weights ({reason}); {remedy}") from error
+        raise InputError(f"{option} {name}: cannot fetch its weights ({first_line(error)}); {remedy}") from error
 
 
 def open_published(name: str, model: nn.Module, kwargs: dict, option: str, remedy: str, include_head: bool) -> Opened:
@@ -45,8 +44,7 @@ def open_published(name: str, model: nn.Module, kwargs: dict, option: str, remed
             "--teacher_kwargs"
         )
     files = _fetch(name, cfg, option, remedy)
-    path = files and (files[0] if len(files) == 1 else files[0].parent)
-    stored = path and stored_under_own_names(path, model, f"{option} {name}:")
+    stored = files and stored_under_own_names(files, model, f"{option} {name}:")
     weights = Weights(stored) if stored else create_pretrained(name, kwargs, option, remedy).state_dict()
     if cfg.get("source") == "local-dir":
         return Opened(weights, cfg["architecture"], cfg["file"], files, [])
@@ -73,7 +71,7 @@ def model_of_checkpoint(path, option: str) -> tuple:
     check_name(name, option, TIMM)
     model = create_model(name, option=option, input_size=size, device="meta", **kwargs)
     head_norm = model_facts(model).architecture.head_norm or NO_KEYS
-    stored = open_state_dict(path, option) or stored_whole(read_weights(path, option))
+    stored = stored_in(files_of(path, option), option)
     classifier = [
         value for key, value in stored.items() if re.search(classifier_of(model), key) and not re.search(head_norm, key)
     ]

@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 import torch
 
-from weight_selection.errors import InputError
+from weight_selection.errors import InputError, first_line
 from weight_selection.sources.safe_load import check_archive, is_archive, pickle_operations
 
 DTYPES = {
@@ -52,8 +52,7 @@ def read_torchscript(path, option: str) -> dict:
         with zipfile.ZipFile(path) as archive:
             return dict(_tensors(_Unpickler(archive).load()))
     except Exception as error:  # corrupt input makes pickle raise nearly anything; nothing else runs in this block
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{option} {path}: not a readable TorchScript archive ({reason})") from error
+        raise InputError(f"{option} {path}: not a readable TorchScript archive ({first_line(error)})") from error
 
 
 class _Module:

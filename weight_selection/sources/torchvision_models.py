@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from weight_selection.sources.architectures import IMAGENET, Architecture, found_components, keys_inside
-from weight_selection.sources.facts import ModelFacts
+from weight_selection.sources.facts import ModelFacts, first_convolution
 
 IMAGE_SIZE = 224  # pixels; of models that take images of any size
 INCEPTION_SIZE = 299
@@ -25,11 +25,10 @@ def model_facts(model: nn.Module) -> ModelFacts:
     """What one of torchvision's models answers; it may be on the meta device."""
     base = [cls for cls in type(model).__mro__ if cls.__module__.startswith("torchvision.")][-1]
     root, takes_images = base.__name__, TAKES_IMAGES.fullmatch(base.__module__)
-    modules = dict(model.named_modules())
-    first = next((name for name, module in modules.items() if isinstance(module, nn.Conv2d)), None)
-    classifier = _classifier(modules)
+    first, convolution = first_convolution(model)
+    classifier = _classifier(dict(model.named_modules()))
     size = _image_size(model, root)
-    channels = modules[first].in_channels if first else 3
+    channels = convolution.in_channels if first else 3
     patch = getattr(model, "patch_size", None) if root == "VisionTransformer" else None
     return ModelFacts(
         architecture=Architecture(
@@ -39,7 +38,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
         ),
         inputs=(torch.empty(1, channels, size, size, device="meta"),) if takes_images else None,
         layer_patterns=[(re.compile(LAYERS[root]), True)] if root in LAYERS else [],
-        first_convolutions={f"{first}.weight": modules[first]} if first else {},
+        first_convolutions={f"{first}.weight": convolution} if first else {},
         grid=(size // patch, size // patch) if patch else None,
         position_embeddings=("encoder.pos_embedding",) if patch else (),
         normalization=IMAGENET,

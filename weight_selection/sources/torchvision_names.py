@@ -13,7 +13,7 @@ from weight_selection.sources.directories import files_of
 from weight_selection.sources.hub import fetch
 from weight_selection.sources.names import split_name
 from weight_selection.sources.teachers import Opened, mismatch, open_teacher, refuse_quantised
-from weight_selection.sources.weight_files import Weights, open_state_dict, read_weights, stored_whole
+from weight_selection.sources.weight_files import Weights, stored_in
 
 # Names in published files that torchvision's own loading changes: DenseNet's, and those of the MLP of a ViT.
 OLD_NAMES = (
@@ -77,10 +77,7 @@ def open_weights(path, model: nn.Module, option: str) -> Opened:
 
 def _open(path, model, option):
     """({the model's key: tensor}, the file's names of all else)."""
-    stored = open_state_dict(path, option)
-    if stored is None:  # torchvision's older files are older than the format that is read lazily
-        stored = stored_whole(read_weights(path, option))
-    renamed = {_todays_name(key): value for key, value in stored.items()}
+    renamed = {_todays_name(key): value for key, value in stored_in(files_of(path, option), option).items()}
     if mismatch(renamed, model):
         return open_teacher(path, model, option)  # says what does not fit
     refuse_quantised(renamed, model, f"{option} {path}")

@@ -31,7 +31,8 @@ def example_inputs(model) -> dict:
     if "input_values" in takes and hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
         inputs["input_values"] = torch.empty(1, config.max_length, config.num_mel_bins, device="meta")
     if "input_features" in takes and hasattr(config, "num_mel_bins"):
-        inputs["input_features"] = torch.empty(1, config.num_mel_bins, _frames(model), device="meta")
+        length = 2 * config.max_source_positions  # Whisper's convolutions halve it to the positions of its encoder
+        inputs["input_features"] = torch.empty(1, config.num_mel_bins, length, device="meta")
     if "input_ids" in takes:
         inputs |= _tokens(takes, "", _is_causal(model) and not config.is_encoder_decoder)
     if "decoder_input_ids" in takes and config.is_encoder_decoder:
@@ -53,11 +54,6 @@ def image_shape(config) -> tuple:
     size = getattr(config, "image_size", None) or IMAGE_SIZE
     height, width = (size, size) if isinstance(size, int) else size
     return getattr(config, "num_channels", 3), height, width
-
-
-def _frames(model):
-    """The fixed number of frames that Whisper's encoder takes: its convolutions halve them to its positions."""
-    return 2 * model.config.max_source_positions
 
 
 def _tokens(takes, prefix, masked):

@@ -13,7 +13,7 @@ import torch.nn as nn
 from transformers import PreTrainedModel
 
 from weight_selection.sources.architectures import HALVES, NO_KEYS, Architecture, keys_inside
-from weight_selection.sources.facts import ModelFacts, facts_of_any
+from weight_selection.sources.facts import ModelFacts, facts_of_any, first_convolution
 from weight_selection.sources.transformers_inputs import example_inputs, image_shape, token_heads
 
 # Tasks whose modules are a classifier. Language models and decoders of masked images are selected.
@@ -31,7 +31,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
     if not isinstance(model, PreTrainedModel):  # a part of one
         return facts_of_any(model)
     inputs = example_inputs(model)
-    name, convolution = _first_convolution(model) if "pixel_values" in inputs else (None, None)
+    name, convolution = first_convolution(model) if "pixel_values" in inputs else (None, None)
     first = {f"{name}.weight": convolution} if name else {}
     prefix = _base_prefix(model)
     inside = re.search(INSIDE_HEADS, type(model).__name__)
@@ -106,12 +106,6 @@ def _components(model):
         elif any(re.search(MLP, cls) for cls in around) or re.search(MLP_LAYERS, name):
             found["mlp"].append(name)
     return {component: keys_inside(names) for component, names in found.items()}
-
-
-def _first_convolution(model):
-    """(name, convolution) that takes the image, or (None, None)."""
-    convolutions = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
-    return next(convolutions, (None, None))
 
 
 def _grid(config, convolution):

@@ -18,15 +18,9 @@ from weight_selection.errors import InputError
 from weight_selection.sources import teachers
 from weight_selection.sources.directories import Directory, files_of, read_config, weight_files
 from weight_selection.sources.names import place_of
-from weight_selection.sources.teachers import Opened, classifier_of, refuse_quantised
-from weight_selection.sources.weight_files import (
-    Weights,
-    first_mismatch,
-    open_files,
-    read_files,
-    stored_whole,
-    without_common_prefix,
-)
+from weight_selection.sources.teachers import Opened, classifier_of, mismatch, refuse_quantised
+from weight_selection.sources.weight_files import Weights, stored_in, without_common_prefix
+from weight_selection.tied import tied_keys
 
 NOT_SIZES = {"architectures", "auto_map", "model_type", "transformers_version", "quantization_config"}
 CONVERTED = object()  # in place of a key: from_pretrained changes the tensor
@@ -157,10 +151,8 @@ def open_weights(path, model: nn.Module, option: str) -> Opened:
 
 def _open(files: list, model: nn.Module, where: str) -> tuple:
     """({the model's key: tensor}, the files' names of all else). A tensor is read when it is asked for, if possible."""
-    stored = open_files(files, where)
-    if stored is None:
-        stored = stored_whole(read_files(files, where))
-    rename, expected = _renaming(model), model.state_dict(keep_vars=True)
+    stored = stored_in(files, where)
+    rename, expected = _renaming(model), model.state_dict()
     if not any(rename(key) in expected for key in stored):
         stored = without_common_prefix(stored)
     renamed = {key: rename(key) for key in stored}
@@ -168,7 +160,7 @@ def _open(files: list, model: nn.Module, where: str) -> tuple:
         refuse_quantised(stored, model, where)
         return _converted({key: value.read() for key, value in stored.items()}, model, where)
     found = {renamed[key]: value for key, value in stored.items() if renamed[key] in expected}
-    found |= _tied(found, expected)
+    found = _with_tied(found, model)
     refuse_quantised(found, model, where)
     _check(found, model, where)
     return Weights(found), [key for key in stored if renamed[key] not in expected]
@@ -208,16 +200,12 @@ def _bridged(key, prefix, expected):
     return next((k for k in (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}.")) if k in expected), key)
 
 
-def _tied(found, expected):
-    """What files leave out because the model holds the same tensor under another name too."""
-    names = {}
-    for key, value in expected.items():
-        names.setdefault(id(value), []).append(key)
-    tied = {}
-    for keys in names.values():
-        there = next((key for key in keys if key in found), None)
-        tied |= {key: found[there] for key in keys if there and key not in found}
-    return tied
+def _with_tied(found, model):
+    """Add what files leave out because the model holds the same tensor under another name too."""
+    tied = tied_keys(model)
+    of_tensor = {tied.get(key, key): value for key, value in reversed(found.items())}  # by the key that it goes by
+    absent = (key for key in model.state_dict() if key not in found and tied.get(key, key) in of_tensor)
+    return found | {key: of_tensor[tied.get(key, key)] for key in absent}
 
 
 def _check(found, model, where):
@@ -229,8 +217,7 @@ def _check(found, model, where):
                 f"{where}: {key} is missing, and from_pretrained would draw it at random; give weights of a whole "
                 f"{type(model).__name__}"
             )
-    backbone = {key: value for key, value in found.items() if not re.search(pattern, key)}
-    if problem := first_mismatch(backbone, model, lambda key: re.search(pattern, key)):
+    if problem := mismatch(found, model):
         raise InputError(f"{where}: not the weights of this teacher: {problem}; name another or set its kwargs")
 
 
@@ -248,7 +235,7 @@ def _converted(state_dict, model, where):
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{where}: from_pretrained cannot convert it for this model: {_reason(error)}") from error
-    weights = whole.state_dict()
-    found = {key: value for key, value in weights.items() if key not in report["missing_keys"]}
-    _check(found | _tied(found, whole.state_dict(keep_vars=True)), model, where)
-    return found | _tied(found, whole.state_dict(keep_vars=True)), sorted(report["unexpected_keys"])
+    loaded = {key: value for key, value in whole.state_dict().items() if key not in report["missing_keys"]}
+    found = _with_tied(loaded, whole)
+    _check(found, model, where)
+    return found, sorted(report["unexpected_keys"])

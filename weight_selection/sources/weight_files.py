@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 
-from weight_selection.errors import InputError
+from weight_selection.errors import InputError, first_line
 from weight_selection.sources.directories import files_of
 from weight_selection.sources.safe_load import is_archive, is_plain, load_torch, map_torch, read_mapped
 from weight_selection.sources.torchscript import is_torchscript, read_torchscript
@@ -86,7 +86,7 @@ def save_torch(value, path) -> None:
         with open(path, "wb") as file:
             torch.save(value, file)
     except RuntimeError as error:  # torch hides a full disk behind a message about its archive writer
-        raise OSError(f"is the disk full? {str(error).splitlines()[0]}") from error
+        raise OSError(f"is the disk full? {first_line(error)}") from error
 
 
 def first_mismatch(state_dict: Mapping, model: nn.Module, may_be_missing=lambda key: False) -> str | None:
@@ -186,17 +186,12 @@ class Weights(Mapping):
         return len(self.stored)
 
 
-def open_state_dict(path, option: str) -> dict | None:
-    """{key: ``StoredTensor``} of a file or directory; None if a file has to be read whole to find its tensors.
+def open_files(files: list, option: str) -> dict | None:
+    """{key: ``StoredTensor``} of the shards of a state_dict; None if one has to be read whole to find its tensors.
 
     Raises:
         InputError: as ``read_weights``.
     """
-    return open_files(files_of(path, option), option)
-
-
-def open_files(files: list, option: str) -> dict | None:
-    """As ``open_state_dict`` of the shards of one state_dict."""
     stored = {}
     for file in files:
         shard = _open_safetensors(file, option) if file.suffix == ".safetensors" else _open_torch(file, option)
@@ -206,13 +201,13 @@ def open_files(files: list, option: str) -> dict | None:
     return stored
 
 
-def stored_whole(state_dict: dict) -> dict:
-    """{key: ``StoredTensor``} of tensors in memory."""
-    return {key: StoredTensor(tuple(v.shape), partial(_same, v), str(v.dtype)) for key, v in state_dict.items()}
-
-
-def _same(value):
-    return value
+def stored_in(files: list, option: str) -> dict:
+    """As ``open_files``; what cannot be opened is read whole."""
+    stored = open_files(files, option)
+    if stored is None:
+        whole = read_files(files, option)
+        stored = {key: StoredTensor(tuple(v.shape), lambda v=v: v, str(v.dtype)) for key, v in whole.items()}
+    return stored
 
 
 def _open_torch(path, option):

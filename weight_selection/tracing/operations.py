@@ -62,7 +62,12 @@ def follow(tracer: Tracer, func, out, args: tuple, kwargs: dict) -> None:
     if labelled:
         if name not in RULES:
             raise Untraceable(f"{func} is no operation that neurons can be followed through")
-        RULES[name](tracer, func, out, *args, **kwargs)
+        axes = RULES[name](tracer, func, out, *args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            tracer.put(out, axes)
+        else:  # several tensors, and of each axis a part for each
+            for tensor, *parts in zip(out, *axes, strict=True):
+                tracer.put(tensor, parts)
     elif (name in ALONE or name in KEEP) and tracer.is_uniform(args[0]):
         tracer.uniform[storage(out)] = out
     elif name in ALONE or name in TOGETHER:
@@ -87,57 +92,49 @@ def _tensors(arguments):
 
 def _move(tracer, func, out, x, *args, **kwargs):
     note_view(tracer, func, out, x)
-    axes = [moved(func, axis, args, kwargs) for axis in tracer.get(x)]
-    if isinstance(out, torch.Tensor):
-        tracer.put(out, axes)
-    else:
-        for tensor, *parts in zip(out, *axes, strict=True):
-            tracer.put(tensor, parts)
+    return [moved(func, axis, args, kwargs) for axis in tracer.get(x)]
 
 
 def _keep(tracer, func, out, x, *args, **kwargs):
     note_view(tracer, func, out, x)
     if out.shape != x.shape:
         raise Untraceable(f"{func} changes a tensor's layout")
-    tracer.put(out, tracer.get(x))
+    return tracer.get(x)
 
 
 def _alone(tracer, func, out, x, *args, **kwargs):
-    tracer.put(out, tracer.get(x))
+    return tracer.get(x)
 
 
 def _together(tracer, func, out, *args, **kwargs):
-    tracer.put(out, tracer.meet([tensor for tensor in _tensors(args) if tensor.ndim], out.shape))
+    return tracer.meet([tensor for tensor in _tensors(args) if tensor.ndim], out.shape)
 
 
 def _copy(tracer, func, out, into, source, *args):
     """The values before it do not count."""
     if out.untyped_storage().nbytes() != out.numel() * out.itemsize:
         raise Untraceable("a part of a tensor is written over")
-    tracer.put(out, tracer.meet([source], out.shape))
+    return tracer.meet([source], out.shape)
 
 
 def _over_space(tracer, func, out, x, *args, **kwargs):
     tracer.resized[storage(out)] = storage(x)
-    axes = []
     for axis in tracer.get(x):
         if max(varying(axis)) < 2:
-            axes.append(fit(axis, out.shape))
+            yield fit(axis, out.shape)
         elif min(varying(axis)) >= 2:  # what is interpolated or pooled along are positions
             tracer.positions(axis)
         else:
             raise Untraceable(f"{func} runs along neurons")
-    tracer.put(out, axes)
 
 
 def _pad(tracer, func, out, x, pads, *args):
     """Neurons get constants beside them; the constants are neurons of no parameter."""
     tracer.resized[storage(out)] = storage(x)
-    axes = []
     for axis in tracer.get(x):
         dims = {dim for dim in varying(axis) if out.shape[dim] != x.shape[dim]}
         if not dims:
-            axes.append(fit(axis, out.shape))
+            yield fit(axis, out.shape)
             continue
         kept = core(axis)
         size = [out.shape[dim] if dim in dims else n for dim, n in enumerate(kept.shape)]
@@ -146,8 +143,7 @@ def _pad(tracer, func, out, x, pads, *args):
         for dim in dims:
             inside = inside.narrow(dim, max(pads[2 * (axis.ndim - 1 - dim)], 0), kept.shape[dim])
         inside.copy_(kept)
-        axes.append(padded.expand(out.shape))
-    tracer.put(out, axes)
+        yield padded.expand(out.shape)
 
 
 def _cat(tracer, func, out, tensors, dim=0):
@@ -155,13 +151,12 @@ def _cat(tracer, func, out, tensors, dim=0):
     stacked = func.overloadpacket is aten.stack
     pieces = [[axis.unsqueeze(dim) if stacked else axis for axis in tracer.get(tensor)] for tensor in tensors]
     shapes = [(*t.shape[:dim], 1, *t.shape[dim:]) if stacked else tuple(t.shape) for t in tensors]
-    result = []
     for kind, parts in _aligned(pieces, dim):
         present = [part for part in parts if part is not None]
         if kind and not stacked and not any(dim in varying(part) for part in present):
             for part in present[1:]:  # rows or tokens are joined: each has the same neurons
                 tracer.labels.join(core(present[0]).narrow(dim, 0, 1), core(part).narrow(dim, 0, 1))
-            result.append(fit(present[0].narrow(dim, 0, 1), out.shape))
+            yield fit(present[0].narrow(dim, 0, 1), out.shape)
         elif any(part is None and axes for part, axes in zip(parts, pieces, strict=True)):
             tracer.positions(*present)  # tokens are put beside an image's positions
         else:
@@ -171,8 +166,7 @@ def _cat(tracer, func, out, tensors, dim=0):
                 if part is None:  # constants are neurons of no parameter
                     part = tracer.labels.new(torch.Size(size).numel()).view(size)
                 filled.append(core(part).expand(size))
-            result.append(fit(torch.cat(filled, dim), out.shape))
-    tracer.put(out, result)
+            yield fit(torch.cat(filled, dim), out.shape)
 
 
 def _aligned(pieces, dim):
@@ -192,19 +186,20 @@ def _index(tracer, func, out, x, indices, *args, **kwargs):
     picked = {dim for dim, index in enumerate(indices) if index is not None}
     first = [slice(None) if index is None else torch.zeros(index.shape, dtype=torch.int64) for index in indices]
     tracer.positions(*(axis for axis in tracer.get(x) if varying(axis) & picked))
-    tracer.put(out, [axis[tuple(first)] for axis in tracer.get(x) if not varying(axis) & picked])
+    return [axis[tuple(first)] for axis in tracer.get(x) if not varying(axis) & picked]
 
 
 def _embedding(tracer, func, out, weight, indices, *args):
     """Rows of a table are looked up: its rows are positions, its columns neurons."""
     tracer.positions(*tracer.get(indices))
     tracer.positions(*(axis for axis in tracer.get(weight) if 0 in varying(axis)))
-    tracer.put(out, [axis[:1].expand(out.shape) for axis in tracer.get(weight) if 0 not in varying(axis)])
+    return [axis[:1].expand(out.shape) for axis in tracer.get(weight) if 0 not in varying(axis)]
 
 
 def _pixel_shuffle(tracer, func, out, x, factor):
     """Channels become the pixels of patches, which are positions."""
     tracer.positions(*tracer.get(x))
+    return []
 
 
 def _reduce(tracer, func, out, x, *args, **kwargs):
@@ -214,13 +209,11 @@ def _reduce(tracer, func, out, x, *args, **kwargs):
     dims = {dim % x.ndim for dim in ([dims] if isinstance(dims, int) else dims or range(x.ndim))}
     if x.ndim == 4 and dims == {2, 3}:
         tracer.resized[storage(out)] = storage(x)
-    axes = []
     for axis in tracer.get(x):
         for rest in tracer.heads(axis, dims) if varying(axis) & dims else [axis]:
             for dim in sorted(dims, reverse=True):
                 rest = rest.narrow(dim, 0, 1) if out.ndim == x.ndim else rest.select(dim, 0)
-            axes.append(rest)
-    tracer.put(out, axes)
+            yield rest
 
 
 def _norm_of_channels(tracer, func, out, x, *args):
@@ -234,13 +227,13 @@ def _norm_of_channels(tracer, func, out, x, *args):
             if varying(axis) == {1}:
                 matrix = core(axis).view(groups, -1)
                 tracer.constraints.append(BlockConstraint(tracer.labels.new(groups), matrix, always=True))
-    tracer.put(out, result)
+    return result
 
 
 def _glu(tracer, func, out, x, dim=-1):
     """One half is multiplied by the sigmoid of the other."""
     halves = [axis.chunk(2, dim) for axis in tracer.get(x)]
-    tracer.put(out, tracer.match([half for half, _ in halves], [half for _, half in halves]))
+    return tracer.match([half for half, _ in halves], [half for _, half in halves])
 
 
 def _im2col(tracer, func, out, x, *args):  # (batch, channels * kernel positions, places)
@@ -248,20 +241,19 @@ def _im2col(tracer, func, out, x, *args):  # (batch, channels * kernel positions
     if any(varying(axis) != {1} for axis in axes):
         raise Untraceable("a convolution slides along neurons")
     times = out.shape[1] // x.shape[1]
-    tracer.put(out, [along(1, channels.flatten().repeat_interleave(times), out.shape) for channels in axes])
+    return [along(1, channels.flatten().repeat_interleave(times), out.shape) for channels in axes]
 
 
 def _col2im(tracer, func, out, x, *args):
-    axes = []
     for axis in tracer.get(x):
         if varying(axis) != {1}:
             raise Untraceable("a convolution slides along neurons")
         rows = core(axis).view(out.shape[1], -1)
         tracer.labels.join(rows, rows[:, :1])
-        axes.append(along(1, rows[:, 0], out.shape))
-    tracer.put(out, axes)
+        yield along(1, rows[:, 0], out.shape)
 
 
+# Each gives the labels of what its operation gave.
 RULES = {
     **dict.fromkeys(MOVES, _move),
     **dict.fromkeys(KEEP, _keep),

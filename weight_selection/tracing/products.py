@@ -25,9 +25,11 @@ def product(tracer: Tracer, func, out, *args, **kwargs):
         tracer.labels.shared += [core(axis) for axis in their if not varying(axis) & varying(heads)]
     mine = [fit(axis.narrow(last, 0, 1), out.shape) for axis in mine]
     their = [fit(axis.narrow(last - 1, 0, 1), out.shape) for axis in their]
-    tracer.put(out, tracer.match(mine, their))
-    if added:
-        tracer.put(out, tracer.meet([out, *added], out.shape))
+    axes = tracer.match(mine, their)
+    if not added:
+        return axes
+    tracer.put(out, axes)
+    return tracer.meet([out, *added], out.shape)
 
 
 def note_view(tracer: Tracer, func, out, x):
@@ -118,8 +120,7 @@ def convolution(tracer: Tracer, func, out, x, weight, bias, *options):
     _check_kernels(tracer, weight)
     axes = tracer.get(x)
     if any(varying(axis) == {0, 1} for axis in axes) and groups == x.shape[1]:
-        _convolution_of_heads(tracer, out, x, weight, bias)
-        return
+        return _convolution_of_heads(tracer, out, x, weight, bias)
     passing = [axis for axis in axes if varying(axis) != {1}]
     mixed = {dim for axis in passing for dim in varying(axis)}
     if any(dim < 2 or weight.shape[dim] > 1 or out.shape[dim] != x.shape[dim] for dim in mixed):
@@ -144,7 +145,7 @@ def convolution(tracer: Tracer, func, out, x, weight, bias, *options):
         for axis in tracer.get(bias):
             tracer.labels.join(result, core(axis))
         axes.append(along(1, result, out.shape))
-    tracer.put(out, axes)
+    return axes
 
 
 def _check_kernels(tracer, weight):
@@ -161,7 +162,7 @@ def _convolution_of_heads(tracer, out, x, weight, bias):
     for axis in (*tracer.get(weight), *tracer.get(bias)):
         if varying(axis) == {0}:
             result = tracer.match(result, [along(1, core(axis).flatten(), out.shape)])
-    tracer.put(out, result)
+    return result
 
 
 def _depthwise(tracer, kernels, inputs, groups, outputs):

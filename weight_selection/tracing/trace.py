@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from weight_selection.errors import first_line
 from weight_selection.modules import run_forward, skeleton_of, tensors_of
 from weight_selection.tracing.labels import Labels, storage
 from weight_selection.tracing.meta_results import MetaResults
@@ -88,7 +89,7 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
     except Untraceable as reason:
         raise Untraceable(modules.where() + str(reason)) from reason
     except (RuntimeError, AssertionError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())
+        reason = " ".join(first_line(error).split())
         if re.search(NO_VALUES, reason):
             message = f"its forward pass looks at the values of tensors, which a trace does not have ({reason})"
             raise Untraceable(modules.where() + message) from error

@@ -328,6 +328,13 @@ class Masked(MLP):
         return super().forward(x * mask)
 
 
+class Silent:
+    """Cannot be copied, and does not say why."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError
+
+
 def quantised(model):
     return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
 
@@ -358,6 +365,7 @@ def quantised(model):
         (torch.jit.trace(MLP(8, 1), FEATURES.float()), MLP(4, 1), {}, "a TorchScript program; give the module that it"),
         (Valued(8, 1), MLP(4, 1), {}, "its forward pass looks at the values of tensors.*[)]$"),
         (Keeping(8, threading.Lock()), Keeping(4), {}, "a Keeping cannot be copied .*lock"),
+        (Keeping(8, Silent()), Keeping(4), {}, "a Keeping cannot be copied .TypeError.; give one without"),
         (quantised(MLP(8, 1)), MLP(4, 1), {}, "_packed_params.dtype is no tensor, as in quantised models"),
         (MLP(8, 1), MLP(4, 1), {"example_inputs": None}, r"forward takes \(x first\)"),
         (Numbered(8, 2, lambda x: x.cumsum(1)), Numbered(4, 2), {}, "apart: aten.cumsum.default is no operation"),
