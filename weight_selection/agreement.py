@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from weight_selection.errors import InputError
-from weight_selection.modules import run_forward
+from weight_selection.modules import evaluating, run_forward
 from weight_selection.projection.images import BATCH_SIZE, inputs_and_labels, inputs_with, placed
 from weight_selection.sources.facts import facts_of, unwrapped
 
@@ -49,14 +49,10 @@ def top1_classes(model: nn.Module, batch: Tensor | Mapping) -> tuple[Tensor, int
     Args, Raises: as ``measure_agreement``.
     """
     model = unwrapped(model)
-    like, training = next(model.parameters()), model.training
+    like = next(model.parameters())
     batch = placed(inputs_and_labels(batch, "images")[0], like)
-    model.eval()
-    try:
-        with torch.autocast(like.device.type, enabled=False):  # the caller may train in mixed precision
-            output = run_forward(model, inputs_with(facts_of(model).inputs or (batch,), batch))
-    finally:
-        model.train(training)
+    with evaluating(model), torch.autocast(like.device.type, enabled=False):  # the caller may train in mixed precision
+        output = run_forward(model, inputs_with(facts_of(model).inputs or (batch,), batch))
     scores = getattr(output, "logits", output)  # Hugging Face's models give more than scores
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from weight_selection.errors import InputError
-from weight_selection.modules import run_forward
+from weight_selection.modules import evaluating, run_forward
 from weight_selection.projection.images import inputs_and_labels, placed
 from weight_selection.sources.facts import facts_of, unwrapped
 
@@ -176,19 +176,15 @@ def fit_classifier(model: nn.Module, batches: Iterable, num_classes: int, classi
     """
     model = unwrapped(model)
     layer, like = classifier_layer(model, num_classes, classifier), next(model.parameters())
-    sums, training = RidgeSums(num_classes), model.training
-    model.eval()
-    try:
-        with torch.no_grad(), features_of(layer) as caught:
-            for batch in batches:
-                inputs, labels = inputs_and_labels(batch, "batches")
-                if labels is None:
-                    raise InputError("batches: one has no labels; give (inputs, labels), or dicts with labels")
-                inputs = placed(inputs, like)
-                run_forward(model, inputs if isinstance(inputs, dict) else (inputs,))
-                sums.add(caught.pop(), labels.to(like.device))
-    finally:
-        model.train(training)
+    sums = RidgeSums(num_classes)
+    with evaluating(model), torch.no_grad(), features_of(layer) as caught:
+        for batch in batches:
+            inputs, labels = inputs_and_labels(batch, "batches")
+            if labels is None:
+                raise InputError("batches: one has no labels; give (inputs, labels), or dicts with labels")
+            inputs = placed(inputs, like)
+            run_forward(model, inputs if isinstance(inputs, dict) else (inputs,))
+            sums.add(caught.pop(), labels.to(like.device))
     if not sums.images:
         raise InputError("batches: no images in them; give a loader of the training images")
     fitted = sums.solve()

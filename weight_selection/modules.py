@@ -1,5 +1,6 @@
 """What is done with any module: run it, list its tensors, copy it."""
 
+import contextlib
 import copy
 from collections import OrderedDict
 from itertools import chain, takewhile
@@ -15,6 +16,18 @@ from weight_selection.errors import InputError, first_line
 def run_forward(model: nn.Module, inputs: tuple | dict):
     """What a model gives for inputs: a tuple of arguments, or a dict of keyword arguments."""
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """Within the block a model is in evaluation mode; afterwards each of its modules is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def tensors_of(model: nn.Module, **options) -> dict:

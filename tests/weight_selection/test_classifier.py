@@ -42,9 +42,11 @@ def in_batches(images, size=64):
 def test_the_classifier_is_that_of_ridge_regression(images):
     torch.manual_seed(0)
     net = Net().train()
+    net.body[0].eval()
     body = {key: value.clone() for key, value in net.body.state_dict().items()}
     facts = fit_classifier(net, in_batches(images), CLASSES)
-    assert net.training and all(torch.equal(value, body[key]) for key, value in net.body.state_dict().items())
+    assert net.body.training and not net.body[0].training
+    assert all(torch.equal(value, body[key]) for key, value in net.body.state_dict().items())
     features = net.eval().body(images[0]).detach().double()
     variance = features.var(0, unbiased=False).mean().item()
     ridge = Ridge(alpha=facts["ridge"] * variance * IMAGES).fit(features.numpy(), F.one_hot(images[1]).double().numpy())

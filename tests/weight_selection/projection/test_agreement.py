@@ -39,7 +39,9 @@ def test_agreement_is_the_percentage_of_images_of_one_class_in_both():
     assert measure_agreement(teacher, student, [scores[:5], scores[5:]]) == 50
     assert measure_agreement(teacher, student, [{"scores": scores[:5]}]) == 20
     assert measure_agreement(student, student, scores.float().repeat(5, 1)) == 100
-    assert teacher.training, "the caller's model is left as it is"
+    teacher.unused.eval()
+    assert measure_agreement(teacher, teacher, scores) == 100
+    assert teacher.training and not teacher.unused.training, "the caller's model is left as it is"
     with pytest.raises(InputError, match="the teacher has 3 classes, the student 2"):
         measure_agreement(teacher, Scores(0, 1), scores)
     with pytest.raises(InputError, match=r"a Scores gives \(8, 3, 1\), not a score"):
