@@ -86,23 +86,19 @@ def _cifar(name):
     return lambda root, train, transform, download: _torchvision(name)(root, train, transform, download=download)
 
 
-def _splits(name, *train_splits):
-    """A ``build`` for a torchvision class with named splits: it joins ``train_splits`` for training."""
+def _split(name):
+    """A ``build`` for a torchvision class that has the splits train and test."""
 
     def build(root, train, transform, download):
-        from torch.utils.data import ConcatDataset
-
-        cls = _torchvision(name)
-        splits = train_splits if train else ("test",)
-        return ConcatDataset([cls(root, split=split, transform=transform, download=download) for split in splits])
+        return _torchvision(name)(root, "train" if train else "test", transform=transform, download=download)
 
     return build
 
 
 def _listed(name, files, *train_splits):
-    """A ``build`` like ``_splits``, for a class that lists its images without looking whether they exist.
+    """A ``build`` for a torchvision class with named splits, of which it joins ``train_splits`` for training.
 
-    ``files`` names the attribute that holds the list.
+    The class lists its images without looking whether they exist; ``files`` names the attribute that holds the list.
     """
 
     def build(root, train, transform, download):
@@ -145,14 +141,14 @@ DATA_SETS = {
                     "oxford-iiit-pet/ with images/ and annotations/", 37, (3_680, 3_669)),
     "flowers": DataSet(_listed("Flowers102", "_image_files", "train", "val"),
                        "flowers-102/ with jpg/, imagelabels.mat and setid.mat", 102, (2_040, 6_149)),
-    "stl10": DataSet(_splits("STL10", "train"),
+    "stl10": DataSet(_split("STL10"),
                      "stl10_binary/ with train_X.bin, train_y.bin, test_X.bin, test_y.bin and unlabeled_X.bin",
                      10, (5_000, 8_000)),
     "food101": DataSet(_listed("Food101", "_image_files", "train"),
                        "food-101/ with images/ and meta/", 101, (75_750, 25_250)),
     "dtd": DataSet(_listed("DTD", "_image_files", "train", "val"),  # torchvision's default: the first of ten partitions
                    "dtd/dtd/ with images/ and labels/", 47, (3_760, 1_880)),
-    "svhn": DataSet(_splits("SVHN", "train"), "train_32x32.mat and test_32x32.mat", 10, (73_257, 26_032)),
+    "svhn": DataSet(_split("SVHN"), "train_32x32.mat and test_32x32.mat", 10, (73_257, 26_032)),
     "eurosat": DataSet(_eurosat, "eurosat/2750/ with CLASS/CLASS_NUMBER.jpg", 10, (21_600, 5_400)),
     "IMNET": DataSet(_folder, FOLDERS, folders=True),
     "image_folder": DataSet(_folder, FOLDERS, folders=True),
@@ -241,8 +237,7 @@ def build_dataset(args, train: bool) -> tuple:
 
 def class_names(dataset, classes: int) -> list[str]:
     """The names of a data set's classes in the order of their labels; numbers for a set that does not name them all."""
-    first = getattr(dataset, "datasets", [dataset])[0]  # of a set that is joined from parts
-    names = getattr(first, "classes", None) or ()
+    names = getattr(dataset, "classes", None) or ()
     return list(map(str, names if len(names) == classes else range(classes)))
 
 
