@@ -17,7 +17,6 @@ the mean of its diagonal, divided by the standard deviation of its other element
 is 0 ± 1 / sqrt(embed_dim).
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -149,7 +148,6 @@ def draw(models: dict, crop: int | None):
 
 def get_args_parser() -> Parser:
     parser = Parser("plot_attention.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--output", required=True, metavar="PNG", help="written anew when it exists")
     add(

@@ -8,7 +8,6 @@ RUN is the output directory of a run, or a checkpoint. An image is a file, any i
 line of a .txt file. It is brought to the model exactly as a test image of the run is.
 """
 
-import argparse
 import contextlib
 import csv
 import json
@@ -143,17 +142,16 @@ FORMATS = {"table": write_table, "csv": write_csv, "json": write_json}
 
 def get_args_parser() -> Parser:
     parser = Parser("predict.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", metavar="RUN", help="output directory of a run of main.py, or a checkpoint")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, directories, .txt files of paths")
-    parser.add_argument("--top_k", type=int, default=5, metavar="K", help="classes for each image; 5 when not given")
-    parser.add_argument("--format", choices=tuple(FORMATS), default="table", help="table when not given")
+    parser.add_argument("--top_k", type=int, default=5, metavar="K", help="classes for each image")
+    parser.add_argument("--format", choices=tuple(FORMATS), default="table", help="of the output")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write; the terminal when not given")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --output")
     parser.add_argument("--ema", action="store_true", help="take the moving average of the weights")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is one when not given")
-    parser.add_argument("--batch_size", type=int, default=64, metavar="IMAGES", help="64 when not given")
-    parser.add_argument("--num_workers", type=int, default=2, metavar="N", help="loader processes; 2 when not given")
+    parser.add_argument("--batch_size", type=int, default=64, metavar="IMAGES", help="at once")
+    parser.add_argument("--num_workers", type=int, default=2, metavar="N", help="loader processes")
     return parser
 
 

@@ -1,6 +1,5 @@
 """Read the results that runs of main.py leave on disk, and compute statistics over their seeds."""
 
-import argparse
 import math
 import statistics
 from dataclasses import dataclass
@@ -85,7 +84,6 @@ def print_lines(lines: dict) -> None:
 def figure_parser(program: str, description: str) -> Parser:
     """Parser of a script that draws a figure from a directory of runs."""
     parser = Parser(program, description)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("out", metavar="OUT", type=Path, help="directory of the runs, SETTING/DATA/NAME/SEED")
     parser.add_argument("--output", required=True, metavar="PNG", type=Path, help="written anew when it exists")
     return parser
