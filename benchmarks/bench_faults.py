@@ -26,7 +26,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 EPOCHS = 4
@@ -52,10 +52,10 @@ VICTIMS = ("one", "all", "launcher")
 LIMIT = 300  # seconds that a run, or a wait for something in it, may take
 
 
-def make_images(root: Path) -> None:
-    """Class folders of noise around a colour: 384 images to train on, 48 to test on."""
+def make_images(root: Path, train: int = 384, val: int = 48) -> None:
+    """Class folders of noise around a colour: so many images to train on, and to test on."""
     rng = np.random.default_rng(0)
-    for part, images in (("train", 384), ("val", 48)):
+    for part, images in (("train", train), ("val", val)):
         for number in range(images):
             folder = root / part / str(number % 4)
             folder.mkdir(parents=True, exist_ok=True)
@@ -265,7 +265,7 @@ def main():
         print(COLUMNS, flush=True)
         for number, processes in enumerate(args.processes):
             share = args.kills * (number + 1) // len(args.processes) - args.kills * number // len(args.processes)
-            launch = functools.partial(Launched, processes=processes, port=free_port(), options=OPTIONS + amp)
+            launch = functools.partial(Launched, processes=processes, port=get_free_port(), options=OPTIONS + amp)
             reference = root / f"whole-{processes}"
             reference.mkdir()
             times = [time.monotonic()]
@@ -283,13 +283,6 @@ def main():
             row = zip(COLUMNS.split("  "), (*row, len(count.differences)), strict=True)
             print("  ".join(f"{value:{len(name)}}" for name, value in row), flush=True)
     sys.exit(failed)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":
