@@ -19,19 +19,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 GOAL = 1.0  # seconds, for help and mistakes
 TINY = "--model_kwargs embed_dim=32 depth=2 num_heads=2 patch_size=4 --input_size 16 --warmup_steps 0 --num_workers 0"
+TINY += " --data_set digits --device cpu --batch_size 1000 --epochs 1"
+MAIN, SELECT = str(ROOT / "main.py"), str(ROOT / "weight_selection.py")
 COMMANDS = {  # words, and the exit status
     "import torch, timm": (["-c", "import torch, timm"], 0),
-    "main.py --help": ([str(ROOT / "main.py"), "--help"], 0),
-    "main.py --epochs 0": ([str(ROOT / "main.py"), "--epochs", "0"], 2),
-    "weight_selection.py --help": ([str(ROOT / "weight_selection.py"), "--help"], 0),
-    "weight_selection.py, no such file": (
-        [str(ROOT / "weight_selection.py"), "--model_type", "vit", "--pretrained_path", "none.pth"],
-        2,
-    ),
-    "main.py to its first step": (
-        [str(ROOT / "main.py"), *f"--data_set digits --device cpu --batch_size 1000 --epochs 1 {TINY}".split()],
-        0,
-    ),
+    "main.py --help": ([MAIN, "--help"], 0),
+    "main.py --epochs 0": ([MAIN, "--epochs", "0"], 2),
+    "weight_selection.py --help": ([SELECT, "--help"], 0),
+    "weight_selection.py, no such file": ([SELECT, "--model_type", "vit", "--pretrained_path", "none.pth"], 2),
+    "main.py to its first step": ([MAIN, *TINY.split()], 0),
 }
 
 
