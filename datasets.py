@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from weight_selection.errors import InputError
+from weight_selection.files import check_directory
 from weight_selection.image_files import read_image
 
 
@@ -177,8 +178,7 @@ def find_data(args, say: Callable[[str], object] = print):
     if not found:
         return args
     name = f"--data_path {given}: {args.data_set}"
-    if not given.is_dir():
-        raise InputError(f"--data_path {given}: no such directory; {args.data_set} is in {found[0]}")
+    check_directory(given, "--data_path", f"{args.data_set} is in {found[0]}")
     if len(found) > 1 and found[0].parent == found[1].parent:
         raise InputError(f"{name} is in {found[0]} and in {found[1]}; name one of them")
     say(f"{name} is in {found[0]}, which is read")
@@ -246,9 +246,8 @@ def _open_class_folders(args, data_set, train):
     if args.eval_data_path is not None:
         roots = [Path(args.data_path), Path(args.eval_data_path)]
     root = roots[not train]
-    if not root.is_dir() and args.eval_data_path is not None:
-        option = "data_path" if train else "eval_data_path"
-        raise InputError(f"--{option} {root}: no such directory; name the one that holds CLASS/IMAGE")
+    if args.eval_data_path is not None:
+        check_directory(root, "--data_path" if train else "--eval_data_path", "name the one that holds CLASS/IMAGE")
     if not root.is_dir():
         raise InputError(
             f"--data_path: no directory {root}; {args.data_set} needs {data_set.layout}, or --eval_data_path"
@@ -276,11 +275,8 @@ UNREADABLE = (RuntimeError, OSError, ValueError, ImportError, HTTPException)
 
 
 def _open_or_download(args, data_set, train):
-    if not Path(args.data_path).is_dir():
-        raise InputError(
-            f"--data_path {args.data_path}: no such directory; make it, and {args.data_set} is downloaded into it, "
-            f"or name the one that holds {data_set.layout}"
-        )
+    remedy = f"make it, and {args.data_set} is downloaded into it, or name the one that holds {data_set.layout}"
+    check_directory(args.data_path, "--data_path", remedy)
     try:
         return data_set.build(args.data_path, train, to_pixels, False)
     except RuntimeError:  # torchvision raises it if files are missing or fail their check sum
