@@ -13,6 +13,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 from distributed.program import run_program
@@ -59,17 +60,6 @@ def _listed(path):
     return found
 
 
-class Skipped:
-    """Keeps the messages about images that cannot be read."""
-
-    def __init__(self):
-        self.problems = []
-
-    def add(self, problems: list[str]) -> None:
-        """Note the messages of a batch."""
-        self.problems += problems
-
-
 def predict_images(trained, images: list[Path], args) -> tuple[list[dict], list[str]]:
     """Predict images in their order.
 
@@ -93,7 +83,8 @@ def predict_images(trained, images: list[Path], args) -> tuple[list[dict], list[
     options = complete_options(trained.options.replace(**machine), local_rank=0)
     device = torch.device(options.device)
     numbered = ImageFiles(zip(images, range(STAND_IN + 1, len(images) + 1), strict=True), to_pixels)
-    sampler, skipped = EvalSampler(len(images), 0, 1), Skipped()
+    sampler, problems = EvalSampler(len(images), 0, 1), []
+    skipped = SimpleNamespace(add=problems.extend)  # takes each batch's messages about images that cannot be read
     loader = eval_loader(numbered, build_pipeline(options, train=False), sampler, options, device, skipped)
     rows = []
     with Progress("images", sampler.most_batches(args.batch_size), lines=0) as progress:
@@ -108,7 +99,7 @@ def predict_images(trained, images: list[Path], args) -> tuple[list[dict], list[
                 if number != STAND_IN:
                     rows.append({"image": str(images[number - 1]), "predictions": predictions})
             progress.step(str)
-    return rows, skipped.problems
+    return rows, problems
 
 
 def write_table(rows: list[dict], file) -> None:
