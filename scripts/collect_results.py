@@ -153,12 +153,10 @@ def _protocols(cells: list) -> list:
     names = {}
     for measured in cells:
         for run in measured.runs:
-            options = run.options
-            facts = (
-                f"{run.results['epochs']} epochs of {run.results['data_set']} by {options['opt']} at lr {options['lr']}"
-            )
-            facts += f", batch {options['total_batch_size']}"
-            names.setdefault(f"{facts} ({run.results['train_images']} images)", {})[measured.cell.run] = None
+            results, options = run.results, run.options
+            facts = f"{results['epochs']} epochs of {results['data_set']} by {options['opt']} at lr {options['lr']}"
+            facts += f", batch {options['total_batch_size']} ({results['train_images']} images)"
+            names.setdefault(facts, {})[measured.cell.run] = None
     return [f"{facts}: {', '.join(those)}" for facts, those in names.items()]
 
 
