@@ -9,6 +9,7 @@ import torch.nn as nn
 from input_pipeline.placement import normalization, test_crop
 from training import checkpoint
 from training.options import OPTIONS, RECORDED, RECORDED_MODEL, Options, default_options
+from training.progress import fits
 from training.setup import build_model
 from weight_selection.errors import InputError
 from weight_selection.files import Damaged, parse_json, read_text
@@ -79,9 +80,8 @@ def _read_recorded(option, path, wanted):
 def _recorded(args, origin, names):
     recorded = {name: args[name] for name in names if args.get(name) is not None}
     for name, value in recorded.items():
-        kind, choices = OPTIONS[name].type, OPTIONS[name].choices
-        typed = type(value) is kind or (kind is float and type(value) is int)
-        if not typed or (choices and value not in choices):
+        option = OPTIONS[name]
+        if not fits(value, option.type) or (option.choices and value not in option.choices):
             raise InputError(f"{origin}: not a checkpoint of main.py: its --{name} is {value!r:.80}")
     return recorded
 
