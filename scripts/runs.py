@@ -12,14 +12,8 @@ from weight_selection.files import parse_json
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.
+    """A finished run, of which ``results`` is the content of ``results.json``."""
 
-    Attributes:
-        directory: it holds ``results.json`` and ``log.txt``.
-        results: the content of ``results.json``.
-    """
-
-    directory: Path
     results: dict
 
     @property
@@ -45,7 +39,7 @@ def read_run(directory: Path) -> Run:
     path = Path(directory) / "results.json"
     try:
         results = parse_json(path.read_text())
-        run = Run(Path(directory), results)
+        run = Run(results)
         for epoch in ("best", "last"):
             if not 0 <= run.accuracy(epoch) <= 100:
                 raise ValueError(f"{epoch} acc1 is {run.accuracy(epoch)}")
