@@ -77,11 +77,6 @@ def options(root, *more):
     return parse_args([*words, "--eval_batch_size", str(BATCH), "--device", "cpu", *more])
 
 
-def plain(dataset, train):
-    """PyTorch's default loader; its dataset applies timm's transform to each image."""
-    return DataLoader(dataset, batch_size=BATCH, shuffle=train, drop_last=True)
-
-
 def our_loader(args, dataset, train, device):
     pipeline, coordinator = build_pipeline(args, train), StopCoordinator(args.timeout)
     if train:
@@ -134,11 +129,12 @@ def main():
                     baseline = ImageFiles(dataset.samples, transform)
                 if on_device or kind.endswith("cached"):
                     dataset = CachedDataset(dataset, "images")
-                loaders = plain(baseline, train), our_loader(args, dataset, train, device)
+                plain = DataLoader(baseline, batch_size=BATCH, shuffle=train, drop_last=True)
+                ours = our_loader(args, dataset, train, device)
                 passes = {
-                    "timm": partial(images_per_second, loaders[0], device),
-                    "ours": partial(images_per_second, loaders[1], device),
-                    "worker": partial(images_per_second, loaders[1].workers, device),
+                    "timm": partial(images_per_second, plain, device),
+                    "ours": partial(images_per_second, ours, device),
+                    "worker": partial(images_per_second, ours.workers, device),
                     "read": partial(reads_per_second, dataset),
                 }
                 timm, own, worker, read = medians(passes, arguments.turns).values()
