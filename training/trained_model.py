@@ -14,7 +14,7 @@ from training.setup import build_model
 from weight_selection.errors import InputError
 from weight_selection.files import Damaged, parse_json, read_text
 from weight_selection.sources.timm_names import model_of_checkpoint
-from weight_selection.sources.weight_files import first_mismatch, training_options
+from weight_selection.sources.weight_files import training_options
 
 RESULTS = "results.json"
 
@@ -166,9 +166,7 @@ def open_trained(path: str | Path, option: str, ema: bool = False) -> TrainedMod
     if names is None:
         names = [str(label) for label in range(model_of_checkpoint(file, option)[1]["num_classes"])]
     model = build_model(options, len(names))
-    if problem := first_mismatch(weights, model):
-        raise InputError(f"{origin}: not the weights of {options.model}: {problem}")
-    model.load_state_dict(weights)
+    checkpoint.load_weights(model, weights, f"{origin}: not the weights of {options.model}")
     if Path(path).is_dir() and not (file.parent / RESULTS).is_file():
         print(f"{path}: has not finished; takes {file.name}, of epoch {content.get('epoch')}", file=sys.stderr)
     metrics = content.get("last-ema" if ema else "last")
