@@ -9,12 +9,14 @@ takes no time. Each row is a median.
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+
+from bench_selection import medians
 
 ROOT = Path(__file__).resolve().parent.parent
 GOAL = 1.0  # seconds, for help and mistakes
@@ -31,36 +33,29 @@ COMMANDS = {  # words, and the exit status
 }
 
 
+def seconds(words: list, status: int, directory: str) -> float:
+    """Run a command and check its exit status; until it ends, or until the end of its first training step."""
+    begun = time.monotonic()
+    run = subprocess.Popen(
+        [sys.executable, *words], cwd=directory, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    first_step = next((time.monotonic() for line in run.stdout if line.startswith("epoch 0 [")), None)
+    run.stdout.read()
+    if run.wait() != status:
+        sys.exit(f"{' '.join(words)}: exit status {run.returncode}")
+    return (first_step or time.monotonic()) - begun
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=5, help="of each command")
     args = parser.parse_args()
     print(f"{'':36}seconds  to the import", flush=True)
     with tempfile.TemporaryDirectory() as directory:
-        medians = {}
-        for name, (words, status) in COMMANDS.items():
-            found = []
-            for start in range(args.starts + 1):
-                begun = time.monotonic()
-                run = subprocess.Popen(
-                    [sys.executable, *words],
-                    cwd=directory,
-                    text=True,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                )
-                for line in run.stdout:
-                    if "first step" in name and line.startswith("epoch 0 ["):
-                        break
-                end = time.monotonic()
-                run.stdout.read()
-                if run.wait() != status:
-                    sys.exit(f"{name}: exit status {run.returncode}")
-                if start > 0:  # the first warms up the disk's cache
-                    found.append((end if "first step" in name else time.monotonic()) - begun)
-            medians[name] = statistics.median(found)
-            ratio = medians[name] / medians["import torch, timm"]
-            print(f"{name:36}{medians[name]:7.2f}  {ratio:13.2f}", flush=True)
+        measures = {name: partial(seconds, *command, directory) for name, command in COMMANDS.items()}
+        found = medians(measures, args.starts)  # the first start warms up the disk's cache
+    for name, median in found.items():
+        print(f"{name:36}{median:7.2f}  {median / found['import torch, timm']:13.2f}")
     print(f"goal: help and mistakes under {GOAL:g} second")
 
 
