@@ -64,13 +64,8 @@ def elements(axes):
         for column in range(columns // 2):
             box(axes, 6.9 + side * column, 6.5 - side * (row + 1), side, side, STUDENT)
     arrow(axes, (4.7, 5.1), (6.7, 5.1))
-    axes.text(
-        5.0,
-        1.2,
-        "the same neurons in every tensor:\nwhat residual connections add up still matches",
-        ha="center",
-        fontsize=8,
-    )
+    words = "the same neurons in every tensor:\nwhat residual connections add up still matches"
+    axes.text(5.0, 1.2, words, ha="center", fontsize=8)
 
 
 def main():
