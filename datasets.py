@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from weight_selection.errors import InputError
+from weight_selection.files import check_directory
 from weight_selection.image_files import IMAGE_SUFFIXES, read_image
 
 
@@ -86,23 +87,19 @@ def _cifar(name):
     return lambda root, train, transform, download: _torchvision(name)(root, train, transform, download=download)
 
 
-def _splits(name, *train_splits):
-    """A ``build`` for a torchvision class with named splits: it joins ``train_splits`` for training."""
+def _split(name):
+    """A ``build`` for a torchvision class that has the splits train and test."""
 
     def build(root, train, transform, download):
-        from torch.utils.data import ConcatDataset
-
-        cls = _torchvision(name)
-        splits = train_splits if train else ("test",)
-        return ConcatDataset([cls(root, split=split, transform=transform, download=download) for split in splits])
+        return _torchvision(name)(root, "train" if train else "test", transform=transform, download=download)
 
     return build
 
 
 def _listed(name, files, *train_splits):
-    """A ``build`` like ``_splits``, for a class that lists its images without looking whether they exist.
+    """A ``build`` for a torchvision class with named splits, of which it joins ``train_splits`` for training.
 
-    ``files`` names the attribute that holds the list.
+    The class lists its images without looking whether they exist; ``files`` names the attribute that holds the list.
     """
 
     def build(root, train, transform, download):
@@ -153,14 +150,14 @@ DATA_SETS = {
                     "oxford-iiit-pet/ with images/ and annotations/", 37, (3_680, 3_669)),
     "flowers": DataSet(_listed("Flowers102", "_image_files", "train", "val"),
                        "flowers-102/ with jpg/, imagelabels.mat and setid.mat", 102, (2_040, 6_149)),
-    "stl10": DataSet(_splits("STL10", "train"),
+    "stl10": DataSet(_split("STL10"),
                      "stl10_binary/ with train_X.bin, train_y.bin, test_X.bin, test_y.bin and unlabeled_X.bin",
                      10, (5_000, 8_000)),
     "food101": DataSet(_listed("Food101", "_image_files", "train"),
                        "food-101/ with images/ and meta/", 101, (75_750, 25_250)),
     "dtd": DataSet(_listed("DTD", "_image_files", "train", "val"),  # torchvision's default: the first of ten partitions
                    "dtd/dtd/ with images/ and labels/", 47, (3_760, 1_880)),
-    "svhn": DataSet(_splits("SVHN", "train"), "train_32x32.mat and test_32x32.mat", 10, (73_257, 26_032)),
+    "svhn": DataSet(_split("SVHN"), "train_32x32.mat and test_32x32.mat", 10, (73_257, 26_032)),
     "eurosat": DataSet(_eurosat, "eurosat/2750/ with CLASS/CLASS_NUMBER.jpg", 10, (21_600, 5_400)),
     "IMNET": DataSet(_folder, FOLDERS, folders=True),
     "image_folder": DataSet(_folder, FOLDERS, folders=True),
@@ -189,8 +186,7 @@ def find_data(args, say: Callable[[str], object] = print):
     if not found:
         return args
     name = f"--data_path {given}: {args.data_set}"
-    if not given.is_dir():
-        raise InputError(f"--data_path {given}: no such directory; {args.data_set} is in {found[0]}")
+    check_directory(given, "--data_path", f"{args.data_set} is in {found[0]}")
     if len(found) > 1 and found[0].parent == found[1].parent:
         raise InputError(f"{name} is in {found[0]} and in {found[1]}; name one of them")
     say(f"{name} is in {found[0]}, which is read")
@@ -249,8 +245,7 @@ def build_dataset(args, train: bool) -> tuple:
 
 def class_names(dataset, classes: int) -> list[str]:
     """The names of a data set's classes in the order of their labels; numbers for a set that does not name them all."""
-    first = getattr(dataset, "datasets", [dataset])[0]  # of a set that is joined from parts
-    names = getattr(first, "classes", None) or ()
+    names = getattr(dataset, "classes", None) or ()
     return list(map(str, names if len(names) == classes else range(classes)))
 
 
@@ -259,9 +254,8 @@ def _open_class_folders(args, data_set, train):
     if args.eval_data_path is not None:
         roots = [Path(args.data_path), Path(args.eval_data_path)]
     root = roots[not train]
-    if not root.is_dir() and args.eval_data_path is not None:
-        option = "data_path" if train else "eval_data_path"
-        raise InputError(f"--{option} {root}: no such directory; name the one that holds CLASS/IMAGE")
+    if args.eval_data_path is not None:
+        check_directory(root, "--data_path" if train else "--eval_data_path", "name the one that holds CLASS/IMAGE")
     if not root.is_dir():
         raise InputError(
             f"--data_path: no directory {root}; {args.data_set} needs {data_set.layout}, or --eval_data_path"
@@ -289,11 +283,8 @@ UNREADABLE = (RuntimeError, OSError, ValueError, ImportError, HTTPException)
 
 
 def _open_or_download(args, data_set, train):
-    if not Path(args.data_path).is_dir():
-        raise InputError(
-            f"--data_path {args.data_path}: no such directory; make it, and {args.data_set} is downloaded into it, "
-            f"or name the one that holds {data_set.layout}"
-        )
+    remedy = f"make it, and {args.data_set} is downloaded into it, or name the one that holds {data_set.layout}"
+    check_directory(args.data_path, "--data_path", remedy)
     try:
         return data_set.build(args.data_path, train, to_pixels, False)
     except RuntimeError:  # torchvision raises it if files are missing or fail their check sum

@@ -16,7 +16,6 @@ pixels, which are decoded each time or once (--cache_images).
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench_selection import medians  # noqa: E402
 from datasets import ImageFiles, build_dataset, to_pixels  # noqa: E402
 from distributed.stop_coordinator import StopCoordinator  # noqa: E402
 from input_pipeline.cache import CachedDataset  # noqa: E402
@@ -77,15 +77,11 @@ def options(root, *more):
     return parse_args([*words, "--eval_batch_size", str(BATCH), "--device", "cpu", *more])
 
 
-def plain(dataset, train):
-    """PyTorch's default loader; its dataset applies timm's transform to each image."""
-    return DataLoader(dataset, batch_size=BATCH, shuffle=train, drop_last=True)
-
-
-def ours(args, dataset, train, device):
+def our_loader(args, dataset, train, device):
     pipeline, coordinator = build_pipeline(args, train), StopCoordinator(args.timeout)
     if train:
-        sampler = TrainBatchSampler(len(dataset), BATCH, len(dataset) // BATCH, 1, 0, 1, seed=0)
+        steps = len(dataset) // args.batch_size
+        sampler = TrainBatchSampler(len(dataset), args.batch_size, steps, 1, 0, 1, args.seed)
         return train_loader(dataset, pipeline, sampler, args, device, BadImages(0, coordinator))
     sampler = EvalSampler(range(len(dataset)), 0, 1)
     return eval_loader(dataset, pipeline, sampler, args, device, BadTestImages(coordinator))
@@ -107,17 +103,6 @@ def reads_per_second(dataset) -> float:
     for index in range(len(dataset)):
         dataset[index]
     return len(dataset) / (time.perf_counter() - start)
-
-
-def medians(measures: dict, turns: int) -> dict:
-    """{name: median of the function's values}; the functions are called in turns, and the first turn only warms up."""
-    found = {name: [] for name in measures}
-    for turn in range(turns + 1):
-        for name, measure in measures.items():
-            figure = measure()
-            if turn > 0:
-                found[name].append(figure)
-    return {name: statistics.median(figures) for name, figures in found.items()}
 
 
 def main():
@@ -144,11 +129,12 @@ def main():
                     baseline = ImageFiles(dataset.samples, transform)
                 if on_device or kind.endswith("cached"):
                     dataset = CachedDataset(dataset, "images")
-                loaders = plain(baseline, train), ours(args, dataset, train, device)
+                plain = DataLoader(baseline, batch_size=BATCH, shuffle=train, drop_last=True)
+                ours = our_loader(args, dataset, train, device)
                 passes = {
-                    "timm": partial(images_per_second, loaders[0], device),
-                    "ours": partial(images_per_second, loaders[1], device),
-                    "worker": partial(images_per_second, loaders[1].workers, device),
+                    "timm": partial(images_per_second, plain, device),
+                    "ours": partial(images_per_second, ours, device),
+                    "worker": partial(images_per_second, ours.workers, device),
                     "read": partial(reads_per_second, dataset),
                 }
                 timm, own, worker, read = medians(passes, arguments.turns).values()

@@ -26,17 +26,17 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 EPOCHS = 4
@@ -52,10 +52,10 @@ VICTIMS = ("one", "all", "launcher")
 LIMIT = 300  # seconds that a run, or a wait for something in it, may take
 
 
-def make_images(root: Path) -> None:
-    """Class folders of noise around a colour: 384 images to train on, 48 to test on."""
+def make_images(root: Path, train: int = 384, val: int = 48) -> None:
+    """Class folders of noise around a colour: so many images to train on, and to test on."""
     rng = np.random.default_rng(0)
-    for part, images in (("train", 384), ("val", 48)):
+    for part, images in (("train", train), ("val", val)):
         for number in range(images):
             folder = root / part / str(number % 4)
             folder.mkdir(parents=True, exist_ok=True)
@@ -124,20 +124,6 @@ class Launched:
         return True
 
 
-@dataclass
-class Count:
-    """What happened to the runs of one number of processes."""
-
-    kills: int = 0
-    aimed: int = 0
-    hits: int = 0  # left a checkpoint behind that was being written
-    alone: int = 0  # one process of several
-    launchers: int = 0  # the launcher, but none of its processes
-    runs: int = 0
-    equal: int = 0
-    differences: list = field(default_factory=list)
-
-
 def partial_files(directory: Path) -> set:
     """Checkpoints that are being written."""
     return {path.name for path in (directory / "run").glob(".partial-*checkpoint*")}
@@ -186,36 +172,34 @@ def is_running(number: int) -> bool:
         return False
 
 
-def survive(directory, reference, launch, victims, kills, seconds, rng) -> Count:
-    """Kill runs until there were ``kills``, each time letting them go on, and compare each that ends.
+def survive(directory, reference, launch, victims, kills, seconds, rng) -> Counter:
+    """Kill runs until there were ``kills``, each time letting them go on, and compare each that ends; count COLUMNS.
 
     ``launch(directory)`` starts a run. One that nobody kills prepares for ``seconds[0]`` and trains for ``seconds[1]``.
     """
-    count = Count()
-    while count.kills < kills:
+    count = Counter()
+    while count["kills"] < kills:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
         launched = launch(directory)
-        while count.kills < kills:
+        while count["kills"] < kills:
             victim = rng.choice(victims)
-            aimed = victim != "launcher" and count.aimed <= count.kills // 2
+            aimed = victim != "launcher" and count["aimed"] <= count["kills"] // 2
             if victim != "launcher":
                 launched.wait_for(lambda running=launched: running.starts() > 0, 0.05)
             until = 0.6 * seconds[1] + (seconds[0] if victim == "launcher" else 0)
             hit = strike(launched, directory, victim, aimed, until, rng)
             if hit is None:
                 break
-            count.kills, count.aimed, count.hits = count.kills + 1, count.aimed + aimed, count.hits + hit
-            count.alone, count.launchers = count.alone + (victim == "one"), count.launchers + (victim == "launcher")
+            count.update({"kills": 1, "aimed": aimed, "while writing": hit})
+            count.update({"of one process": victim == "one", "of launcher": victim == "launcher"})
             if victim != "one":
                 launched = launch(directory)
         status = launched.process.wait(LIMIT)
-        count.runs += 1
         found = [f"exit status {status}"] if status else differences(directory / "run", reference / "run")
-        count.equal += not found
-        count.differences += found
+        count.update({"runs": 1, "bit-equal": not found, "values that differ": len(found)})
         if found:
-            print(f"run {count.runs}: {', '.join(found[:3])}; {launched.printed()[-500:]}", flush=True)
+            print(f"run {count['runs']}: {', '.join(found[:3])}; {launched.printed()[-500:]}", flush=True)
     return count
 
 
@@ -265,7 +249,7 @@ def main():
         print(COLUMNS, flush=True)
         for number, processes in enumerate(args.processes):
             share = args.kills * (number + 1) // len(args.processes) - args.kills * number // len(args.processes)
-            launch = functools.partial(Launched, processes=processes, port=free_port(), options=OPTIONS + amp)
+            launch = functools.partial(Launched, processes=processes, port=get_free_port(), options=OPTIONS + amp)
             reference = root / f"whole-{processes}"
             reference.mkdir()
             times = [time.monotonic()]
@@ -278,18 +262,10 @@ def main():
             seconds = [end - start for start, end in itertools.pairwise(times)]
             victims = args.victims if processes > 1 else ["all"]
             count = survive(root / "killed", reference, launch, victims, share, seconds, rng)
-            failed |= count.equal < count.runs
-            row = (processes, count.kills, count.hits, count.alone, count.launchers, count.runs, count.equal)
-            row = zip(COLUMNS.split("  "), (*row, len(count.differences)), strict=True)
-            print("  ".join(f"{value:{len(name)}}" for name, value in row), flush=True)
+            count["processes"] = processes
+            failed |= count["bit-equal"] < count["runs"]
+            print("  ".join(f"{count[name]:{len(name)}}" for name in COLUMNS.split("  ")), flush=True)
     sys.exit(failed)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

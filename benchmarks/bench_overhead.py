@@ -18,9 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from bench_faults import make_images
+from bench_selection import medians
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = "--data_set image_folder --data_path ../data --device cpu --num_workers 1 --epochs 4 --warmup_epochs 1"
@@ -29,15 +31,15 @@ OPTIONS += f" --model vit_tiny --input_size 64 --batch_size {BATCH} --disable_ev
 VARIANTS = {"before": (), "now": (), "now, --save_ckpt_steps 25": ("--save_ckpt_steps", "25")}
 
 
-def images_per_second(code: Path, directory: Path, processes: int, options) -> float:
+def images_per_second(root: Path, variant: str, processes: int, options) -> float:
     """Train once. Each epoch but the first counts from its first line of progress on; the result is their median."""
-    directory.mkdir()
+    code = root / "before" if variant == "before" else ROOT
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     run = subprocess.Popen(
         [*launcher, str(code / "main.py"), *OPTIONS.split(), "--output_dir", "run", *options],
-        cwd=directory,
+        cwd=tempfile.mkdtemp(dir=root),
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -69,15 +71,13 @@ def main():
         subprocess.run(["tar", "-x", "-C", str(root / "before")], input=archive.stdout, check=True)
         print(f"{'processes':9}  {'':26}  images/s  to before", flush=True)
         for processes in args.processes:
-            speeds = {variant: [] for variant in VARIANTS}
-            for start in range(args.starts):
-                for number, (variant, options) in enumerate(VARIANTS.items()):
-                    code = root / "before" if variant == "before" else ROOT
-                    directory = root / f"{processes}-{start}-{number}"
-                    speeds[variant].append(images_per_second(code, directory, processes, options))
-            medians = {variant: statistics.median(found) for variant, found in speeds.items()}
-            for variant, speed in medians.items():
-                print(f"{processes:9}  {variant:26}  {speed:8.1f}  {speed / medians['before']:9.3f}", flush=True)
+            speeds = {
+                variant: partial(images_per_second, root, variant, processes, options)
+                for variant, options in VARIANTS.items()
+            }
+            found = medians(speeds, args.starts, warm_ups=0)
+            for variant, speed in found.items():
+                print(f"{processes:9}  {variant:26}  {speed:8.1f}  {speed / found['before']:9.3f}", flush=True)
 
 
 if __name__ == "__main__":

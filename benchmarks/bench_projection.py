@@ -8,20 +8,17 @@ show what a pass over images costs, and whether memory grows with their number. 
 """
 
 import argparse
-import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 
-from bench_selection import MAKE, ROOT, measure
+from bench_selection import MAKE, ROOT, measure, medians
 
 TEACHER = "vit_small_patch16_224"
-VARIANTS = {
-    "uniform": [],
-    **{
-        f"{method}, {count} images": ["--calibration", "noise", "--calibration_images", count]
-        for method in ("greedy", "project")
-        for count in (64, 256)
-    },
+VARIANTS = {"uniform": ["uniform"]} | {
+    f"{rule}, {count} images": [rule, "--calibration", "noise", "--calibration_images", count]
+    for rule in ("greedy", "project")
+    for count in (64, 256)
 }
 
 
@@ -33,16 +30,13 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "teacher.pth")
         measure(["-c", MAKE, TEACHER, "{}", path])
-        found = {name: [] for name in VARIANTS}
-        for _ in range(args.starts):
-            for name, options in VARIANTS.items():
-                words = [ROOT / "weight_selection.py", "--pretrained_model", TEACHER, "--pretrained_path", path]
-                words += ["--student", "vit_tiny", "--output_dir", Path(directory, "init.pth"), "--overwrite"]
-                rule = name.partition(",")[0]
-                found[name].append(measure([*words, "--element_selection", rule, *options]))
-    medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
-    for name, (seconds, memory) in medians.items():
-        ratios = [value / base for value, base in zip((seconds, memory), medians["uniform"], strict=True)]
+        words = [ROOT / "weight_selection.py", "--pretrained_model", TEACHER, "--pretrained_path", path]
+        words += ["--student", "vit_tiny", "--output_dir", Path(directory, "init.pth"), "--overwrite"]
+        words += ["--element_selection"]
+        commands = {name: partial(measure, [*words, *options]) for name, options in VARIANTS.items()}
+        found = medians(commands, args.starts, warm_ups=0)
+    for name, (seconds, memory) in found.items():
+        ratios = [value / base for value, base in zip((seconds, memory), found["uniform"], strict=True)]
         print(f"{name:24}  {seconds:7.2f}  {ratios[0]:10.2f}  {memory:7.0f}  {ratios[1]:10.2f}", flush=True)
 
 

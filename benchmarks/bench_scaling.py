@@ -20,21 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from bench_faults import make_images
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 STEPS = 6
-
-
-def make_images(root: Path, images: int):
-    rng = np.random.default_rng(0)
-    for part, count in (("train", images), ("val", max(4, images // 5))):
-        for number in range(count):
-            path = root / part / str(number % 4) / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
 
 
 def words(data, args, batch, epochs):
@@ -106,7 +96,7 @@ def main():
         print("processes  total batch  images/s  to one process", flush=True)
         for batch in args.batches:
             data = Path(root) / str(batch)
-            make_images(data, batch * STEPS)
+            make_images(data, batch * STEPS, max(4, batch * STEPS // 5))
             alone = None
             for processes in args.processes:
                 found = speed(data, args, processes, batch)

@@ -15,13 +15,14 @@ LLaMA-30B to -7B is a plan alone, printed from two config.json. There, plain onl
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,20 +111,26 @@ def measure(words) -> tuple:
     return time.monotonic() - start, usage.ru_maxrss / 1000  # which Linux counts in units of 1024 bytes
 
 
-def compare(variants, starts) -> dict:
-    """{name of a variant: medians of its seconds and of its MB}; ``variants`` are words of commands."""
-    found = {name: [] for name in variants}
-    for start in range(starts + 1):
-        for name, words in variants.items():
-            metrics = measure(words)
-            if start > 0:  # the first warms up the file's pages and Python's byte code
-                found[name].append(metrics)
-    return {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
+def medians(measures: dict, turns: int, warm_ups: int = 1) -> dict:
+    """{name: median of what the function returns, or of each number in it}, over some turns after those that warm up.
+
+    A turn calls every function once.
+    """
+    found = [{name: measure() for name, measure in measures.items()} for _ in range(warm_ups + turns)]
+    return {name: np.median([turn[name] for turn in found[warm_ups:]], axis=0) for name in measures}
 
 
-def print_rows(pair, medians) -> None:
-    for name, (seconds, memory) in medians.items():
-        ratios = [metric / base for metric, base in zip((seconds, memory), medians["plain"], strict=True)]
+def compare(variants: dict, starts: int) -> dict:
+    """{name of a variant: medians of its seconds and of its MB}; ``variants`` are words of commands.
+
+    The first start warms up the file's pages and Python's byte code.
+    """
+    return medians({name: partial(measure, words) for name, words in variants.items()}, starts)
+
+
+def print_rows(pair, found) -> None:
+    for name, (seconds, memory) in found.items():
+        ratios = [metric / base for metric, base in zip((seconds, memory), found["plain"], strict=True)]
         print(f"{pair:28}{name:10}  {seconds:7.2f}  {ratios[0]:8.2f}  {memory:7.0f}  {ratios[1]:8.2f}", flush=True)
 
 
@@ -179,11 +186,11 @@ def main():
                 "selection": [ROOT / "weight_selection.py", *options, "--output_dir", ours],
                 "limit": ["-c", LIMIT, path, count],
             }
-            medians = compare(variants, args.starts)
+            found = compare(variants, args.starts)
             expected, written = (torch.load(file, weights_only=True) for file in (plain, ours))
             assert expected.keys() == written.keys()
             assert all(torch.equal(expected[key], value) for key, value in written.items())
-        print_rows(pair, medians)
+        print_rows(pair, found)
     plan_from_configs(args.starts)
     print("goals: " + ", ".join(f"{name} at most {ratio} of the plain way's" for name, ratio in GOALS.items()))
     print(PLAN_GOAL)

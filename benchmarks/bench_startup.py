@@ -9,30 +9,41 @@ takes no time. Each row is a median.
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+
+from bench_selection import medians
 
 ROOT = Path(__file__).resolve().parent.parent
 GOAL = 1.0  # seconds, for help and mistakes
 TINY = "--model_kwargs embed_dim=32 depth=2 num_heads=2 patch_size=4 --input_size 16 --warmup_steps 0 --num_workers 0"
+TINY += " --data_set digits --device cpu --batch_size 1000 --epochs 1"
+MAIN, SELECT = str(ROOT / "main.py"), str(ROOT / "weight_selection.py")
 COMMANDS = {  # words, and the exit status
     "import torch, timm": (["-c", "import torch, timm"], 0),
-    "main.py --help": ([str(ROOT / "main.py"), "--help"], 0),
-    "main.py --epochs 0": ([str(ROOT / "main.py"), "--epochs", "0"], 2),
-    "weight_selection.py --help": ([str(ROOT / "weight_selection.py"), "--help"], 0),
-    "weight_selection.py, no such file": (
-        [str(ROOT / "weight_selection.py"), "--model_type", "vit", "--pretrained_path", "none.pth"],
-        2,
-    ),
-    "main.py to its first step": (
-        [str(ROOT / "main.py"), *f"--data_set digits --device cpu --batch_size 1000 --epochs 1 {TINY}".split()],
-        0,
-    ),
+    "main.py --help": ([MAIN, "--help"], 0),
+    "main.py --epochs 0": ([MAIN, "--epochs", "0"], 2),
+    "weight_selection.py --help": ([SELECT, "--help"], 0),
+    "weight_selection.py, no such file": ([SELECT, "--model_type", "vit", "--pretrained_path", "none.pth"], 2),
+    "main.py to its first step": ([MAIN, *TINY.split()], 0),
 }
+
+
+def seconds(words: list, status: int, directory: str) -> float:
+    """Run a command and check its exit status; until it ends, or until the end of its first training step."""
+    begun = time.monotonic()
+    run = subprocess.Popen(
+        [sys.executable, *words], cwd=directory, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    first_step = next((time.monotonic() for line in run.stdout if line.startswith("epoch 0 [")), None)
+    run.stdout.read()
+    if run.wait() != status:
+        sys.exit(f"{' '.join(words)}: exit status {run.returncode}")
+    return (first_step or time.monotonic()) - begun
 
 
 def main():
@@ -41,30 +52,10 @@ def main():
     args = parser.parse_args()
     print(f"{'':36}seconds  to the import", flush=True)
     with tempfile.TemporaryDirectory() as directory:
-        medians = {}
-        for name, (words, status) in COMMANDS.items():
-            found = []
-            for start in range(args.starts + 1):
-                begun = time.monotonic()
-                run = subprocess.Popen(
-                    [sys.executable, *words],
-                    cwd=directory,
-                    text=True,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                )
-                for line in run.stdout:
-                    if "first step" in name and line.startswith("epoch 0 ["):
-                        break
-                end = time.monotonic()
-                run.stdout.read()
-                if run.wait() != status:
-                    sys.exit(f"{name}: exit status {run.returncode}")
-                if start > 0:  # the first warms up the disk's cache
-                    found.append((end if "first step" in name else time.monotonic()) - begun)
-            medians[name] = statistics.median(found)
-            ratio = medians[name] / medians["import torch, timm"]
-            print(f"{name:36}{medians[name]:7.2f}  {ratio:13.2f}", flush=True)
+        measures = {name: partial(seconds, *command, directory) for name, command in COMMANDS.items()}
+        found = medians(measures, args.starts)  # the first start warms up the disk's cache
+    for name, median in found.items():
+        print(f"{name:36}{median:7.2f}  {median / found['import torch, timm']:13.2f}")
     print(f"goal: help and mistakes under {GOAL:g} second")
 
 

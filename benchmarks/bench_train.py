@@ -30,14 +30,15 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from bench_data import Small, medians  # noqa: E402
+from bench_data import Small, our_loader  # noqa: E402
+from bench_selection import medians  # noqa: E402
 from datasets import to_pixels  # noqa: E402
 from distributed.program import Launch  # noqa: E402
 from distributed.stop_coordinator import StopCoordinator  # noqa: E402
 from engine import EpochMetrics, train_one_epoch  # noqa: E402
 from input_pipeline.cache import CachedDataset  # noqa: E402
-from input_pipeline.loader import BadImages, TrainBatchSampler, train_loader  # noqa: E402
-from input_pipeline.placement import TransformOnDevice, build_pipeline, build_transform  # noqa: E402
+from input_pipeline.loader import BadImages  # noqa: E402
+from input_pipeline.placement import build_transform  # noqa: E402
 from training.options import parse_args, share_batch  # noqa: E402
 from training.setup import build_model, build_train_state, compile_model, complete_options, set_up_device  # noqa: E402
 from weight_selection.cost import multiply_adds  # noqa: E402
@@ -101,21 +102,15 @@ def our_loop(args, device, steps, real):
     labels = torch.randint(CLASSES, (args.batch_size,), device=device)
     if args.compile:
         compile_model(state, images, labels, images)
-    bad = BadImages(0, stop_coordinator)
     if real:
         dataset = Small(steps * args.batch_size, to_pixels)
-        pipeline = build_pipeline(args, True)
-        if isinstance(pipeline, TransformOnDevice):
-            dataset = CachedDataset(dataset, "images")
-        batches = TrainBatchSampler(len(dataset), args.batch_size, steps, 1, 0, 1, args.seed)
-        loader = train_loader(dataset, pipeline, batches, args, device, bad)
+        loader = our_loader(args, CachedDataset(dataset, "images") if args.augment_device else dataset, True, device)
     else:
         loader = Constant(images, labels)
 
     def epoch():
         moments = []
-
-        metrics = EpochMetrics(state, 0, bad)
+        metrics = EpochMetrics(state, 0, BadImages(0, stop_coordinator))
         with contextlib.redirect_stdout(io.StringIO()):
             for _ in train_one_epoch(state, loader, metrics):
                 if metrics.step in (warm, steps):

@@ -9,7 +9,6 @@ script writes OUT/train/CLASS/NNN.png, the first --train training images of each
 OUT/val/CLASS/NNN.png, all test images.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -52,7 +51,6 @@ def write(dataset: CIFAR100, indices: dict, directory: Path) -> None:
 
 def get_args_parser() -> Parser:
     parser = Parser("cifar100_folders.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("data", metavar="DATA", type=Path)
     parser.add_argument("out", metavar="OUT", type=Path, help="must not exist")
     parser.add_argument("--train", type=int, metavar="N", help="training images per class (default: all)")

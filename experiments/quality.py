@@ -8,7 +8,6 @@ on how many of its test images, in percent, student and teacher choose the same 
 keeps the first ones, and both projections keep evenly spaced ones.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -72,7 +71,6 @@ def agreements(teacher, kwargs: dict, calibration: list, test: list, expected: t
 
 def get_args_parser() -> Parser:
     parser = Parser("quality.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("data", metavar="DATA", type=Path, help="holds flowers-102/")
     parser.add_argument("--teacher_path", metavar="FILE", help=f"weights of timm's {TEACHER} (default: the hub's)")
     parser.add_argument("--calibration_images", type=int, default=CALIBRATION_IMAGES, metavar="N", help="from training")

@@ -93,12 +93,11 @@ def build_teacher(args, classes: int) -> Teacher:
             another number of classes than the data set.
     """
     features = args.distillation == "feature"
-    kwargs = {**args.teacher_kwargs, "num_classes": 0 if features else classes}
+    kwargs = {**args.teacher_kwargs, "num_classes": 0 if features else classes, "input_size": args.input_size}
     if args.teacher_path is not None:
-        model = create_model(args.teacher, option="--teacher", input_size=args.input_size, **kwargs)
+        model = create_model(args.teacher, option="--teacher", **kwargs)
         load_into_teacher(model, args.teacher_path, "--teacher_path")
     else:
-        kwargs["input_size"] = args.input_size
         model = create_pretrained(args.teacher, kwargs, "--teacher", "give --teacher_path FILE")
         if not features and model.pretrained_cfg["num_classes"] != classes:  # then timm made a random classifier
             raise InputError(

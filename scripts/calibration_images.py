@@ -7,7 +7,6 @@ The seed decides which images are drawn. They are written unchanged, as OUT/NNNN
 this is not needed: give --calibration the folder of its training images.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -22,15 +21,12 @@ from weight_selection.projection.images import draw
 
 def get_args_parser() -> Parser:
     parser = Parser("calibration_images.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     names = [name for name, data_set in DATA_SETS.items() if not data_set.folders]
     parser.add_argument("data_set", metavar="DATA_SET", choices=names, help=", ".join(names))
     parser.add_argument("data", metavar="DATA", type=Path, help="what main.py takes as --data_path")
     parser.add_argument("out", metavar="OUT", type=Path, help="must not exist")
-    parser.add_argument(
-        "--count", type=int, default=CALIBRATION_IMAGES, metavar="N", help="number of images (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=CALIBRATION_IMAGES, metavar="N", help="number of images")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
     return parser
 
 

@@ -18,7 +18,7 @@ import paper
 from runs import read_run, seed_directories, spread
 from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
-from weight_selection.files import new_file
+from weight_selection.files import check_directory, new_file
 
 METRICS = ("mean", "std", "median")
 LEGEND = "Test accuracy in %: mean, or median where it says so, ± sample standard deviation over seeds (their number)."
@@ -80,8 +80,7 @@ def measure(table: paper.Table, out: Path) -> list:
     Raises:
         InputError: there is no such directory.
     """
-    if not out.is_dir():
-        raise InputError(f"OUT {out}: no such directory; name the one that holds SETTING/DATA/NAME/SEED")
+    check_directory(out, "OUT", "name the one that holds SETTING/DATA/NAME/SEED")
     return [Measured(table, cell, out) for cell in table.cells]
 
 
@@ -154,12 +153,10 @@ def _protocols(cells: list) -> list:
     names = {}
     for measured in cells:
         for run in measured.runs:
-            options = run.options
-            facts = (
-                f"{run.results['epochs']} epochs of {run.results['data_set']} by {options['opt']} at lr {options['lr']}"
-            )
-            facts += f", batch {options['total_batch_size']}"
-            names.setdefault(f"{facts} ({run.results['train_images']} images)", {})[measured.cell.run] = None
+            results, options = run.results, run.options
+            facts = f"{results['epochs']} epochs of {results['data_set']} by {options['opt']} at lr {options['lr']}"
+            facts += f", batch {options['total_batch_size']} ({results['train_images']} images)"
+            names.setdefault(facts, {})[measured.cell.run] = None
     return [f"{facts}: {', '.join(those)}" for facts, those in names.items()]
 
 

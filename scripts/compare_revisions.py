@@ -34,17 +34,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("then", "now")
 ENVIRONMENT = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-NEW_OPTIONS = (
-    "verbose",
-    "classifier",
-    "width",
-    "depth",
-    "format",
-    "dtype",
-    "fused_qkv",
-    "baseline",
-    "classifier_init",
-)  # of weight_selection.py, the last of plot_curves.py; since 3bea770
+# Of weight_selection.py, the last of plot_curves.py; since 3bea770.
+NEW_OPTIONS = ["verbose", "classifier", "width", "depth", "format", "dtype", "fused_qkv", "baseline", "classifier_init"]
 NEW_KEYS = {  # since 3bea770
     "first_weights",  # of results.json
     "class_names",

@@ -12,16 +12,15 @@ others minutes.
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 
 import timm
 import torch
-import torch.nn as nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
@@ -52,24 +51,6 @@ REASONS = {
 }
 
 
-@dataclass(frozen=True)
-class Library:
-    """A library whose models are counted.
-
-    Attributes:
-        names: gives the names of its models.
-        create: builds the model of a name on the meta device.
-    """
-
-    names: Callable[[], list]
-    create: Callable[[str], nn.Module]
-
-
-def on_meta(name: str) -> nn.Module:
-    """A model that the command of selection knows by name."""
-    return create_model(name, device="meta")
-
-
 def torchvision_names() -> list:
     """Names of torchvision's models that classify images."""
     from torchvision import models
@@ -77,10 +58,11 @@ def torchvision_names() -> list:
     return [f"torchvision:{name}" for name in models.list_models(module=models)]
 
 
-LIBRARIES = {
-    "timm": Library(timm.list_models, on_meta),
-    "torchvision": Library(torchvision_names, on_meta),
-    "transformers": Library(lambda: list(CONFIGS), build),
+ON_META = partial(create_model, device="meta")  # for the models that the command of selection knows by name
+LIBRARIES = {  # of each, what gives the names of its models, and what builds the model of a name on the meta device
+    "timm": (timm.list_models, ON_META),
+    "torchvision": (torchvision_names, ON_META),
+    "transformers": (CONFIGS.keys, build),
 }
 
 LOSSES = ("the teacher has other tensors", "another number of prefix tokens")  # which --allow_unused accepts
@@ -126,9 +108,10 @@ def reason_of(message: str) -> str:
 
 def describe(names: list, library: str = "timm") -> list:
     """[(number of parameters, name, structure or the refusal to take it apart)] of architectures, smallest first."""
+    _, create = LIBRARIES[library]
     models = []
     for name in names:
-        model = LIBRARIES[library].create(name)
+        model = create(name)
         try:
             found = structure_of(model, name)
         except InputError as refusal:
@@ -177,9 +160,10 @@ def count(name: str, architectures: list, library: str) -> Family:
 
 def architectures_by_family(library: str = "timm") -> dict:
     """{family: names of all of a library's architectures in it}, the largest family first."""
+    names, create = LIBRARIES[library]
     families = {}
-    for name in LIBRARIES[library].names():
-        families.setdefault(facts_of(LIBRARIES[library].create(name)).architecture.name, []).append(name)
+    for name in names():
+        families.setdefault(facts_of(create(name)).architecture.name, []).append(name)
     return dict(sorted(families.items(), key=lambda item: -len(item[1])))
 
 

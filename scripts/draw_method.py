@@ -3,10 +3,7 @@
 
 import sys
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 TEACHER, STUDENT, REST = "#8ecae6", "#fb8500", "#e9eef2"
@@ -32,25 +29,26 @@ def panel(axes, title):
     axes.text(8.0, 9.45, "student", ha="center", fontsize=8)
 
 
+def rows(axes, names, selected):
+    """A box of the teacher for each name, the lowest first; the first ones are ``selected`` for the student."""
+    for i, name in enumerate(names):
+        y = 0.6 + 1.45 * i
+        box(axes, 0.5, y, 3.5, 1.05, TEACHER if i < selected else REST, name)
+        if i < selected:
+            box(axes, 7.0, y, 2.0, 1.05, STUDENT, name)
+            arrow(axes, (4.1, y + 0.52), (6.9, y + 0.52))
+
+
 def layers(axes):
     """Step 1: the first layers of the teacher are selected."""
     panel(axes, "1. Select layers: the first N")
-    for i in range(6):
-        y = 0.6 + 1.45 * i
-        box(axes, 0.5, y, 3.5, 1.05, TEACHER if i < 3 else REST, f"layer {i}")
-        if i < 3:
-            box(axes, 7.0, y, 2.0, 1.05, STUDENT, f"layer {i}")
-            arrow(axes, (4.1, y + 0.52), (6.9, y + 0.52))
+    rows(axes, [f"layer {i}" for i in range(6)], 3)
 
 
 def components(axes):
     """Step 2: each component of a layer is matched with the one of the same name."""
     panel(axes, "2. Match components by name")
-    for i, name in enumerate(("fc2", "fc1", "norm2", "proj", "qkv", "norm1")):
-        y = 0.6 + 1.45 * i
-        box(axes, 0.5, y, 3.5, 1.05, TEACHER, name)
-        box(axes, 7.0, y, 2.0, 1.05, STUDENT, name)
-        arrow(axes, (4.1, y + 0.52), (6.9, y + 0.52))
+    rows(axes, ("fc2", "fc1", "norm2", "proj", "qkv", "norm1"), 6)
 
 
 def elements(axes):
@@ -66,18 +64,13 @@ def elements(axes):
         for column in range(columns // 2):
             box(axes, 6.9 + side * column, 6.5 - side * (row + 1), side, side, STUDENT)
     arrow(axes, (4.7, 5.1), (6.7, 5.1))
-    axes.text(
-        5.0,
-        1.2,
-        "the same neurons in every tensor:\nwhat residual connections add up still matches",
-        ha="center",
-        fontsize=8,
-    )
+    words = "the same neurons in every tensor:\nwhat residual connections add up still matches"
+    axes.text(5.0, 1.2, words, ha="center", fontsize=8)
 
 
 def main():
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.7), layout="constrained")
-    for draw, panel_axes in zip((layers, components, elements), axes, strict=True):
+    figure = Figure(figsize=(10.5, 3.7), layout="constrained")
+    for draw, panel_axes in zip((layers, components, elements), figure.subplots(1, 3), strict=True):
         draw(panel_axes)
     figure.savefig(sys.argv[1] if len(sys.argv) > 1 else "docs/method.png", dpi=120, bbox_inches="tight")
 

@@ -14,7 +14,6 @@ with the model's own on images: those of --images, or else test images of the ru
 with it.
 """
 
-import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,7 +54,6 @@ def check_output(output: str, name: str, overwrite: bool) -> None:
 
 def get_args_parser() -> Parser:
     parser = Parser("export.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", metavar="RUN", help="output directory of a run of main.py, or a checkpoint")
     parser.add_argument("--format", choices=tuple(PACKAGES), required=True)
     parser.add_argument("--output", required=True, metavar="PATH", help="directory or file to write")

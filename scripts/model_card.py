@@ -78,9 +78,8 @@ def describe_accuracy(trained) -> str:
         return f"The weights are those {after}. They were not tested then."
     images = (trained.results() or {}).get("test_images")
     on = f"on {images:,} test images" if isinstance(images, int) else "on the test images"
-    best = (
-        " Of all epochs this one did best on these images." if trained.path.name.startswith("checkpoint-best") else ""
-    )
+    is_best = trained.path.name.startswith("checkpoint-best")
+    best = " Of all epochs this one did best on these images." if is_best else ""
     acc1, acc5 = (trained.metrics[key] for key in ("acc1", "acc5"))
     return f"Top-1 {acc1:.2f} %, top-5 {acc5:.2f} % {on}, {after}.{best}"
 

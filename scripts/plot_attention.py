@@ -17,7 +17,6 @@ the mean of its diagonal, divided by the standard deviation of its other element
 is 0 ± 1 / sqrt(embed_dim).
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -149,20 +148,12 @@ def draw(models: dict, crop: int | None):
 
 def get_args_parser() -> Parser:
     parser = Parser("plot_attention.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--output", required=True, metavar="PNG", help="written anew when it exists")
-    add(
-        "--panel",
-        required=True,
-        nargs="+",
-        action=Panels,
-        dest="panels",
-        metavar="WORD",
-        help="LABEL MODEL WEIGHTS [K=V ...], once per column. WEIGHTS: drawn at random as by main.py's --init "
-        f"({', '.join(SCHEMES)}); pretrained (timm's published ones); a file or directory of weight_selection.py; or "
-        "a teacher's file. K=V: the model's arguments, such as embed_dim=96 num_heads=3",
-    )
+    words = "LABEL MODEL WEIGHTS [K=V ...], once per column. WEIGHTS: drawn at random as by main.py's --init "
+    words += f"({', '.join(SCHEMES)}); pretrained (timm's published ones); a file or directory of weight_selection.py; "
+    words += "or a teacher's file. K=V: the model's arguments, such as embed_dim=96 num_heads=3"
+    add("--panel", required=True, nargs="+", action=Panels, dest="panels", metavar="WORD", help=words)
     add("--crop", type=int, metavar="N", help="draw the first N rows and columns only; the numbers are of all")
     add("--seed", type=int, default=0, help="of weights drawn at random")
     return parser

@@ -12,7 +12,6 @@ python scripts/plot_curves.py --output figure03a.png --title "ViT-T on ImageNet-
   "random init" results/vit_tiny/imagenet/random "weight selection" results/vit_tiny/imagenet/selected
 """
 
-import argparse
 import math
 import statistics
 import sys
@@ -148,7 +147,6 @@ def draw_gaps(axes, groups: list[Group], baseline: Group) -> None:
 
 def get_args_parser() -> Parser:
     parser = Parser("plot_curves.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--output", required=True, metavar="PNG", help="written anew when it exists")
     parser.add_argument("--title", default="")
     parser.add_argument("--baseline", metavar="RUN", help="show by how many points the others are above this run")

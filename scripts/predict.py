@@ -8,12 +8,12 @@ RUN is the output directory of a run, or a checkpoint. An image is a file, any i
 line of a .txt file. It is brought to the model exactly as a test image of the run is.
 """
 
-import argparse
 import contextlib
 import csv
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 from distributed.program import run_program
@@ -60,17 +60,6 @@ def _listed(path):
     return found
 
 
-class Skipped:
-    """Keeps the messages about images that cannot be read."""
-
-    def __init__(self):
-        self.problems = []
-
-    def add(self, problems: list[str]) -> None:
-        """Note the messages of a batch."""
-        self.problems += problems
-
-
 def predict_images(trained, images: list[Path], args) -> tuple[list[dict], list[str]]:
     """Predict images in their order.
 
@@ -94,7 +83,8 @@ def predict_images(trained, images: list[Path], args) -> tuple[list[dict], list[
     options = complete_options(trained.options.replace(**machine), local_rank=0)
     device = torch.device(options.device)
     numbered = ImageFiles(zip(images, range(STAND_IN + 1, len(images) + 1), strict=True), to_pixels)
-    sampler, skipped = EvalSampler(range(len(images)), 0, 1), Skipped()
+    sampler, problems = EvalSampler(range(len(images)), 0, 1), []
+    skipped = SimpleNamespace(add=problems.extend)  # takes each batch's messages about images that cannot be read
     loader = eval_loader(numbered, build_pipeline(options, train=False), sampler, options, device, skipped)
     rows = []
     with Progress("images", sampler.most_batches(args.batch_size), lines=0) as progress:
@@ -109,7 +99,7 @@ def predict_images(trained, images: list[Path], args) -> tuple[list[dict], list[
                 if number != STAND_IN:
                     rows.append({"image": str(images[number - 1]), "predictions": predictions})
             progress.step(str)
-    return rows, skipped.problems
+    return rows, problems
 
 
 def write_table(rows: list[dict], file) -> None:
@@ -143,17 +133,16 @@ FORMATS = {"table": write_table, "csv": write_csv, "json": write_json}
 
 def get_args_parser() -> Parser:
     parser = Parser("predict.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", metavar="RUN", help="output directory of a run of main.py, or a checkpoint")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, directories, .txt files of paths")
-    parser.add_argument("--top_k", type=int, default=5, metavar="K", help="classes for each image; 5 when not given")
-    parser.add_argument("--format", choices=tuple(FORMATS), default="table", help="table when not given")
+    parser.add_argument("--top_k", type=int, default=5, metavar="K", help="classes for each image")
+    parser.add_argument("--format", choices=tuple(FORMATS), default="table", help="of the output")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write; the terminal when not given")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --output")
     parser.add_argument("--ema", action="store_true", help="take the moving average of the weights")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is one when not given")
-    parser.add_argument("--batch_size", type=int, default=64, metavar="IMAGES", help="64 when not given")
-    parser.add_argument("--num_workers", type=int, default=2, metavar="N", help="loader processes; 2 when not given")
+    parser.add_argument("--batch_size", type=int, default=64, metavar="IMAGES", help="at once")
+    parser.add_argument("--num_workers", type=int, default=2, metavar="N", help="loader processes")
     return parser
 
 

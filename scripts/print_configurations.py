@@ -6,7 +6,6 @@ python scripts/print_configurations.py
 The sizes are counted in the models themselves, with a classifier for the 1,000 classes of ImageNet-1K.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -39,9 +38,7 @@ def configuration(model: nn.Module) -> dict:
 
 
 def main(argv=None) -> None:
-    parser = Parser("print_configurations.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.parse_args(argv)
+    Parser("print_configurations.py", __doc__).parse_args(argv)
     columns = [configuration(create_model(name, device="meta", num_classes=1000)) for name in MODELS.values()]
     print(f"| | {' | '.join(MODELS)} |")
     print("|" + "---|" * (1 + len(MODELS)))

@@ -64,6 +64,7 @@ def whisper(width, layers, heads, decoders=None, **others):
 
 BEIT = {"use_relative_position_bias": True, "use_mask_token": False}
 DINOV3 = {"num_register_tokens": 4}
+DINOV3_PLUS = DINOV3 | {"use_gated_mlp": True}
 GATED = {"use_swiglu_ffn": True}
 CLIP_B, CLIP_L, CLIP_H = (512, 12, 8, 512), (768, 12, 12, 768), (1024, 24, 16, 1024)
 LLAMA3 = {"vocab_size": 128256}
@@ -100,14 +101,11 @@ CONFIGS = {
     "dinov2-with-registers-large": ("dinov2_with_registers", dinov2(1024, 24, 16, patch_size=14)),
     "dinov2-with-registers-giant": ("dinov2_with_registers", dinov2(1536, 40, 24, patch_size=14, **GATED)),
     "dinov3-vits16": ("dinov3_vit", vit(384, 12, 6, **DINOV3)),
-    "dinov3-vits16plus": ("dinov3_vit", vit(384, 12, 6, use_gated_mlp=True, **DINOV3)),
+    "dinov3-vits16plus": ("dinov3_vit", vit(384, 12, 6, **DINOV3_PLUS)),
     "dinov3-vitb16": ("dinov3_vit", vit(768, 12, 12, **DINOV3)),
     "dinov3-vitl16": ("dinov3_vit", vit(1024, 24, 16, **DINOV3)),
-    "dinov3-vith16plus": ("dinov3_vit", vit(1280, 32, 20, use_gated_mlp=True, **DINOV3)),
-    "dinov3-vit7b16": (
-        "dinov3_vit",
-        vit(4096, 40, 32, 8192, use_gated_mlp=True, query_bias=False, value_bias=False, **DINOV3),
-    ),
+    "dinov3-vith16plus": ("dinov3_vit", vit(1280, 32, 20, **DINOV3_PLUS)),
+    "dinov3-vit7b16": ("dinov3_vit", vit(4096, 40, 32, 8192, query_bias=False, value_bias=False, **DINOV3_PLUS)),
     "dinov3-convnext-tiny": ("dinov3_convnext", convnext((3, 3, 9, 3), (96, 192, 384, 768))),
     "dinov3-convnext-small": ("dinov3_convnext", convnext((3, 3, 27, 3), (96, 192, 384, 768))),
     "dinov3-convnext-base": ("dinov3_convnext", convnext((3, 3, 27, 3), (128, 256, 512, 1024))),

@@ -1,6 +1,5 @@
 """Read the results that runs of main.py leave on disk, and compute statistics over their seeds."""
 
-import argparse
 import math
 import statistics
 from dataclasses import dataclass
@@ -13,14 +12,8 @@ from weight_selection.files import parse_json
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.
+    """A finished run, of which ``results`` is the content of ``results.json``."""
 
-    Attributes:
-        directory: it holds ``results.json`` and ``log.txt``.
-        results: the content of ``results.json``.
-    """
-
-    directory: Path
     results: dict
 
     @property
@@ -46,7 +39,7 @@ def read_run(directory: Path) -> Run:
     path = Path(directory) / "results.json"
     try:
         results = parse_json(path.read_text())
-        run = Run(Path(directory), results)
+        run = Run(results)
         for epoch in ("best", "last"):
             if not 0 <= run.accuracy(epoch) <= 100:
                 raise ValueError(f"{epoch} acc1 is {run.accuracy(epoch)}")
@@ -85,7 +78,6 @@ def print_lines(lines: dict) -> None:
 def figure_parser(program: str, description: str) -> Parser:
     """Parser of a script that draws a figure from a directory of runs."""
     parser = Parser(program, description)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("out", metavar="OUT", type=Path, help="directory of the runs, SETTING/DATA/NAME/SEED")
     parser.add_argument("--output", required=True, metavar="PNG", type=Path, help="written anew when it exists")
     return parser

@@ -6,7 +6,6 @@ python scripts/smoke.py runs/smoke/teachers/NAME.pth --teacher NAME --teacher_kw
 """
 
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 from utils import seed_everything
 from weight_selection.arguments import Kwargs, Parser
 from weight_selection.errors import InputError, run_program
-from weight_selection.files import new_file
+from weight_selection.files import new_directory, new_file
 from weight_selection.sources.timm_models import create_model
 from weight_selection.sources.weight_files import write_weights
 
@@ -26,21 +25,14 @@ PIXELS, TRAIN_IMAGES, TEST_IMAGES = 32, 16, 6
 
 def write_images(path: Path) -> None:
     """Write train/ and val/ with class folders, each of noise around one colour; all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        root = Path(directory) / path.name
-        _write_images(root)
-        root.rename(path)
-
-
-def _write_images(root):
     rng = np.random.default_rng(0)
-    for part, images in (("train", TRAIN_IMAGES), ("val", TEST_IMAGES)):
-        for number in range(images):
-            name = list(COLOURS)[number % len(COLOURS)]
-            pixels = rng.normal(COLOURS[name], 40, (PIXELS, PIXELS, 3)).clip(0, 255).astype(np.uint8)
-            (root / part / name).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(root / part / name / f"{number}.png")
+    with new_directory(path, "PATH") as root:
+        for part, images in (("train", TRAIN_IMAGES), ("val", TEST_IMAGES)):
+            for number in range(images):
+                name = list(COLOURS)[number % len(COLOURS)]
+                pixels = rng.normal(COLOURS[name], 40, (PIXELS, PIXELS, 3)).clip(0, 255).astype(np.uint8)
+                (root / part / name).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(root / part / name / f"{number}.png")
 
 
 def write_teacher(path: Path, name: str, kwargs: dict) -> None:

@@ -3,11 +3,8 @@
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from weight_selection.errors import InputError
 from weight_selection.files import new_file
@@ -26,18 +23,19 @@ def look(number: int) -> dict[str, str]:
 
 def new_figure(panels: int = 1) -> tuple:
     """A figure, and the list of its axes, which are side by side."""
-    cycle = plt.cycler(color=COLOURS) + plt.cycler(marker=MARKERS)
-    with plt.rc_context({"axes.prop_cycle": cycle}):
-        figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 4), layout="constrained", squeeze=False)
-    for panel in axes[0]:
+    figure = Figure(figsize=(6 * panels, 4), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for panel in axes:
+        panel.set_prop_cycle(color=COLOURS, marker=MARKERS)
         panel.grid(alpha=0.3)
         panel.xaxis.get_major_locator().set_params(integer=True)  # epochs
-    return figure, list(axes[0])
+    return figure, list(axes)
 
 
 def new_images(rows: int, columns: int) -> tuple:
     """A figure, and an array (rows, columns) of axes for square images."""
-    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.9 * rows), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for panel in axes.flat:
         panel.set(xticks=[], yticks=[])
     return figure, axes
@@ -70,4 +68,3 @@ def save(figure, path: Path) -> None:
         raise InputError(f"--output {path}: must end in one of {', '.join(known)}")
     with new_file(path) as temporary:
         figure.savefig(temporary, dpi=150)
-    plt.close(figure)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 from distributed.process_group import main_only
 from distributed.program import RunError
@@ -150,12 +151,12 @@ def restore(options: Options, state: TrainState, content: dict, origin: str, tra
     progress = RunProgress.from_checkpoint(content, origin)
     if not -1 <= progress.epoch < options.epochs and not options.eval:
         raise InputError(f"{origin}: written after epoch {progress.epoch}, not one of --epochs {options.epochs}")
-    _load(state.model, content["model"], f"{origin}: of another model ({content['args'].get('model')})")
+    load_weights(state.model, content["model"], f"{origin}: of another model ({content['args'].get('model')})")
     if state.projector is not None:
-        _load(state.projector, content.get("projector"), f"{origin}: of another distillation: projector")
+        load_weights(state.projector, content.get("projector"), f"{origin}: of another distillation: projector")
     if state.ema is not None:
         average = content.get("model_ema")
-        _load(state.ema.module, content["model"] if average is None else average, f"{origin}: moving average")
+        load_weights(state.ema.module, content["model"] if average is None else average, f"{origin}: moving average")
     if not options.eval:
         _load_optimizer(state.optimizer, content["optimizer"], f"{origin}: of another optimiser")
         if state.scaler.is_enabled() and content["scaler"]:
@@ -181,7 +182,8 @@ def _restore_partial(options, state, progress, train_images, origin) -> EpochSum
     return replace(partial, statistics=[])
 
 
-def _load(module, state_dict, origin):
+def load_weights(module: nn.Module, state_dict: object, origin: str) -> None:
+    """Put a checkpoint's tensors into a module; an InputError that begins with ``origin`` if they do not fit."""
     if not isinstance(state_dict, dict) or not all(map(safe_load.is_plain, state_dict.values())):
         raise InputError(f"{origin}: no state_dict")
     problem = first_mismatch(state_dict, module)

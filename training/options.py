@@ -500,10 +500,9 @@ def check_weights(args: Options) -> None:
     check_name(args.model, "--model", TIMM)
     if args.teacher:
         check_name(args.teacher, "--teacher", TIMM)
-    if args.initialize and not Path(args.initialize).exists():
-        raise InputError(f"--initialize {args.initialize}: no such file or directory")
-    if args.resume and not Path(args.resume).exists():
-        raise InputError(f"--resume {args.resume}: no such file or directory")
+    for name, path in (("initialize", args.initialize), ("resume", args.resume)):
+        if path and not Path(path).exists():
+            raise InputError(f"--{name} {path}: no such file or directory")
     for name in ("finetune", "teacher_path"):
         if getattr(args, name):
             files_of(getattr(args, name), f"--{name}")

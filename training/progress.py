@@ -45,12 +45,12 @@ class RunProgress:
         values = {}
         for name, kind in get_type_hints(cls).items():
             key = _key(name)
-            if name in REQUIRED and not _fits(content.get(key), kind):
+            if name in REQUIRED and not fits(content.get(key), kind):
                 raise InputError(f"{origin}: not a checkpoint of main.py: it has no {key}")
             if key not in content or (key == "partial" and content[key] is None):
                 continue
             kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind
-            if not _fits(content[key], kind):
+            if not fits(content[key], kind):
                 raise InputError(f"{origin}: not a checkpoint of main.py: its {key} is none")
             values[name] = _build(content[key], kind) if is_dataclass(kind) else content[key]
         return cls(**values)
@@ -89,7 +89,7 @@ def _build(value, kind):
     return kind(**{name: value.get(name) for name in get_type_hints(kind)})
 
 
-def _fits(value, kind):
+def fits(value, kind: type | UnionType) -> bool:
     """Whether a value is of a field's type. An int may stand for a float; a dict must have a dataclass's fields.
 
     Fields that may be None may also be missing: older versions did not have them.
@@ -97,9 +97,9 @@ def _fits(value, kind):
     if is_dataclass(kind):
         hints = get_type_hints(kind)
         complete = isinstance(value, dict) and value.keys() <= hints.keys()
-        return complete and all(_fits(value.get(name), hints[name]) for name in hints)
+        return complete and all(fits(value.get(name), hints[name]) for name in hints)
     if isinstance(kind, UnionType):
-        return any(_fits(value, one) for one in get_args(kind))
+        return any(fits(value, one) for one in get_args(kind))
     if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
+        return isinstance(value, list) and all(fits(item, get_args(kind)[0]) for item in value)
     return type(value) is kind or (kind is float and type(value) is int)

@@ -190,12 +190,7 @@ class Saver:
     """
 
     def __init__(
-        self,
-        options: Options,
-        state: TrainState,
-        progress: RunProgress,
-        bad_images: BadImages,
-        description: dict,
+        self, options: Options, state: TrainState, progress: RunProgress, bad_images: BadImages, description: dict
     ):
         self.options, self.state, self.progress, self.bad_images = options, state, progress, bad_images
         self.description = description

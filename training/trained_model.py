@@ -9,11 +9,12 @@ import torch.nn as nn
 from input_pipeline.placement import normalization, test_crop
 from training import checkpoint
 from training.options import OPTIONS, RECORDED, RECORDED_MODEL, Options, default_options
+from training.progress import fits
 from training.setup import build_model
 from weight_selection.errors import InputError
 from weight_selection.files import Damaged, parse_json, read_text
 from weight_selection.sources.timm_names import model_of_checkpoint
-from weight_selection.sources.weight_files import first_mismatch, training_options
+from weight_selection.sources.weight_files import training_options
 
 RESULTS = "results.json"
 
@@ -79,9 +80,8 @@ def _read_recorded(option, path, wanted):
 def _recorded(args, origin, names):
     recorded = {name: args[name] for name in names if args.get(name) is not None}
     for name, value in recorded.items():
-        kind, choices = OPTIONS[name].type, OPTIONS[name].choices
-        typed = type(value) is kind or (kind is float and type(value) is int)
-        if not typed or (choices and value not in choices):
+        option = OPTIONS[name]
+        if not fits(value, option.type) or (option.choices and value not in option.choices):
             raise InputError(f"{origin}: not a checkpoint of main.py: its --{name} is {value!r:.80}")
     return recorded
 
@@ -166,9 +166,7 @@ def open_trained(path: str | Path, option: str, ema: bool = False) -> TrainedMod
     if names is None:
         names = [str(label) for label in range(model_of_checkpoint(file, option)[1]["num_classes"])]
     model = build_model(options, len(names))
-    if problem := first_mismatch(weights, model):
-        raise InputError(f"{origin}: not the weights of {options.model}: {problem}")
-    model.load_state_dict(weights)
+    checkpoint.load_weights(model, weights, f"{origin}: not the weights of {options.model}")
     if Path(path).is_dir() and not (file.parent / RESULTS).is_file():
         print(f"{path}: has not finished; takes {file.name}, of epoch {content.get('epoch')}", file=sys.stderr)
     metrics = content.get("last-ema" if ema else "last")

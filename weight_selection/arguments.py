@@ -42,8 +42,11 @@ class Parser(argparse.ArgumentParser):
         return spelt + equals + value if word.startswith("--") and name not in known and spelt in known else word
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Says an option's default, as it would be typed, where there is one and its help does not say it."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Says an option's default, as it would be typed, where there is one and its help does not say it.
+
+    A description keeps its lines.
+    """
 
     def _get_help_string(self, action):
         default = action.default

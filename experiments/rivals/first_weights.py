@@ -9,7 +9,6 @@ OUT/weights.pth for main.py's --initialize and OUT/facts.json: ``seconds`` of CP
 its accuracy in percent on the test images.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -57,7 +56,6 @@ def probe(options: Options) -> tuple[float, float]:
 
 def get_args_parser() -> Parser:
     parser = Parser("first_weights.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("arm", metavar="ARM", choices=ARMS, help=", ".join(ARMS))
     parser.add_argument("out", metavar="OUT", type=Path, help="must not exist")
     parser.add_argument("--teacher", default=TEACHER, metavar="NAME", help="a name of timm (default: %(default)s)")

@@ -8,7 +8,6 @@ projection takes by default; --images of val are classified, in 1000 classes, by
 mlp_ratio 2: by plain selection, by CORP (2602.05243), and by project.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -36,7 +35,6 @@ def classes(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def get_args_parser() -> Parser:
     parser = Parser("halved.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folders", metavar="FOLDERS", type=Path)
     parser.add_argument(
         "--teacher_path", type=Path, metavar="FILE", help="the teacher's weights (default: from the hub)"

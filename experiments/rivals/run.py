@@ -16,7 +16,6 @@ What follows -- goes to main.py. DATA holds flowers-102/ and, for --data cifar10
 first weights are kept in the output directory.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -156,7 +155,6 @@ class Queue:
 
 def get_args_parser() -> Parser:
     parser = Parser("run.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--phase", choices=["tune", "test"], required=True)
     parser.add_argument("--data_path", required=True, type=Path, metavar="DATA")
     parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="of first weights and logs")

@@ -4,7 +4,6 @@
 python experiments/rivals/table.py --figure docs/rivals.png
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -74,7 +73,6 @@ def draw(rows: list[dict], data: str):
 
 def get_args_parser() -> Parser:
     parser = Parser("table.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
     parser.add_argument("--student", choices=STUDENTS, default="vit_half", help="default: %(default)s")
     parser.add_argument("--data", choices=EPOCHS, default="flowers", help="of the test (default: %(default)s)")
