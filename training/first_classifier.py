@@ -32,13 +32,14 @@ def fit_first_classifier(options: Options, state: TrainState, data: RunData) -> 
     share = state.rank, state.world_size
     sums, bad_images = RidgeSums(data.classes, *share), BadImages(options.skip_bad_images, state.stop_coordinator)
 
-    def load(sampler):
+    def load(sampler, options):
         pipeline = build_pipeline(options, train=False)
         return plain_train_loader(data.train_set, pipeline, sampler, options, state.device, bad_images)
 
     mixed = np.random.default_rng(options.seed).permutation(data.train_images).tolist()  # files lie class by class
-    settle_batch_norms(state, load(EvalSampler(mixed[:SETTLING_IMAGES], 0, 1)))
-    loader = load(EvalSampler(range(data.train_images), *share))
+    as_in_training = options.replace(eval_batch_size=options.batch_size)
+    settle_batch_norms(state, load(EvalSampler(mixed[:SETTLING_IMAGES], 0, 1), as_in_training))
+    loader = load(EvalSampler(range(data.train_images), *share), options)
     with features_of(layer) as caught:
         for _, labels in predict(state.model, loader, state.amp_dtype):
             sums.add(caught.pop(), labels)
@@ -68,7 +69,9 @@ def settle_batch_norms(state: TrainState, loader: DeviceLoader) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
         norm.train()
-    for images, _ in loader if norms else ():
+    for number, (images, _) in enumerate(loader if norms else ()):
+        if number > 0 and len(images) < loader.batch_size:
+            break  # it would count as much as a full batch
         with autocast(state.device, state.amp_dtype):
             state.model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
