@@ -31,11 +31,11 @@ def tests(rows: list[dict], arm: str, data: str, epochs: int | None = None) -> l
     return [row for row in found if epochs in (None, row["epochs"])]
 
 
-def table(rows: list[dict], data: str, epochs: int) -> list[tuple]:
+def table(rows: list[dict], student: str, data: str, epochs: int) -> list[tuple]:
     """HEAD's words for each arm, the best on test images first and then on validation images."""
     lines = []
     for arm in ARMS:
-        best, tested = tuned(rows, arm), tests(rows, arm, data, epochs)
+        tested, best = tests(rows, arm, data, epochs), tuned([row for row in rows if row["student"] == student], arm)
         accuracies = [row["accuracy"] for row in tested]
         if not tested and (best is None or data != "flowers"):  # the tuning is on Flowers-102
             continue
@@ -84,11 +84,11 @@ def get_args_parser() -> Parser:
 def main(argv=None) -> None:
     args = get_args_parser().parse_args(argv)
     rows = of_student(read_results(args.results), args.student)
-    if not rows:
-        raise InputError(
-            f"--results {args.results}: no finished runs of {args.student}; experiments/rivals/run.py makes them"
-        )
-    for words in (HEAD, ["---"] * len(HEAD), *table(rows, args.data, args.epochs or EPOCHS[args.data])):
+    lines = table(rows, args.student, args.data, args.epochs or EPOCHS[args.data])
+    if not lines:
+        which = f"no finished runs of {args.student} on {args.data}"
+        raise InputError(f"--results {args.results}: {which}; experiments/rivals/run.py makes them")
+    for words in (HEAD, ["---"] * len(HEAD), *lines):
         print(f"| {' | '.join(words)} |")
     if args.figure:
         import style

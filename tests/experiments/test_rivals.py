@@ -137,6 +137,8 @@ def test_another_student_is_tuned_by_itself_or_takes_anothers_settings(tmp_path,
     del run.Queue.done[:]
     run.main([*words, "lite0", "--phase", "test"])
     assert {key[:1] + key[2:3] + key[4:5] for key in run.Queue.done} == {("lite0", "greedy", 2e-3)}
+    with pytest.raises(InputError, match="no finished runs of lite0 on cifar100"):
+        table.main(["--results", str(tmp_path / "results.jsonl"), "--student", "lite0", "--data", "cifar100"])
     with pytest.raises(InputError, match="--student lite0: .*tune that"):
         run.main([*words, "lite0", "--phase", "tune"])
     with pytest.raises(InputError, match="--arms project: cannot make --student lite0"):
