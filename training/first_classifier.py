@@ -11,6 +11,7 @@ from training.options import Options
 from training.setup import RunData
 from utils import describe, print_main
 from weight_selection.classifier import RidgeSums, classifier_layer, features_of, set_classifier
+from weight_selection.modules import evaluating
 
 SETTLING_IMAGES = 1024
 
@@ -36,9 +37,12 @@ def fit_first_classifier(options: Options, state: TrainState, data: RunData) -> 
         pipeline = build_pipeline(options, train=False)
         return plain_train_loader(data.train_set, pipeline, sampler, options, state.device, bad_images)
 
-    mixed = np.random.default_rng(options.seed).permutation(data.train_images).tolist()  # files lie class by class
-    as_in_training = options.replace(eval_batch_size=options.batch_size)
-    settle_batch_norms(state, load(EvalSampler(mixed[:SETTLING_IMAGES], 0, 1), as_in_training))
+    norms = [norm for norm in state.model.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+    if norms:
+        mixed = np.random.default_rng(options.seed).permutation(data.train_images)  # files lie class by class
+        as_in_training = options.replace(eval_batch_size=options.batch_size)
+        loader = load(EvalSampler(mixed[:SETTLING_IMAGES].tolist(), 0, 1), as_in_training)
+        settle_batch_norms(norms, state, loader)
     loader = load(EvalSampler(range(data.train_images), *share), options)
     with features_of(layer) as caught:
         for _, labels in predict(state.model, loader, state.amp_dtype):
@@ -55,27 +59,25 @@ def fit_first_classifier(options: Options, state: TrainState, data: RunData) -> 
 
 
 @torch.no_grad()
-def settle_batch_norms(state: TrainState, loader: DeviceLoader) -> None:
-    """Give a model's batch normalisations, and those of its moving average, the statistics of some batches.
+def settle_batch_norms(norms: list[_BatchNorm], state: TrainState, loader: DeviceLoader) -> None:
+    """Give all of a model's batch normalisations, and those of its moving average, the statistics of some batches.
 
     Selected weights come with their teacher's statistics. In training every batch has its own, so the features change
     with the first step, and a classifier that was fitted before no longer suits them. All processes must see the same
-    images.
+    images. PyTorch's ``update_bn`` would also switch dropout on.
     """
-    norms = [norm for norm in state.model.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
     momenta = [norm.momentum for norm in norms]
-    state.model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
-        norm.train()
-    for number, (images, _) in enumerate(loader if norms else ()):
-        if number > 0 and len(images) < loader.batch_size:
-            break  # it would count as much as a full batch
-        with autocast(state.device, state.amp_dtype):
-            state.model(images)
+    with evaluating(state.model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.train()
+        for number, (images, _) in enumerate(loader):
+            if number > 0 and len(images) < loader.batch_size:
+                break  # it would count as much as a full batch
+            with autocast(state.device, state.amp_dtype):
+                state.model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-        norm.eval()
-    if norms and state.ema:
+    if state.ema:
         state.ema.module.load_state_dict(state.model.state_dict())

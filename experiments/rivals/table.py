@@ -33,9 +33,9 @@ def tests(rows: list[dict], arm: str, data: str, epochs: int | None = None) -> l
 
 def table(rows: list[dict], student: str, data: str, epochs: int) -> list[tuple]:
     """HEAD's words for each arm, the best on test images first and then on validation images."""
-    lines = []
+    lines, own = [], [row for row in rows if row["student"] == student]
     for arm in ARMS:
-        tested, best = tests(rows, arm, data, epochs), tuned([row for row in rows if row["student"] == student], arm)
+        best, tested = tuned(own, arm), tests(rows, arm, data, epochs)
         accuracies = [row["accuracy"] for row in tested]
         if not tested and (best is None or data != "flowers"):  # the tuning is on Flowers-102
             continue

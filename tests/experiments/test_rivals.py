@@ -95,9 +95,8 @@ def test_the_queue_skips_what_is_finished_and_drops_arms_that_are_behind(tmp_pat
     assert settings["l2"] == ridge(*schedule.FIRST)  # more than ten points behind
     assert settings["project"] == ridge(*schedule.FIRST, *schedule.LATER) | {(5e-4, "random")}
     assert settings["random"] == ridge(*schedule.FIRST, *schedule.LATER) | {(1e-3, "random")}  # random is never dropped
-    assert settings["taylor"] == ridge(*schedule.FIRST, *schedule.LATER, 4e-3) | {
-        (2e-3, "random")
-    }  # best at the largest rate
+    best_at_the_largest = ridge(*schedule.FIRST, *schedule.LATER, 4e-3) | {(2e-3, "random")}
+    assert settings["taylor"] == best_at_the_largest
     assert len(done) == len(set(done)) == len(schedule.read_results(results))
     run.main([*words, "tune"])
     assert len(done) == len(schedule.read_results(results))  # nothing was left to do
