@@ -5,8 +5,8 @@ python experiments/rivals/run.py --phase tune --data_path data/ --output_dir riv
 python experiments/rivals/run.py --phase test ...
 
 ``tune`` trains every arm on the training images of Flowers-102 and evaluates on its validation images. From a
-classifier in closed form it tries at least four learning rates, and goes on while the best is the largest or the
-smallest; then it tries the best one with a random classifier. An arm 10 points behind the best at the first two
+classifier in closed form it tries at least four learning rates, and goes on beyond the best while that is the largest
+or the smallest; then it tries the best one with a random classifier. An arm 10 points behind the best at the first two
 learning rates stops there, unless it is one of FINAL or the best of the others. ``test`` trains FINAL, the best of the
 others and the ceiling at their best settings, with three seeds, and evaluates on the test images. ``--student`` takes
 another student than the ViT (schedule.py).
@@ -73,7 +73,8 @@ class Queue:
             if args.phase == "tune":
                 runs = tuning(rows, args.arms, args.student)
             else:
-                runs = testing(rows, args.arms, args.student, args.data, args.epochs or EPOCHS[args.data])
+                epochs = args.epochs or EPOCHS[args.data]
+                runs = testing(rows, args.arms, args.student, args.data, epochs, args.seeds)
             done = self.taken | {key_of(row) for row in rows}
             run = next((run for run in runs if key_of(run) not in done), None)
             self.taken |= {key_of(run)} if run else set()
@@ -163,6 +164,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("--student", choices=STUDENTS, default="vit_half", help="default: %(default)s")
     parser.add_argument("--data", choices=EPOCHS, default="flowers", help="of the test (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="of the test (default: 20 of flowers, 12 of cifar100)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of the test (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"default: all of {', '.join(ARMS)}")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time, each on one thread")
     parser.add_argument("main_args", nargs="*", metavar="OPTION", help="further options of main.py, after --")
@@ -171,8 +173,9 @@ def get_args_parser() -> Parser:
 
 def main(argv=None) -> None:
     args = get_args_parser().parse_args(argv)
-    if args.processes < 1:
-        raise InputError(f"--processes {args.processes}: give a number from 1 up")
+    for option in ("processes", "seeds"):
+        if getattr(args, option) < 1:
+            raise InputError(f"--{option} {getattr(args, option)}: give a number from 1 up")
     can = STUDENTS[args.student].arms
     args.arms = args.arms or can
     if others := [arm for arm in args.arms if arm not in can]:

@@ -53,7 +53,7 @@ STUDENTS = {
     ),
 }
 FIRST = (5e-4, 1e-3)  # the learning rates that decide whether an arm goes on
-LATER = (2.5e-4, 2e-3)
+RATES = 4  # at least so many are tried for an arm that goes on
 CEILING_RATES = (5e-4, 2.5e-4, 1e-3)  # of the ceiling, which takes four times as long
 BEHIND = 10  # points
 KEY = ("student", "data", "arm", "epochs", "lr", "classifier", "seed", "phase")
@@ -95,9 +95,7 @@ def tuning(rows: list[dict], arms: list[str], student: str) -> list[dict]:
     """The runs of the tuning, the most telling first, as far as the finished ones show that they are wanted."""
     going = [arm for arm in arms if arm != CEILING]
     wanted = [(lr, "ridge", arm) for lr in FIRST for arm in going]
-    going = [arm for arm in going if _goes_on(rows, arm)]
-    wanted += [(lr, "ridge", arm) for lr in LATER for arm in going]
-    wanted += [(*setting, arm) for arm in going if (setting := _next_setting(rows, arm))]
+    wanted += [(*_next_setting(rows, arm), arm) for arm in going if _goes_on(rows, arm)]
     wanted += [(lr, "ridge", CEILING) for lr in CEILING_RATES if CEILING in arms]
     keys = [(student, "flowers", arm, EPOCHS["flowers"], lr, classifier, 0, "tune") for lr, classifier, arm in wanted]
     return [dict(zip(KEY, key, strict=True)) for key in keys]
@@ -107,24 +105,22 @@ def _goes_on(rows, arm):
     first = [row for row in rows if row["phase"] == "tune" and row["lr"] in FIRST and row["classifier"] == "ridge"]
     own = [row["accuracy"] for row in first if row["arm"] == arm]
     best = max((row["accuracy"] for row in first if row["arm"] != CEILING), default=0)
-    return arm in finalists(rows) or len(own) < len(FIRST) or max(own) > best - BEHIND
+    return len(own) == len(FIRST) and (arm in finalists(rows) or max(own) > best - BEHIND)
 
 
 def _next_setting(rows, arm):
-    """A learning rate beyond the tried ones if the best is at their end, otherwise a random classifier at the best."""
-    rates = {row["lr"] for row in tuning_rows(rows, arm) if row["classifier"] == "ridge"}
-    best = tuned(rows, arm)
-    if len(rates) < len(FIRST + LATER):
-        return None
-    if best["lr"] == min(rates):
-        return best["lr"] / 2, "ridge"
-    if best["lr"] == max(rates):
-        return best["lr"] * 2, "ridge"
-    return best["lr"], "random"
+    """A rate beyond the best while that is at an end, or too few are tried; then the best with a random classifier."""
+    rates = sorted(row["lr"] for row in tuning_rows(rows, arm) if row["classifier"] == "ridge")
+    best = tuned(rows, arm)["lr"]
+    if best == rates[0]:
+        return best / 2, "ridge"
+    if best == rates[-1] or len(rates) < RATES:
+        return rates[-1] * 2, "ridge"
+    return best, "random"
 
 
-def testing(rows: list[dict], arms: list[str], student: str, data: str, epochs: int) -> list[dict]:
-    """The runs on test images, with three seeds, at the settings of the tuning."""
+def testing(rows: list[dict], arms: list[str], student: str, data: str, epochs: int, seeds: int) -> list[dict]:
+    """The runs on test images at the settings of the tuning, first all arms' with seed 0."""
     best = [row for arm in finalists(rows) if arm in arms and (row := tuned(rows, arm))]
     changes = {"student": student, "data": data, "epochs": epochs, "phase": "test"}
-    return [{name: row[name] for name in KEY} | changes | {"seed": seed} for seed in (0, 1, 2) for row in best]
+    return [{name: row[name] for name in KEY} | changes | {"seed": seed} for seed in range(seeds) for row in best]

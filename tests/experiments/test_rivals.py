@@ -93,14 +93,16 @@ def test_the_queue_skips_what_is_finished_and_drops_arms_that_are_behind(tmp_pat
     settings = {name: {key[4:6] for key in done if key[2] == name} for name in level}
     ridge = lambda *rates: {(rate, "ridge") for rate in rates}  # noqa: E731
     assert settings["l2"] == ridge(*schedule.FIRST)  # more than ten points behind
-    assert settings["project"] == ridge(*schedule.FIRST, *schedule.LATER) | {(5e-4, "random")}
-    assert settings["random"] == ridge(*schedule.FIRST, *schedule.LATER) | {(1e-3, "random")}  # random is never dropped
-    best_at_the_largest = ridge(*schedule.FIRST, *schedule.LATER, 4e-3) | {(2e-3, "random")}
-    assert settings["taylor"] == best_at_the_largest
+    assert settings["project"] == ridge(2.5e-4, 5e-4, 1e-3, 2e-3) | {(5e-4, "random")}
+    rising = ridge(5e-4, 1e-3, 2e-3, 4e-3)
+    assert settings["random"] == rising | {(1e-3, "random")}  # random is never dropped
+    assert settings["taylor"] == rising | {(2e-3, "random")}
     assert len(done) == len(set(done)) == len(schedule.read_results(results))
     run.main([*words, "tune"])
     assert len(done) == len(schedule.read_results(results))  # nothing was left to do
     del done[:]
+    run.main([*words, "test", "--seeds", "1"])
+    assert {key[6] for key in done} == {0} and len(done) == 3
     run.main([*words, "test"])
     assert {(key[2], key[4], key[6]) for key in done} == {
         (name, best_rate.get(name, 1e-3), seed) for name in ("project", "taylor", "random") for seed in (0, 1, 2)
