@@ -32,10 +32,26 @@ ARMS = {  # name: (module in this directory, function, its further arguments)
     "subcloning": ("subcloning", "subclone", {}),
     "consecutive": ("selected", "select", {"rule": "consecutive"}),
     "random_consistent": ("selected", "select", {"rule": "random"}),
-    "project_uniform": ("selected", "select", {"rule": "project", "layers": "uniform"}),
-    "greedy_uniform": ("selected", "select", {"rule": "greedy", "layers": "uniform"}),
+    **{
+        f"{name}_{layers}": ("selected", "select", {"rule": rule, "layers": layers})
+        for name, rule in {"project": "project", "greedy": "greedy", "selection": "uniform"}.items()
+        for layers in ("uniform", "quadratic")
+    },
     "kaiming": ("random_weights", "random", {"scheme": "kaiming"}),
     "teacher": ("selected", "keep", {}),
+}
+ABLATIONS = {  # project and greedy from other images, or with a part taken out; trained at the settings of the whole
+    **{f"project_{count}": ("selected", "select", {"rule": "project", "count": count}) for count in (16, 64, 256)},
+    **{f"{rule}_noise": ("selected", "select_from_noise", {"rule": rule}) for rule in ("project", "greedy")},
+    **{f"{rule}_others": ("selected", "select_from_others", {"rule": rule}) for rule in ("project", "greedy")},
+    **{
+        f"{rule}_without_{part}": ("selected", "select_without", {"rule": rule, "part": part})
+        for rule, parts in {
+            "project": ("reads", "frame", "units", "heads"),
+            "greedy": ("reads", "coordinates", "weights"),
+        }.items()
+        for part in parts
+    },
 }
 CEILING = "teacher"  # no arm: the whole teacher, which is a larger model
 WHOLE = ("embed_dim=192", "num_heads=3")  # its --model_kwargs
@@ -52,6 +68,7 @@ class Pair:
         folder: class folders of the training images.
         seed: of whatever an arm draws.
         count: of the training images that it may look at, at most.
+        others: class folders of another data set's images.
     """
 
     teacher: nn.Module
@@ -59,6 +76,7 @@ class Pair:
     folder: Path
     seed: int
     count: int = CALIBRATION_IMAGES
+    others: Path | None = None
 
     @cached_property
     def _drawn(self):
@@ -82,7 +100,7 @@ class Pair:
 
 def arm(name: str) -> Callable[[Pair], dict]:
     """The function that makes an arm's first weights."""
-    module, function, arguments = ARMS[name]
+    module, function, arguments = (ARMS | ABLATIONS)[name]
     return partial(getattr(import_module(f"rivals.{module}"), function), **arguments)
 
 

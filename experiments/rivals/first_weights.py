@@ -21,7 +21,7 @@ import torch
 from distributed.program import find_launch
 from distributed.stop_coordinator import StopCoordinator
 from engine import evaluate
-from rivals.arms import ARMS, TEACHER, Pair, arm
+from rivals.arms import ABLATIONS, ARMS, TEACHER, Pair, arm
 from training.first_classifier import fit_first_classifier
 from training.options import Options, parse_args, share_batch
 from training.setup import build_model, build_train_state, complete_options, open_data
@@ -56,10 +56,11 @@ def probe(options: Options) -> tuple[float, float]:
 
 def get_args_parser() -> Parser:
     parser = Parser("first_weights.py", __doc__)
-    parser.add_argument("arm", metavar="ARM", choices=ARMS, help=", ".join(ARMS))
+    parser.add_argument("arm", metavar="ARM", choices=ARMS | ABLATIONS, help=", ".join(ARMS | ABLATIONS))
     parser.add_argument("out", metavar="OUT", type=Path, help="must not exist")
     parser.add_argument("--teacher", default=TEACHER, metavar="NAME", help="a name of timm (default: %(default)s)")
     parser.add_argument("--teacher_path", type=Path, metavar="FILE", help="its weights (default: from the hub)")
+    parser.add_argument("--others", type=Path, metavar="DIR", help="class folders of another data set's images")
     parser.add_argument("options", nargs="+", help="options of main.py, after --")
     return parser
 
@@ -71,7 +72,8 @@ def main(argv=None) -> None:
     teacher = open_teacher(args.teacher, args.teacher_path, options.input_size)
     with new_directory(args.out, "OUT") as whole:
         start = time.process_time()
-        weights = arm(args.arm)(Pair(teacher, student, Path(options.data_path) / "train", options.seed))
+        folder = Path(options.data_path) / "train"
+        weights = arm(args.arm)(Pair(teacher, student, folder, options.seed, others=args.others))
         seconds = time.process_time() - start
         torch.save(weights, whole / "weights.pth")
         accuracy, fitting = probe(options_of([*args.options, "--initialize", str(whole / "weights.pth")]))

@@ -8,10 +8,11 @@ python experiments/rivals/run.py --phase test ...
 classifier in closed form it tries at least four learning rates, and goes on beyond the best while that is the largest
 or the smallest; then it tries the best one with a random classifier. An arm 10 points behind the best at the first two
 learning rates stops there, unless it is one of FINAL or the best of the others. ``test`` trains FINAL, the best of the
-others and the ceiling at their best settings, with three seeds, and evaluates on the test images. ``--student`` takes
-another student than the ViT (schedule.py).
+others and the ceiling at their best settings, with three seeds, and evaluates on the test images. ``ablate`` trains
+project and greedy without their parts, and from other images, at the settings of the whole and with three seeds, and
+evaluates on the validation images. ``--student`` takes another student than the ViT (schedule.py).
 
-What follows -- goes to main.py. DATA holds flowers-102/ and, for --data cifar100, cifar100_50/
+What follows -- goes to main.py. DATA holds flowers-102/ and, for --data cifar100 and ablations, cifar100_50/
 (experiments/cifar100_folders.py). A run that stands in results.jsonl is skipped, so the queue goes on where it stopped;
 first weights are kept in the output directory.
 """
@@ -31,8 +32,19 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository's modules
 sys.path.insert(0, str(Path(__file__).parents[1]))  # and the experiments'
 from scipy.io import loadmat
 
-from rivals.arms import ARMS, CEILING, WHOLE
-from rivals.schedule import EPOCHS, RESULTS, STUDENTS, key_of, of_student, read_results, testing, tuning
+from rivals.arms import ABLATIONS, ARMS, CEILING, WHOLE
+from rivals.schedule import (
+    EPOCHS,
+    RESULTS,
+    STUDENTS,
+    ablated,
+    ablating,
+    key_of,
+    of_student,
+    read_results,
+    testing,
+    tuning,
+)
 from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
 from weight_selection.files import new_directory
@@ -72,6 +84,8 @@ class Queue:
             rows = of_student(read_results(args.results), args.student)
             if args.phase == "tune":
                 runs = tuning(rows, args.arms, args.student)
+            elif args.phase == "ablate":
+                runs = ablating(rows, args.arms, args.student, args.seeds)
             else:
                 epochs = args.epochs or EPOCHS[args.data]
                 runs = testing(rows, args.arms, args.student, args.data, epochs, args.seeds)
@@ -103,6 +117,7 @@ class Queue:
         with log.open("w") as file:
             teacher = ["--teacher", STUDENTS[run["student"]].teacher]
             teacher += ["--teacher_path", args.teacher_path] if args.teacher_path else []
+            teacher += ["--others", args.data_path / "cifar100_50" / "train"]
             with self.making[init]:
                 if not init.exists():
                     program = Path(__file__).with_name("first_weights.py")
@@ -133,6 +148,7 @@ class Queue:
         """The class folders of a phase's images."""
         if data != "flowers":
             return self.args.data_path / f"{data}_50"
+        phase = "test" if phase == "test" else "tune"
         out = self.args.output_dir / "data" / f"{data}_{phase}"
         with self.making[out]:
             if not out.exists():
@@ -156,7 +172,7 @@ class Queue:
 
 def get_args_parser() -> Parser:
     parser = Parser("run.py", __doc__)
-    parser.add_argument("--phase", choices=["tune", "test"], required=True)
+    parser.add_argument("--phase", choices=["tune", "test", "ablate"], required=True)
     parser.add_argument("--data_path", required=True, type=Path, metavar="DATA")
     parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="of first weights and logs")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: results.jsonl here")
@@ -165,7 +181,8 @@ def get_args_parser() -> Parser:
     parser.add_argument("--data", choices=EPOCHS, default="flowers", help="of the test (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="of the test (default: 20 of flowers, 12 of cifar100)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of the test (default: %(default)s)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"default: all of {', '.join(ARMS)}")
+    arms = [*ARMS, *ABLATIONS]
+    parser.add_argument("--arms", nargs="+", choices=arms, metavar="ARM", help="default: all of the phase and student")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time, each on one thread")
     parser.add_argument("main_args", nargs="*", metavar="OPTION", help="further options of main.py, after --")
     return parser
@@ -176,10 +193,11 @@ def main(argv=None) -> None:
     for option in ("processes", "seeds"):
         if getattr(args, option) < 1:
             raise InputError(f"--{option} {getattr(args, option)}: give a number from 1 up")
-    can = STUDENTS[args.student].arms
+    can = ablated(args.student) if args.phase == "ablate" else STUDENTS[args.student].arms
     args.arms = args.arms or can
     if others := [arm for arm in args.arms if arm not in can]:
-        raise InputError(f"--arms {others[0]}: cannot make --student {args.student}; choose from {', '.join(can)}")
+        where = f"--phase {args.phase} of --student {args.student}"
+        raise InputError(f"--arms {others[0]}: is not in {where}; choose from {', '.join(can)}")
     if args.phase == "tune" and (tuned_as := STUDENTS[args.student].tuned_as):
         raise InputError(f"--student {args.student}: is trained at the settings of {tuned_as}; tune that")
     for name in ("data_path", "output_dir", "results", "teacher_path"):  # the programs run in the repository

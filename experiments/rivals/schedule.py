@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rivals.arms import ARMS, CEILING, FINAL, TEACHER
+from rivals.arms import ABLATIONS, ARMS, CEILING, FINAL, TEACHER
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 EPOCHS = {"flowers": 20, "cifar100": 12}  # of the recipes
@@ -31,7 +31,7 @@ class Student:
 
 
 STUDENTS = {
-    "vit_half": Student(VIT, TEACHER, tuple(arm for arm in ARMS if not arm.endswith("_uniform"))),
+    "vit_half": Student(VIT, TEACHER, tuple(arm for arm in ARMS if not arm.endswith(("_uniform", "_quadratic")))),
     **{  # as many parameters, in fewer and wider layers
         f"vit_{depth}_layers": Student(
             VIT,
@@ -41,6 +41,11 @@ STUDENTS = {
         )
         for width, depth in ((120, 8), (144, 5), (192, 3))
     },
+    "vit_a": Student(  # half as deep, and as wide as the teacher
+        "experiments/vit_a_112.yaml",
+        TEACHER,
+        ("selection", "selection_uniform", "selection_quadratic", "project_uniform", "project_quadratic", "random"),
+    ),
     "lite0_half": Student(
         "experiments/efficientnet_half.yaml", "tf_efficientnet_lite0.in1k", ("greedy", "selection", "taylor", "random")
     ),
@@ -117,6 +122,25 @@ def _next_setting(rows, arm):
     if best == rates[-1] or len(rates) < RATES:
         return rates[-1] * 2, "ridge"
     return best, "random"
+
+
+def ablated(student: str) -> list[str]:
+    """The student's projections, and their ablations."""
+    return [arm for arm in ("project", "greedy", *ABLATIONS) if _whole(arm) in STUDENTS[student].arms]
+
+
+def _whole(arm):
+    return arm.partition("_")[0]  # project of project_noise
+
+
+def ablating(rows: list[dict], arms: list[str], student: str, seeds: int) -> list[dict]:
+    """The runs of projections and their ablations on validation images, at the settings of the tuned projection."""
+    best = [(arm, row) for arm in arms if (row := tuned(rows, _whole(arm)))]
+    return [
+        {name: row[name] for name in KEY} | {"student": student, "arm": arm, "seed": seed, "phase": "ablate"}
+        for seed in range(seeds)
+        for arm, row in best
+    ]
 
 
 def testing(rows: list[dict], arms: list[str], student: str, data: str, epochs: int, seeds: int) -> list[dict]:

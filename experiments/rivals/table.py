@@ -2,6 +2,7 @@
 """Print the table of the arena, and plot accuracy against learning rate and epochs, from results.jsonl.
 
 python experiments/rivals/table.py --figure docs/rivals.png
+python experiments/rivals/table.py --ablations
 """
 
 import statistics
@@ -12,10 +13,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository's modules
 sys.path.insert(0, str(Path(__file__).parents[1]))  # and the experiments'
 from rivals.arms import ARMS
-from rivals.schedule import EPOCHS, RESULTS, STUDENTS, finalists, of_student, read_results, tuned, tuning_rows
+from rivals.schedule import EPOCHS, RESULTS, STUDENTS, ablated, finalists, of_student, read_results, tuned, tuning_rows
 from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
 
+HEAD_OF_ABLATIONS = ("first weights", "probe", "val", "seeds")
 HEAD = ("first weights", "probe", "val", "learning rate", "classifier", "test", "CPU seconds before training")
 
 
@@ -45,6 +47,16 @@ def table(rows: list[dict], student: str, data: str, epochs: int) -> list[tuple]
         words = arm, probe, val, f"{of[0]['lr']:g}", of[0]["classifier"], spread(accuracies), seconds
         lines.append((statistics.mean(accuracies) if tested else 0, best["accuracy"] if best else 0, words))
     return [words for *_, words in sorted(lines, key=lambda line: line[:2], reverse=True)]
+
+
+def ablations(rows: list[dict], student: str) -> list[tuple]:
+    """HEAD_OF_ABLATIONS' words for each projection, and for each without a part or from other images."""
+    found = {arm: [row for row in rows if (row["phase"], row["arm"]) == ("ablate", arm)] for arm in ablated(student)}
+    return [
+        (arm, *(spread([row[figure] for row in own]) for figure in ("probe", "accuracy")), str(len(own)))
+        for arm, own in found.items()
+        if own
+    ]
 
 
 def draw(rows: list[dict], data: str):
@@ -77,6 +89,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("--student", choices=STUDENTS, default="vit_half", help="default: %(default)s")
     parser.add_argument("--data", choices=EPOCHS, default="flowers", help="of the test (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="of the test (default: 20 of flowers, 12 of cifar100)")
+    parser.add_argument("--ablations", action="store_true", help="the table of --phase ablate")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw this figure")
     return parser
 
@@ -84,11 +97,14 @@ def get_args_parser() -> Parser:
 def main(argv=None) -> None:
     args = get_args_parser().parse_args(argv)
     rows = of_student(read_results(args.results), args.student)
-    lines = table(rows, args.student, args.data, args.epochs or EPOCHS[args.data])
+    if args.ablations:
+        head, lines = HEAD_OF_ABLATIONS, ablations(rows, args.student)
+    else:
+        head, lines = HEAD, table(rows, args.student, args.data, args.epochs or EPOCHS[args.data])
     if not lines:
         which = f"no finished runs of {args.student} on {args.data}"
         raise InputError(f"--results {args.results}: {which}; experiments/rivals/run.py makes them")
-    for words in (HEAD, ["---"] * len(HEAD), *lines):
+    for words in (head, ["---"] * len(head), *lines):
         print(f"| {' | '.join(words)} |")
     if args.figure:
         import style

@@ -8,7 +8,7 @@ import torch
 
 from helpers import assert_same
 from rivals import run, schedule, table
-from rivals.arms import ARMS, CEILING, FINAL, Pair, arm, without_classifier
+from rivals.arms import ABLATIONS, ARMS, CEILING, FINAL, Pair, arm, without_classifier
 from rivals.corp import compensated
 from rivals.front import front
 from rivals.vit_widths import Kept, cut
@@ -38,9 +38,9 @@ def pair(width=24, teacher_width=48):
     return Made(vit(teacher_width), vit(width, seed=1), Path(), 0)
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", [*ARMS, *ABLATIONS])
 def test_an_arm_makes_all_weights_but_the_classifiers(name):
-    if ARMS[name][0] == "pruned":
+    if name in ("l2", "taylor", "hessian"):
         pytest.importorskip("torch_pruning")
     made = arm(name)(pair(48) if name == CEILING else pair())
     model = vit(48 if name == CEILING else 24, seed=2)
@@ -114,6 +114,34 @@ def test_the_queue_skips_what_is_finished_and_drops_arms_that_are_behind(tmp_pat
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
+def test_ablations_train_at_the_settings_of_the_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run.Queue, "done", [], raising=False)
+    monkeypatch.setattr(run.Queue, "do", fake(lambda row: 50 - abs(row["lr"] - 2e-3) * 1e3 - ("_" in row["arm"])))
+    results = tmp_path / "results.jsonl"
+    words = f"--data_path {tmp_path} --output_dir {tmp_path} --results {results} --phase".split()
+    run.main([*words, "tune", "--arms", "greedy"])  # and not project
+    del run.Queue.done[:]
+    run.main([*words, "ablate", "--seeds", "2"])
+    names = {"greedy", *(name for name in ABLATIONS if name.startswith("greedy_"))}
+    assert {key[2:] for key in run.Queue.done} == {
+        (name, 20, 2e-3, "ridge", seed, "ablate") for name in names for seed in (0, 1)
+    }
+    capsys.readouterr()
+    table.main(["--results", str(results), "--ablations"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| greedy | 1.0 ± 0.0 | 50.0 ± 0.0 | 2 |"
+    assert "| greedy_noise | 1.0 ± 0.0 | 49.0 ± 0.0 | 2 |" in lines and len(lines) == 2 + len(names)
+
+
+def test_a_part_taken_out_and_other_images_change_the_weights():
+    made = {name: arm(name)(pair()) for name in ("greedy", *ABLATIONS) if name.startswith("greedy")}
+    whole = made.pop("greedy")
+    changed = {
+        name for name, weights in made.items() if any(not torch.equal(weights[key], whole[key]) for key in whole)
+    }
+    assert changed == made.keys() - {"greedy_others"}  # whose images are the pair's own here
+
+
 @pytest.mark.parametrize("student", schedule.STUDENTS)
 def test_images_are_normalised_as_the_teachers_were(tmp_path, student):
     (tmp_path / "cifar100_50").mkdir()
@@ -142,7 +170,7 @@ def test_another_student_is_tuned_by_itself_or_takes_anothers_settings(tmp_path,
         table.main(["--results", str(tmp_path / "results.jsonl"), "--student", "lite0", "--data", "cifar100"])
     with pytest.raises(InputError, match="--student lite0: .*tune that"):
         run.main([*words, "lite0", "--phase", "tune"])
-    with pytest.raises(InputError, match="--arms project: cannot make --student lite0"):
+    with pytest.raises(InputError, match="--arms project: is not in --phase test of --student lite0"):
         run.main([*words, "lite0", "--phase", "test", "--arms", "project"])
 
 
