@@ -7,10 +7,11 @@ python experiments/rivals/run.py --phase test ...
 ``tune`` trains every arm on the training images of Flowers-102 and evaluates on its validation images. From a
 classifier in closed form it tries at least four learning rates, and goes on beyond the best while that is the largest
 or the smallest; then it tries the best one with a random classifier. An arm 10 points behind the best at the first two
-learning rates stops there, unless it is one of FINAL or the best of the others. ``test`` trains FINAL, the best of the
-others and the ceiling at their best settings, with three seeds, and evaluates on the test images. ``ablate`` trains
-project and greedy without their parts, and from other images, at the settings of the whole and with three seeds, and
-evaluates on the validation images. ``--student`` takes another student than the ViT (schedule.py).
+learning rates stops there, unless it is one of FINAL or the best of the others. With --lr it tries only those.
+
+``test`` trains FINAL, the best of the others and the ceiling at their best settings, with three seeds, and evaluates
+on the test images. ``ablate`` trains project and greedy without their parts, and from other images, at the settings of
+the whole, and evaluates on the validation images. ``--student`` takes another student than the ViT (schedule.py).
 
 What follows -- goes to main.py. DATA holds flowers-102/ and, for --data cifar100 and ablations, cifar100_50/
 (experiments/cifar100_folders.py). A run that stands in results.jsonl is skipped, so the queue goes on where it stopped;
@@ -83,7 +84,7 @@ class Queue:
         with self.lock:
             rows = of_student(read_results(args.results), args.student)
             if args.phase == "tune":
-                runs = tuning(rows, args.arms, args.student)
+                runs = tuning(rows, args.arms, args.student, args.lr)
             elif args.phase == "ablate":
                 runs = ablating(rows, args.arms, args.student, args.seeds)
             else:
@@ -180,6 +181,9 @@ def get_args_parser() -> Parser:
     parser.add_argument("--student", choices=STUDENTS, default="vit_half", help="default: %(default)s")
     parser.add_argument("--data", choices=EPOCHS, default="flowers", help="of the test (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="of the test (default: 20 of flowers, 12 of cifar100)")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", metavar="RATE", help="tune: only these, from a fitted classifier"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of the test (default: %(default)s)")
     arms = [*ARMS, *ABLATIONS]
     parser.add_argument("--arms", nargs="+", choices=arms, metavar="ARM", help="default: all of the phase and student")
@@ -193,6 +197,8 @@ def main(argv=None) -> None:
     for option in ("processes", "seeds"):
         if getattr(args, option) < 1:
             raise InputError(f"--{option} {getattr(args, option)}: give a number from 1 up")
+    if args.lr and args.phase != "tune":
+        raise InputError(f"--lr {args.lr[0]:g}: has no effect with --phase {args.phase}; leave it out")
     can = ablated(args.student) if args.phase == "ablate" else STUDENTS[args.student].arms
     args.arms = args.arms or can
     if others := [arm for arm in args.arms if arm not in can]:

@@ -96,12 +96,13 @@ def finalists(rows: list[dict]) -> list[str]:
     return [*FINAL, *(best["arm"] for best in sorted(others, key=lambda row: -row["accuracy"])[:1]), CEILING]
 
 
-def tuning(rows: list[dict], arms: list[str], student: str) -> list[dict]:
-    """The runs of the tuning, the most telling first, as far as the finished ones show that they are wanted."""
+def tuning(rows: list[dict], arms: list[str], student: str, rates: list[float] | None) -> list[dict]:
+    """The runs of the tuning: at the given learning rates, or as far as the finished ones show that they are wanted."""
     going = [arm for arm in arms if arm != CEILING]
-    wanted = [(lr, "ridge", arm) for lr in FIRST for arm in going]
-    wanted += [(*_next_setting(rows, arm), arm) for arm in going if _goes_on(rows, arm)]
-    wanted += [(lr, "ridge", CEILING) for lr in CEILING_RATES if CEILING in arms]
+    wanted = [(lr, "ridge", arm) for lr in rates or FIRST for arm in going]
+    wanted += [(lr, "ridge", CEILING) for lr in rates or CEILING_RATES if CEILING in arms]
+    if not rates:
+        wanted += [(*_next_setting(rows, arm), arm) for arm in going if _goes_on(rows, arm)]
     keys = [(student, "flowers", arm, EPOCHS["flowers"], lr, classifier, 0, "tune") for lr, classifier, arm in wanted]
     return [dict(zip(KEY, key, strict=True)) for key in keys]
 

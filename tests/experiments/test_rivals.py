@@ -100,6 +100,10 @@ def test_the_queue_skips_what_is_finished_and_drops_arms_that_are_behind(tmp_pat
     assert len(done) == len(set(done)) == len(schedule.read_results(results))
     run.main([*words, "tune"])
     assert len(done) == len(schedule.read_results(results))  # nothing was left to do
+    run.main([*words[:-6], "--arms", "l2", "--phase", "tune", "--lr", "2e-3"])
+    assert done.pop()[4] == 2e-3 and len(done) + 1 == len(schedule.read_results(results))
+    with pytest.raises(InputError, match="--lr 0.002: has no effect with --phase test"):
+        run.main([*words, "test", "--lr", "2e-3"])
     del done[:]
     run.main([*words, "test", "--seeds", "1"])
     assert {key[6] for key in done} == {0} and len(done) == 3
