@@ -1,7 +1,7 @@
-"""Torch-Pruning (DepGraph, 2301.12900): structured pruning of the teacher down to the student's widths.
+"""Torch-Pruning (DepGraph, 2301.12900): structured pruning of the teacher down to the student's widths, in one step.
 
 Needs the package torch-pruning; README.md says how to get it. Of every group of coupled channels those of least
-importance go: by the L2 norm of their weights; by ``taylor``, |weight x gradient| (1906.10771, equation 8); or by
+importance go: by the L2 norm of their weights; by ``taylor``, |weight x gradient| (after 1906.10771); or by
 ``hessian``, the weight's square times the mean square of its gradient over single images (optimal brain damage). The
 loss is the cross-entropy of the training images, behind a classifier in closed form on the teacher's features.
 """
