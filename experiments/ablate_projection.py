@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """Run weight_selection.py --element_selection project or greedy with one part of the method taken out.
 
-python experiments/ablate_projection.py reads --output_dir init/no_reads --element_selection project --calibration ...
+python experiments/ablate_projection.py units --output_dir init/without --element_selection project --calibration ...
 
 Everything after the part goes to weight_selection.py. The parts, with their equations of projection/equations.py:
 
-  reads        (7) the least squares: layers keep the up maps that need no images
-  frame        (2) the rotation's nearness to coordinates: a random rotation of the same space instead
-  coordinates  (3) the choice of the stream's coordinates (greedy): evenly spaced ones instead
-  weights      (3) the next layers' weights in that choice: the coordinates that explain the others best instead
-  units        (4) the choice of hidden units: evenly spaced ones instead
-  heads    (5) (6) the low-rank heads: evenly spaced dimensions of queries, keys and values instead
+  least_squares  (7) (10) the fits: layers keep the up maps that need no images
+  frame          (2) the rotation's nearness to coordinates: a random rotation of the same space instead
+  coordinates    (3) the choice of the stream's coordinates (greedy): evenly spaced ones instead
+  weights        (3) the next layers' weights in that choice: the coordinates that explain the others best instead
+  units          (4) the choice of hidden units: evenly spaced ones instead
+  heads          (5) (6) the low-rank heads: evenly spaced dimensions of queries, keys and values instead
 """
 
 import sys
@@ -53,7 +53,7 @@ def spaced_units(variance, outgoing, units, count):
 
 
 PARTS = {
-    "reads": (equations, "solve_up_map", lambda across, own, prior, constant: prior),
+    "least_squares": (equations, "solve_up_map", lambda across, own, prior, constant: prior),
     "frame": (equations, "rotation", turned),
     "coordinates": (equations, "greedy", spaced_coordinates),
     "weights": (equations, "greedy", explaining_coordinates),

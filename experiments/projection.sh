@@ -60,11 +60,11 @@ for count in 16 64; do
 done
 
 # What does each part bring?
-for part in reads frame units heads; do
+for part in least_squares frame units heads; do
   selector="experiments/ablate_projection.py $part" \
     fitted vit_half_112 flowers project_without_$part project flowers_project_without_$part
 done
-for part in reads coordinates weights; do
+for part in least_squares coordinates weights; do
   selector="experiments/ablate_projection.py $part" \
     fitted vit_half_112 flowers greedy_without_$part greedy flowers_greedy_without_$part
 done

@@ -47,8 +47,8 @@ ABLATIONS = {  # project and greedy from other images, or with a part taken out;
     **{
         f"{rule}_without_{part}": ("selected", "select_without", {"rule": rule, "part": part})
         for rule, parts in {
-            "project": ("reads", "frame", "units", "heads"),
-            "greedy": ("reads", "coordinates", "weights"),
+            "project": ("least_squares", "frame", "units", "heads"),
+            "greedy": ("least_squares", "coordinates", "weights"),
         }.items()
         for part in parts
     },
