@@ -19,7 +19,7 @@ from weight_selection.errors import InputError
 
 
 def main(argv=None) -> None:
-    """Check the options, find this process among those of the run, and train. A mistake raises InputError."""
+    """Check and complete the options, let the processes of the run meet, and train. A mistake raises InputError."""
     args = parse_args(argv)
     check_weights(args)
     launch = find_launch(os.environ, args.dist_on_itp)
@@ -27,14 +27,23 @@ def main(argv=None) -> None:
         raise InputError(f"--world_size {args.world_size}: the launcher started {launch.world_size} processes")
     share_batch(args, launch.world_size)
     # These import torch, which takes seconds: mistakes in options do not wait for it.
+    from distributed.process_group import init_distributed
+    from training.output_dir import keep_warmup
     from training.run import run
+    from training.setup import complete_options, set_up_device
     from training.trained_model import find_recorded
 
     if found := find_recorded(args):
         args = parse_args_with(found, argv)
         check_weights(args)
     args = find_data(args, lambda line: launch.rank or print(line))
-    run(share_batch(args, launch.world_size), launch)
+    options = complete_options(share_batch(args, launch.world_size), launch.local_rank)
+    device = set_up_device(options, launch.local_rank)
+    init_distributed(launch, device, options.dist_url, options.timeout)
+    default_warmup = args.warmup_epochs is None and args.warmup_steps < 0
+    if args.warmup_epochs is None and not args.eval:
+        options = keep_warmup(options)
+    run(options, launch, device, default_warmup)
 
 
 if __name__ == "__main__":

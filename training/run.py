@@ -1,4 +1,4 @@
-"""One run: from checked options to a trained or evaluated model and its results, in one of the processes."""
+"""One run: from complete options to a trained or evaluated model and its results, in one of the processes."""
 
 import contextlib
 import time
@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from timm.utils import distribute_bn
 
-from distributed.process_group import init_distributed, main_only
+from distributed.process_group import main_only
 from distributed.program import Launch, RunError, Stopped
 from distributed.stop_coordinator import StopCoordinator
 from engine import EpochMetrics, TrainState, evaluate, train_one_epoch
@@ -22,7 +22,7 @@ from training.first_classifier import fit_first_classifier
 from training.metric_log import MetricLog, check_wandb
 from training.options import Options
 from training.progress import RunProgress
-from training.setup import RunData, build_model, build_train_state, complete_options, open_data, set_up_device, warm_up
+from training.setup import RunData, build_model, build_train_state, open_data, warm_up
 from training.trained_model import check_classes, describe_model
 from utils import describe, duration, print_main, versions
 from weight_selection.errors import InputError
@@ -31,19 +31,18 @@ from weight_selection.sources.directories import files_of
 from weight_selection.sources.initial_weights import read_provenance
 
 
-def run(options: Options, launch: Launch) -> None:
-    """Train or evaluate as the options say, which are checked but not yet complete.
+def run(options: Options, launch: Launch, device: torch.device, default_warmup: bool) -> None:
+    """Train or evaluate as the options say.
+
+    Args:
+        options: complete ones, which stay as they are; see ``complete_options``.
+        default_warmup: nobody gave the number of warm-up epochs, so the run prints it.
 
     Raises:
         InputError: an option does not fit the machine, the data or the other options.
         RunError: the run started well and cannot go on.
         Stopped: a signal asked the run to stop.
     """
-    given, options = options, complete_options(options, launch.local_rank)
-    device = set_up_device(options, launch.local_rank)
-    init_distributed(launch, device, options.dist_url, options.timeout)
-    if given.warmup_epochs is None and not options.eval:
-        options = output_dir.keep_warmup(options)
     new_directories = without_empty_directories(options.output_dir, options.log_dir)
     with StopCoordinator(options.timeout) as stop_coordinator, new_directories:
         data = open_data(options)
@@ -78,7 +77,7 @@ def run(options: Options, launch: Launch) -> None:
                 if report:
                     report.write(metrics)
             else:
-                if given.warmup_epochs is None and options.warmup_steps < 0:
+                if default_warmup:
                     counts = f"{options.warmup_epochs} of {options.epochs} epochs"
                     print_main(f"warm-up: {counts}; --warmup_epochs sets another number")
                 train_and_report(options, state, data, test_loader, progress)

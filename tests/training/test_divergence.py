@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import engine
-import training.run
+import training.setup
 from bench_faults import differences
 from distributed.program import RunError, Stopped
 from helpers import read_checkpoint, read_log
@@ -63,9 +63,9 @@ def in_float16(monkeypatch):
     """float16 with loss scaling, which main.py leaves to GPUs, on the CPU; its first scale."""
 
     def prepare(scale):
-        complete = training.run.complete_options
+        complete = training.setup.complete_options
         forced = {"use_amp": True, "amp_dtype": "float16"}
-        monkeypatch.setattr(training.run, "complete_options", lambda *args: complete(*args).replace(**forced))
+        monkeypatch.setattr(training.setup, "complete_options", lambda *args: complete(*args).replace(**forced))
         monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=scale))
 
     return prepare
