@@ -9,7 +9,7 @@ import torch.nn as nn
 from input_pipeline.placement import normalization, test_crop
 from training import checkpoint
 from training.options import OPTIONS, RECORDED, RECORDED_MODEL, Options, default_options
-from training.progress import fits
+from training.progress import RunProgress, fits
 from training.setup import build_model
 from weight_selection.errors import InputError
 from weight_selection.files import Damaged, parse_json, read_text
@@ -158,6 +158,7 @@ def open_trained(path: str | Path, option: str, ema: bool = False) -> TrainedMod
     file = checkpoint.find(path, option)
     origin = f"{option} {file}"
     content = checkpoint.read(file, origin)
+    progress = RunProgress.from_checkpoint(content, origin)
     weights = content.get("model_ema") if ema else content["model"]
     if not isinstance(weights, dict):
         raise InputError(f"{origin}: has no moving average of the weights; leave --ema out")
@@ -168,9 +169,8 @@ def open_trained(path: str | Path, option: str, ema: bool = False) -> TrainedMod
     model = build_model(options, len(names))
     checkpoint.load_weights(model, weights, f"{origin}: not the weights of {options.model}")
     if Path(path).is_dir() and not (file.parent / RESULTS).is_file():
-        print(f"{path}: has not finished; takes {file.name}, of epoch {content.get('epoch')}", file=sys.stderr)
-    metrics = content.get("last-ema" if ema else "last")
-    if not isinstance(metrics, dict) or metrics.get("epoch") != content.get("epoch") or content.get("partial"):
-        metrics = None  # of weights before these
-    epoch = content.get("epoch", -1)
-    return TrainedModel(file, options, content["args"], ema, names, model.eval(), epoch, metrics)
+        print(f"{path}: has not finished; takes {file.name}, of epoch {progress.epoch}", file=sys.stderr)
+    last = progress.last_ema if ema else progress.last
+    is_of_these_weights = last is not None and last.epoch == progress.epoch and progress.partial is None
+    metrics = dict(vars(last)) if is_of_these_weights else None
+    return TrainedModel(file, options, content["args"], ema, names, model.eval(), progress.epoch, metrics)
