@@ -166,12 +166,12 @@ DATA_SETS = {
 # fmt: on
 
 
-def find_data(args, say: Callable[[str], object] = print):
+def find_data(args, print_line: Callable[[str], object] = print):
     """Options whose ``--data_path`` holds the data set, if it lies there, one or two levels higher, or one deeper.
 
     Args:
         args: options of main.py.
-        say: is called with a line of text if it lies higher or deeper.
+        print_line: gets a line of text if it lies higher or deeper.
 
     Raises:
         InputError: it lies in several directories below, or higher than a directory that does not exist.
@@ -189,7 +189,7 @@ def find_data(args, say: Callable[[str], object] = print):
     check_directory(given, "--data_path", f"{args.data_set} is in {found[0]}")
     if len(found) > 1 and found[0].parent == found[1].parent:
         raise InputError(f"{name} is in {found[0]} and in {found[1]}; name one of them")
-    say(f"{name} is in {found[0]}, which is read")
+    print_line(f"{name} is in {found[0]}, which is read")
     return args.replace(data_path=str(found[0]))
 
 

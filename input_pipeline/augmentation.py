@@ -33,7 +33,7 @@ class Unsupported(ValueError):
 class Draws(NamedTuple):
     """What one image undergoes; lengths are in pixels."""
 
-    geometry: tuple[int, ...]  # of a ``resizing.Geometry``
+    crop: tuple[int, ...]  # of a ``resizing.Crop``
     operations: list[tuple[str, float, bool]]  # (name, level, whether bicubic) of each operation, in order
     erased: list[tuple[int, int, int, int, int]]  # (seed of the noise, top, left, height, width) of each box, in order
 
@@ -45,7 +45,7 @@ class Packed(NamedTuple):
     order: its first one is in an earlier group than its second one.
     """
 
-    geometry: torch.Tensor  # (B, 10) int64, a row of ``resizing.Geometry`` for each image
+    crops: torch.Tensor  # (B, 10) int64, a row of ``resizing.Crop`` for each image
     groups: list[tuple[str, int, int]]  # (name, start, stop) of each group
     rows: torch.Tensor  # (N,) int64, which image of the batch each operation changes
     levels: torch.Tensor  # (N, 2) float64, the level of each operation, and 1 if its kernel is bicubic, else 0
@@ -143,7 +143,7 @@ class Augmentation:
         return Draws((*frame, flip), drawn, boxes.erased)
 
     def _random_frame(self, height, width):
-        """Training: a random box, resized to the whole result. Returns a ``resizing.Geometry`` up to its ``cubic``."""
+        """Training: a random box, resized to the whole result. Returns a ``resizing.Crop`` up to its ``cubic``."""
         box = self._crop.get_params(_BLANK.expand(height, width), self._crop.scale, self._crop.ratio)
         kernel = self._crop.interpolation
         if isinstance(kernel, tuple):
@@ -183,7 +183,7 @@ class Augmentation:
                 rows += [row for row, _ in group]
                 levels += [level for _, level in group]
         return Packed(
-            geometry=torch.tensor([one.geometry for one in draws], dtype=torch.int64),
+            crops=torch.tensor([one.crop for one in draws], dtype=torch.int64),
             groups=groups,
             rows=torch.tensor(rows, dtype=torch.int64),
             levels=torch.tensor(levels, dtype=torch.float64).view(-1, 2),
@@ -202,10 +202,10 @@ class Augmentation:
         """
         functions = operations.OPERATIONS if batched else operations.ON_CPU
         if batched:
-            images = resizing.by_products(pixels, packed.geometry, self.size)
+            images = resizing.by_products(pixels, packed.crops, self.size)
         else:
             listed = pixels.images() if isinstance(pixels, Pixels) else pixels
-            images = resizing.one_by_one(listed, packed.geometry, self.size)
+            images = resizing.one_by_one(listed, packed.crops, self.size)
         device = images.device
         fill = torch.tensor(self._fill, dtype=torch.float32).view(3, 1, 1)
         # A blocking transfer would wait until the device has done all that it was told to do so far.

@@ -28,7 +28,7 @@ class Pixels(NamedTuple):
             yield self.data[offset : offset + 3 * height * width].view(height, width, 3)
 
 
-class Geometry(NamedTuple):
+class Crop(NamedTuple):
     """How an image becomes a square; in pixels. Every field is a number, or a column of numbers for a batch."""
 
     top: int  # the box to cut out: top, left, height, width
@@ -44,20 +44,20 @@ class Geometry(NamedTuple):
 
 
 def _transposed(image):
-    """Whether to transpose an image of this ``Geometry``; for a batch, which of its images."""
+    """Whether to transpose an image of this ``Crop``; for a batch, which of its images."""
     lost = image.height - image.tall
     return TRANSPOSES & (lost > 0) & (lost > 2 * (image.width - image.wide))
 
 
-def one_by_one(images, geometry, size):
+def one_by_one(images, crops, size):
     """Resize with torch's kernel for uint8, which is fast on a CPU because it uses vector instructions.
 
-    ``images`` are uint8 (height, width, 3) on a CPU, and ``geometry`` (B, 10) int64 has a row of ``Geometry`` for each.
+    ``images`` are uint8 (height, width, 3) on a CPU, and ``crops`` (B, 10) int64 has a row of ``Crop`` for each.
     Returns (B, 3, size, size) uint8.
     """
-    result = torch.empty(len(geometry), 3, size, size, dtype=torch.uint8)
-    for row, image, square in zip(geometry.tolist(), images, result, strict=True):
-        one = Geometry(*row)
+    result = torch.empty(len(crops), 3, size, size, dtype=torch.uint8)
+    for row, image, square in zip(crops.tolist(), images, result, strict=True):
+        one = Crop(*row)
         box = image.permute(2, 0, 1)[None, :, one.top : one.top + one.height, one.left : one.left + one.width]
         mode = "bicubic" if one.cubic else "bilinear"
         turned = _transposed(one)
@@ -69,14 +69,14 @@ def one_by_one(images, geometry, size):
     return result
 
 
-def by_products(pixels, geometry, size):
+def by_products(pixels, crops, size):
     """Resize ``Pixels`` on any device by multiplying with matrices of weights, many images at a time.
 
     The host never waits for the device. Products of float32 must be exact to more than 16 bits: torch's default is,
-    TF32 and autocast are not. Arguments and result as in ``one_by_one``; the geometry is on the host.
+    TF32 and autocast are not. Arguments and result as in ``one_by_one``; the crops are on the host.
     """
-    lengths = _parts(Geometry(*geometry.unbind(1)))
-    parts = zip(*(values.split(lengths) for values in (geometry, pixels.offsets, pixels.sizes)), strict=True)
+    lengths = _parts(Crop(*crops.unbind(1)))
+    parts = zip(*(values.split(lengths) for values in (crops, pixels.offsets, pixels.sizes)), strict=True)
     return torch.cat([_part(pixels.data, *part, size) for part in parts])
 
 
@@ -96,9 +96,9 @@ def _parts(image):
     return lengths
 
 
-def _part(data, geometry, offsets, sizes, size):
-    """Resize one part of a batch; arguments as in ``Pixels``, with the geometry and size of ``by_products``."""
-    image = Geometry(*geometry.unbind(1))
+def _part(data, crops, offsets, sizes, size):
+    """Resize one part of a batch; arguments as in ``Pixels``, with the crops and size of ``by_products``."""
+    image = Crop(*crops.unbind(1))
     starts = offsets // 3 + image.top * sizes[:, 1] + image.left  # counted in pixels, of three bytes each
     transposed = _transposed(image)
 

@@ -27,7 +27,7 @@ DEVICE_SETTINGS = ("fused", "foreach")  # settings of an optimiser that belong t
 NAME = re.compile(r"checkpoint-(\d+)(?:-step-(\d+))?\.pth")
 
 
-def position(path: Path) -> tuple[int, int] | None:
+def resume_point(path: Path) -> tuple[int, int] | None:
     """(epoch, step) at which training goes on from a checkpoint of this name; None for best and all other names.
 
     checkpoint-3.pth was written after epoch 3, counted from 0, and checkpoint-4-step-10.pth within epoch 4.
@@ -41,7 +41,7 @@ def position(path: Path) -> tuple[int, int] | None:
 def numbered(directory: Path) -> list[Path]:
     """The checkpoints in a directory from which a run can go on, oldest first."""
     paths = (path for path in Path(directory).glob("checkpoint-*.pth") if path.is_file())
-    return sorted(filter(position, paths), key=position)
+    return sorted(filter(resume_point, paths), key=resume_point)
 
 
 def find(path: str | Path, option: str, newest: bool = False) -> Path:
@@ -72,7 +72,7 @@ def save(
 
     Args:
         description: of the model, see ``trained_model.describe_model``.
-        name: such as best; a checkpoint without one gets it from its position.
+        name: such as best; a checkpoint without one gets it from ``progress``.
 
     Returns:
         The path.

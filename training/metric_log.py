@@ -166,7 +166,7 @@ def read_log(path: Path) -> list[dict]:
         for line in files.read_text(path).splitlines():
             row = files.parse_json(line)
             if not isinstance(row, dict) or type(row.get("epoch")) is not int:
-                raise files.Damaged("no figures of an epoch")
+                raise files.Damaged("no metrics of an epoch")
             rows.append(row)
     except files.Damaged as error:
         raise InputError(f"{path}: damaged in line {len(rows) + 1} ({error}); repair it, or move it away") from error

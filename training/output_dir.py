@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distributed.process_group import main_only
 from distributed.program import RunError
-from training.checkpoint import numbered, position
+from training.checkpoint import numbered, resume_point
 from training.metric_log import WANDB_RUN, read_log
 from training.options import MAY_CHANGE_ON_RESUME, Options, default_options
 from utils import print_main
@@ -223,10 +223,10 @@ def prune(directory: Path, keep: int) -> None:
     RunError.
     """
     paths = numbered(directory)
-    ends = [path for path in paths if position(path)[1] == 0]
-    within = [path for path in paths if position(path)[1] > 0]
-    over = position(ends[-1]) if ends else (0, 0)
-    for path in [*ends[:-keep], *within[:-keep], *(path for path in within[-keep:] if position(path) < over)]:
+    ends = [path for path in paths if resume_point(path)[1] == 0]
+    within = [path for path in paths if resume_point(path)[1] > 0]
+    over = resume_point(ends[-1]) if ends else (0, 0)
+    for path in [*ends[:-keep], *within[:-keep], *(path for path in within[-keep:] if resume_point(path) < over)]:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:

@@ -109,23 +109,23 @@ def train_and_report(
     options: Options, state: TrainState, data: RunData, test_loader: DeviceLoader, progress: RunProgress
 ) -> None:
     """Train to the last epoch; print what the run is and how it ended, and write ``results.json``."""
-    facts = {
+    results = {
         "train_images": data.train_images,
         "test_images": len(data.test_set),
         "n_parameters": count_parameters(state.model),
         "total_batch_size": options.total_batch_size,
         "processes": state.world_size,
     }
-    print_main(f"{options.model}: " + describe(facts))
-    facts["class_names"] = data.class_names
+    print_main(f"{options.model}: " + describe(results))
+    results["class_names"] = data.class_names
     for option, path in (("initialize", options.initialize), ("teacher", options.teacher_path)):
-        facts[f"{option}_sha256"] = path and begin_sha256(*files_of(path, f"--{option}")).result()
+        results[f"{option}_sha256"] = path and begin_sha256(*files_of(path, f"--{option}")).result()
     if options.initialize and (provenance := read_provenance(options.initialize, "--initialize")):
-        facts["first_weights"] = {name: provenance[name] for name in ("teacher", "student", "options")}
+        results["first_weights"] = {name: provenance[name] for name in ("teacher", "student", "options")}
     if progress.epoch == options.epochs - 1:
         print_main("all epochs are done; nothing left to train")
     if progress.classifier_init:
-        facts["classifier_init"] = progress.classifier_init
+        results["classifier_init"] = progress.classifier_init
     bad_images = BadImages(options.skip_bad_images, state.stop_coordinator, progress.bad_images)
     loader = data.train_loader(options, state, bad_images)
     first_step = (progress.epoch + 1) * state.steps_per_epoch + (progress.partial.step if progress.partial else 0)
@@ -135,7 +135,7 @@ def train_and_report(
         saver = Saver(options, state, progress, loader.bad_images, describe_model(options, data.class_names))
         train(options, state, loader, test_loader, progress, log, saver)
     if options.output_dir:
-        main_only(write_results, options, progress, facts)
+        main_only(write_results, options, progress, results)
     print_main("; ".join(f"{name} {describe(metrics)}" for name, metrics in progress.evaluations().items()))
 
 
@@ -283,9 +283,9 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def write_results(options: Options, progress: RunProgress, facts: dict) -> None:
+def write_results(options: Options, progress: RunProgress, results: dict) -> None:
     """Write ``results.json`` (accuracies in percent, what was run on what, which versions), or raise a RunError."""
-    results = {
+    content = {
         **progress.evaluations(),
         **({"bad_images": progress.bad_images} if progress.bad_images else {}),
         "epochs": options.epochs,
@@ -293,13 +293,13 @@ def write_results(options: Options, progress: RunProgress, facts: dict) -> None:
         "model": options.model,
         "initialize": options.initialize,
         "data_set": options.data_set,
-        **facts,
+        **results,
         "wall_time": progress.seconds,
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "versions": versions(),
         "args": options.plain(),
     }
     try:
-        write_json(Path(options.output_dir) / "results.json", results)
+        write_json(Path(options.output_dir) / "results.json", content)
     except InputError as error:
         raise RunError(f"{error}; all epochs are done and saved: run it again for the results") from error

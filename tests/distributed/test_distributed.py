@@ -196,10 +196,10 @@ def test_two_slurm_tasks_share_the_test_images_and_one_prints(train, tiny_run, t
     tasks = start(run_main, environs, tmp_path, words)
     assert tasks.wait() == [0, 0], tasks.printed(0, "err") + tasks.printed(1, "err")
     row = read_log(tmp_path)[0]
-    figures = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+)", tasks.printed(0).split(":")[-1])}
-    assert figures["images"] == TEST_IMAGES
-    assert figures["acc1"] == pytest.approx(row["test_acc1"], rel=1e-4)
-    assert figures["loss"] == pytest.approx(row["test_loss"], rel=1e-4)
+    metrics = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+)", tasks.printed(0).split(":")[-1])}
+    assert metrics["images"] == TEST_IMAGES
+    assert metrics["acc1"] == pytest.approx(row["test_acc1"], rel=1e-4)
+    assert metrics["loss"] == pytest.approx(row["test_loss"], rel=1e-4)
     assert tasks.printed(1) == ""
 
 

@@ -170,9 +170,9 @@ def test_resizing_is_pillows(resize, cubic, share):
     ]
     for flip in (0, 1):
         theirs = to_batch([np.asarray(TF.hflip(image) if flip else image) for image in images])
-        geometry = torch.tensor([[*box, side, side, 0, 0, cubic, flip] for _, box in BOXES])
+        crops = torch.tensor([[*box, side, side, 0, 0, cubic, flip] for _, box in BOXES])
         pixels = pixels_of(arrays)
-        ours = resize(pixels.images() if resize is resizing.one_by_one else pixels, geometry, side)
+        ours = resize(pixels.images() if resize is resizing.one_by_one else pixels, crops, side)
         for mine, its in zip(ours, theirs, strict=True):
             assert_levels(mine, its, 1, share)
 
@@ -304,9 +304,9 @@ def test_large_images_do_not_swell_a_batch(monkeypatch):
     packed = augmentation.pack([augmentation.draw(*size) for size in sizes])
     whole, part = augmentation.apply(pixels_of(arrays), packed, True), resizing._part
 
-    def observed(data, geometry, offsets, sizes, size):
-        gathered.append(len(geometry) * int(sizes.max()) ** 2)
-        return part(data, geometry, offsets, sizes, size)
+    def observed(data, crops, offsets, sizes, size):
+        gathered.append(len(crops) * int(sizes.max()) ** 2)
+        return part(data, crops, offsets, sizes, size)
 
     monkeypatch.setattr(resizing, "AT_ONCE", 100_000)
     monkeypatch.setattr(resizing, "_part", observed)

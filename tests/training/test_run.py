@@ -56,7 +56,7 @@ def finished(train, tmp_path_factory):
     return directory
 
 
-def test_log_has_one_row_of_figures_per_epoch(finished):
+def test_log_has_one_row_of_metrics_per_epoch(finished):
     rows = read_log(finished / "run")
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
     schedule = cosine_schedule(1e-3, 1e-6, total_steps=12, warmup_steps=3)
@@ -112,7 +112,7 @@ def test_checkpoints_hold_plain_types_under_the_documented_keys(finished):
         assert checkpoint["epoch"] == expected
 
 
-def test_tensorboard_gets_the_figures_of_the_log(finished):
+def test_tensorboard_gets_the_metrics_of_the_log(finished):
     events = EventAccumulator(str(finished / "board")).Reload()
     rows = read_log(finished / "run")
     last_steps, epochs = [2, 5, 8, 11], [0, 1, 2, 3]
@@ -146,13 +146,13 @@ def test_finished_run_is_left_as_it_is(finished, train, monkeypatch, capsys):
 
 
 def evaluated(train, capsys, *options):
-    """The figures that an evaluation prints."""
+    """The metrics that an evaluation prints."""
     capsys.readouterr()
     train("--eval true", *options)
     return {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+)", capsys.readouterr().out.split(":")[-1])}
 
 
-def test_evaluation_of_a_checkpoint_gives_the_logged_figures(finished, train, capsys):
+def test_evaluation_of_a_checkpoint_gives_the_logged_metrics(finished, train, capsys):
     best = read_results(finished / "run")["best"]
     found = evaluated(train, capsys, "--resume", finished / "run" / "checkpoint-best.pth")
     assert found["acc1"] == pytest.approx(best["acc1"], rel=1e-4)
@@ -397,11 +397,11 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(train, interrupted, tmp_
     assert states[0].keys() == states[1].keys()
     for number in states[0]:
         assert_same(states[0][number], states[1][number])
-    figures = [
+    metrics = [
         {key: read_results(tmp_path / name)[key] for key in ("best", "last", "best_ema", "last_ema")}
         for name in ("parts", "whole")
     ]
-    assert figures[0] == figures[1]
+    assert metrics[0] == metrics[1]
 
 
 def test_best_accuracy_outlives_an_interruption(train, interrupted, tmp_path):
