@@ -34,8 +34,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("then", "now")
 ENVIRONMENT = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-# Of weight_selection.py, the last of plot_curves.py; since 3bea770.
-NEW_OPTIONS = ["verbose", "classifier", "width", "depth", "format", "dtype", "fused_qkv", "baseline", "classifier_init"]
+NEW_OPTIONS = ["verbose", "classifier", "width", "depth", "format", "dtype", "fused_qkv", "classifier_init"]
+NEW_OPTIONS += ["baseline", "libraries"]  # of plot_curves.py and coverage.py; all since 3bea770
 NEW_KEYS = {  # since 3bea770
     "first_weights",  # of results.json
     "class_names",
@@ -253,7 +253,7 @@ def find_difference(then, now, where="") -> str | None:
 
 
 def selecting(model: str, output: str, more: str) -> str:
-    """The command that selects a small model from the random teacher of its family."""
+    """The command that selects a small model from the random teacher of its architecture."""
     name, shared, larger, smaller = MODELS[model]
     teacher = f"--pretrained_model {name} --pretrained_path ../{model}.pth --teacher_kwargs {shared} {larger}"
     student = f"--student {name} --student_kwargs {shared} {smaller}"
@@ -261,7 +261,7 @@ def selecting(model: str, output: str, more: str) -> str:
 
 
 def compare_selection(work: Workplace) -> None:
-    """Every rule and choice of layers in five families, and the options that decide which tensors are written."""
+    """Every rule and choice of layers in five architectures, and the options that decide which tensors are written."""
     rules = ("uniform", "consecutive", "random", "random_inconsistent", "l1", "magnitude")
     layers = ("first_n", "mid_n", "last_n", "uniform", "quadratic")
     variants = {f"rule_{rule}": f"--element_selection {rule}" for rule in rules}

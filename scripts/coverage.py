@@ -69,12 +69,12 @@ LOSSES = ("the teacher has other tensors", "another number of prefix tokens")  #
 
 
 @dataclass
-class Family:
-    """What was counted.
+class Coverage:
+    """What was counted of the models of one architecture.
 
     Attributes:
-        name: of the family.
-        models: number of architectures.
+        name: of the architecture.
+        models: number of its models.
         planned: number of pairs.
         unused: number of pairs that are planned with ``--allow_unused`` only.
         refused: {reason: number of the other pairs}.
@@ -89,10 +89,12 @@ class Family:
     examples: dict = field(default_factory=dict)
 
     @property
-    def pairs(self):
+    def pairs(self) -> int:
+        """Number of all pairs."""
         return self.planned + self.unused + self.refused.total()
 
-    def row(self):
+    def row(self) -> str:
+        """The architecture's row in the table of docs/coverage.md."""
         reasons = "; ".join(f"{reason} {count}" for reason, count in self.refused.most_common())
         return f"| {self.name} | {self.models} | {self.pairs} | {self.planned} | {self.unused} | {reasons} |"
 
@@ -107,7 +109,7 @@ def reason_of(message: str) -> str:
 
 
 def describe(names: list, library: str = "timm") -> list:
-    """[(number of parameters, name, structure or the refusal to take it apart)] of architectures, smallest first."""
+    """[(number of parameters, name, structure or the refusal to take it apart)] of models, smallest first."""
     _, create = LIBRARIES[library]
     models = []
     for name in names:
@@ -135,36 +137,36 @@ def plan_pair(teacher, student, **options) -> Plan:
     return plan_selection(teacher, student, SelectionOptions(**options))
 
 
-def count(name: str, architectures: list, library: str) -> Family:
-    """Plan all pairs of a family."""
+def count(architecture: str, names: list, library: str) -> Coverage:
+    """Plan all pairs of the models of an architecture."""
     torch.set_num_threads(1)
-    family = Family(name, len(architectures))
-    for (small, student), (large, teacher) in pairs(describe(architectures, library)):
+    counted = Coverage(architecture, len(names))
+    for (small, student), (large, teacher) in pairs(describe(names, library)):
         try:
             try:
                 plan = plan_pair(teacher, student)
-                family.planned += 1
+                counted.planned += 1
             except InputError as refusal:
                 if reason_of(str(refusal)) not in LOSSES:
                     raise
                 plan = plan_pair(teacher, student, allow_unused=True)
-                family.unused += 1
+                counted.unused += 1
         except InputError as refusal:
             reason = reason_of(str(refusal))
-            family.refused[reason] += 1
-            family.examples.setdefault(reason, f"{small} from {large}: {refusal}")
+            counted.refused[reason] += 1
+            counted.examples.setdefault(reason, f"{small} from {large}: {refusal}")
             continue
         assert [entry.key for entry in plan.entries] == list(student.shapes), f"{small} from {large}: not every key"
-    return family
+    return counted
 
 
 def architectures_by_family(library: str = "timm") -> dict:
-    """{family: names of all of a library's architectures in it}, the largest family first."""
+    """{architecture: names of all of a library's models of it}, the one with most models first."""
     names, create = LIBRARIES[library]
-    families = {}
+    models = {}
     for name in names():
-        families.setdefault(facts_of(create(name)).architecture.name, []).append(name)
-    return dict(sorted(families.items(), key=lambda item: -len(item[1])))
+        models.setdefault(facts_of(create(name)).architecture.name, []).append(name)
+    return dict(sorted(models.items(), key=lambda item: -len(item[1])))
 
 
 INTRODUCTION = """# Which small models can be selected from which large ones
@@ -180,14 +182,14 @@ architecture and differ in their number of parameters. It needs no weights. `--l
 """
 
 
-def section(library: str, families: list) -> str:
+def section(library: str, counted: list) -> str:
     """What was counted in one library, as a section of docs/coverage.md."""
-    total = Family("all", sum(family.models for family in families))
-    for family in families:
-        total.planned += family.planned
-        total.unused += family.unused
-        total.refused += family.refused
-    rows = "\n".join(family.row() for family in [*families, total])
+    total = Coverage("all", sum(one.models for one in counted))
+    for one in counted:
+        total.planned += one.planned
+        total.unused += one.unused
+        total.refused += one.refused
+    rows = "\n".join(one.row() for one in [*counted, total])
     return f"""## {library} {version(library)}, PyTorch {torch.__version__}
 
 | architecture | models | pairs | planned | with `--allow_unused` | refused |
@@ -206,22 +208,22 @@ def with_sections(text: str, new: list) -> str:
 
 
 def count_library(library: str, chosen: list | None, processes: int) -> list:
-    """Count the families of a library, or those that are chosen."""
-    families = architectures_by_family(library)
-    unknown = [name for name in chosen or () if name not in families]
+    """Count the architectures of a library, or those that are chosen."""
+    models = architectures_by_family(library)
+    unknown = [name for name in chosen or () if name not in models]
     if unknown:
-        raise InputError(f"--families {unknown[0]}: no such family; choose of {', '.join(sorted(families))}")
-    families = {name: names for name, names in families.items() if chosen is None or name in chosen}
+        raise InputError(f"--families {unknown[0]}: no such architecture; choose of {', '.join(sorted(models))}")
+    models = {name: names for name, names in models.items() if chosen is None or name in chosen}
     with ProcessPoolExecutor(processes) as pool:
-        counted = pool.map(count, families, families.values(), [library] * len(families))
-        return list(tqdm(counted, total=len(families), unit="family", file=sys.stderr))
+        counted = pool.map(count, models, models.values(), [library] * len(models))
+        return list(tqdm(counted, total=len(models), unit="architecture", file=sys.stderr))
 
 
 def main(argv=None) -> None:
     parser = Parser("coverage.py", "Count the pairs of models of which the smaller can be selected from the larger.")
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES), help="only these")
     parser.add_argument("--output", metavar="FILE", help="replace these libraries' tables there; else they are printed")
-    parser.add_argument("--families", nargs="+", metavar="NAME", help="only these; not with --output")
+    parser.add_argument("--families", nargs="+", metavar="NAME", help="only these architectures; not with --output")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--examples", action="store_true", help="print an example of each refusal")
     args = parser.parse_args(argv)
@@ -232,9 +234,9 @@ def main(argv=None) -> None:
     sections = []
     for library in args.libraries:
         counted = count_library(library, args.families, args.processes)
-        for family in counted if args.examples else ():
-            for reason, example in family.examples.items():
-                print(f"{family.name}, {reason}: {example}")
+        for one in counted if args.examples else ():
+            for reason, example in one.examples.items():
+                print(f"{one.name}, {reason}: {example}")
         sections.append(section(library, counted))
     if args.output is None:
         print("\n".join(sections))
