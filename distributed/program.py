@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from weight_selection.errors import InputError, outcome, printable
+from weight_selection.errors import InputError, first_line, outcome, printable
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
@@ -123,7 +123,7 @@ def _local_fault(error):
 
     Torch has no exception classes for the errors of gloo and of loader workers, so their texts tell them apart.
     """
-    first = next(iter(str(error).strip().splitlines()), "")
+    first = first_line(error)
     if isinstance(error, LocalError):
         return first
     if "DataLoader" in first:

@@ -37,6 +37,7 @@ ENVIRONMENT = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICE
 NEW_OPTIONS = ["verbose", "classifier", "width", "depth", "format", "dtype", "fused_qkv", "classifier_init"]
 NEW_OPTIONS += ["baseline", "libraries"]  # of plot_curves.py and coverage.py; all since 3bea770
 NEW_KEYS = {  # since 3bea770
+    "classifier_init",  # of args.json and of a checkpoint's args
     "first_weights",  # of results.json
     "class_names",
     "description",  # of a checkpoint

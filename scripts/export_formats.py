@@ -18,7 +18,7 @@ from input_pipeline.loader import EvalDataset
 from input_pipeline.placement import build_pipeline
 from models.initialization import fold_linear_probe
 from training.trained_model import TrainedModel
-from weight_selection.errors import InputError, printable
+from weight_selection.errors import InputError, first_line, printable
 from weight_selection.files import check_writable, new_directory, new_file
 from weight_selection.output import first_difference
 from weight_selection.sources import timm_hub
@@ -224,7 +224,7 @@ def _why_not(error, name):
     """What the exporter met in a model that it cannot convert; its own message is a page."""
     while error.__cause__ is not None:
         error = error.__cause__
-    reason = printable(next(iter(str(error).strip().splitlines()), type(error).__name__))
+    reason = printable(first_line(error))
     if lacking := re.search(r"No ONNX function found for .*?op='([^']+)'", reason):
         return f"ONNX lacks {lacking[1]}, an operation of {name}"
     return f"torch cannot convert {name}: {reason[:300]}"

@@ -11,7 +11,7 @@ from distributed.program import RunError
 from training.options import CANNOT_CHANGE_RESULT, Options
 from utils import is_main
 from weight_selection import files
-from weight_selection.errors import InputError
+from weight_selection.errors import InputError, first_line
 
 WANDB_RUN = "wandb_run.txt"  # in the output directory: the id of the run of Weights & Biases
 HEADS = {"loss": "loss", "class_acc": "loss", "distance": "loss"}  # of TensorBoard's tags by step; all others: opt
@@ -155,8 +155,7 @@ def start_wandb(options: Options):
 
 
 def _refused(error, remedy):
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return InputError(f"--enable_wandb true: Weights & Biases refuses ({reason}); {remedy}")
+    return InputError(f"--enable_wandb true: Weights & Biases refuses ({first_line(error)}); {remedy}")
 
 
 def read_log(path: Path) -> list[dict]:

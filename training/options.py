@@ -20,7 +20,7 @@ from weight_selection.errors import InputError
 from weight_selection.files import check_no_file
 from weight_selection.sources.directories import files_of
 from weight_selection.sources.names import TIMM, check_name
-from weight_selection.sources.recipe import read_recipe
+from weight_selection.sources.recipe import INPUT_SIZE, read_recipe
 
 
 class Options(SimpleNamespace):
@@ -147,7 +147,7 @@ TABLE = {  # the rows, by their group in --help
         Option("model_kwargs", dict, {}, "arguments of the model, such as embed_dim=96",
                set_by={"num_classes": "--data_set", "drop_path_rate": "--drop_path", "img_size": "--input_size"}),
         Option("drop_path", float, 0.0, "stochastic depth", metavar="RATE", ranges=FROM_0_TO_1),
-        Option("input_size", int, 224, "side of the input in pixels", ranges=FROM_1),
+        Option("input_size", int, INPUT_SIZE, "side of the input in pixels", ranges=FROM_1),
         Option("layer_scale_init_value", float, 1e-6, "first value of ConvNeXt's LayerScale at random initialisation",
                ranges=FINITE),
         Option("head_init_scale", float, 1.0, "factor on the classifier's first weights", ranges=FINITE,

@@ -28,7 +28,7 @@ from training import checkpoint
 from training.options import OPTIONS, Options, complete_warmup, default_options, mixes
 from utils import print_main, seed_everything
 from weight_selection.commands import student_words
-from weight_selection.errors import InputError, printable
+from weight_selection.errors import InputError, first_line, printable
 from weight_selection.image_files import IMAGE_SUFFIXES
 from weight_selection.sources.architectures import CONVNEXT, declared_architecture
 from weight_selection.sources.directories import files_of
@@ -320,7 +320,7 @@ def compile_model(state: TrainState, images: torch.Tensor, targets: torch.Tensor
         with torch.no_grad(), autocast(state.device, state.amp_dtype):
             state.model.eval()(test_images)
     except Exception as error:  # no compiler, no Triton, an operator without a kernel: each fails in its own way
-        failure = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        failure = f"{type(error).__name__}: {first_line(error)}"
     if failure := state.stop_coordinator.first_of_all(failure):
         print_main(f"warning: --compile true: goes on without, as it failed ({printable(failure)[:300]})")
         for module in modules:
