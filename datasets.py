@@ -3,10 +3,11 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
@@ -23,7 +24,13 @@ class ImageFiles:
     beside the images that are not named like images. An item whose file cannot be read raises ``BadImage``.
     """
 
-    def __init__(self, samples, transform, classes=None, left_out=()):
+    def __init__(
+        self,
+        samples: Iterable[tuple],
+        transform: Callable[[Image.Image], object],
+        classes: list[str] | None = None,
+        left_out: Sequence = (),
+    ):
         self.samples, self.transform, self.classes, self.left_out = list(samples), transform, classes, left_out
 
     def __len__(self):
@@ -44,7 +51,7 @@ class Digits:
     classes = list(range(10))
     train_images = 1000
 
-    def __init__(self, train, transform):
+    def __init__(self, train: bool, transform: Callable[[Image.Image], object]):
         import sklearn.datasets
 
         images, targets = sklearn.datasets.load_digits(return_X_y=True)
@@ -166,7 +173,7 @@ DATA_SETS = {
 # fmt: on
 
 
-def find_data(args, print_line: Callable[[str], object] = print):
+def find_data(args: SimpleNamespace, print_line: Callable[[str], object] = print) -> SimpleNamespace:
     """Options whose ``--data_path`` holds the data set, if it lies there, one or two levels higher, or one deeper.
 
     Args:
@@ -206,14 +213,14 @@ def _nearby(given, data_set):
     return above + below
 
 
-def to_pixels(image) -> "torch.Tensor":  # noqa: F821
+def to_pixels(image: Image.Image) -> "torch.Tensor":  # noqa: F821
     """The pixels of a PIL image in RGB, uint8 (height, width, 3)."""
     import torch
 
     return torch.from_numpy(np.array(image))
 
 
-def build_dataset(args, train: bool) -> tuple:
+def build_dataset(args: SimpleNamespace, train: bool) -> tuple:
     """Build the training or the test set that the options describe.
 
     Returns:
@@ -243,7 +250,7 @@ def build_dataset(args, train: bool) -> tuple:
     return dataset, data_set.classes
 
 
-def class_names(dataset, classes: int) -> list[str]:
+def class_names(dataset: object, classes: int) -> list[str]:
     """The names of a data set's classes in the order of their labels; numbers for a set that does not name them all."""
     names = getattr(dataset, "classes", None) or ()
     return list(map(str, names if len(names) == classes else range(classes)))

@@ -18,7 +18,7 @@ from training.options import check_weights, parse_args, parse_args_with, share_b
 from weight_selection.errors import InputError
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Check and complete the options, let the processes of the run meet, and train. A mistake raises InputError."""
     args = parse_args(argv)
     check_weights(args)

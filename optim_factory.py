@@ -1,5 +1,7 @@
 """Optimiser, parameter groups and schedules of the recipe (paper, Table 13)."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -11,7 +13,9 @@ from weight_selection.errors import InputError
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # these can update all parameters in one GPU kernel
 
 
-def create_optimizer(model: nn.Module, args, projector: nn.Module | None = None) -> torch.optim.Optimizer:
+def create_optimizer(
+    model: nn.Module, args: SimpleNamespace, projector: nn.Module | None = None
+) -> torch.optim.Optimizer:
     """timm's optimiser over timm's parameter groups of a model, and of the projector if a distillation has one.
 
     Weight decay spares 1-D tensors, biases, and the tensors in the model's ``no_weight_decay()`` (position embeddings,

@@ -6,6 +6,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,7 +86,7 @@ def store_of_start(store: dist.Store, launch: Launch, timeout: float) -> dist.St
     raise LocalError(f"--timeout {timeout}: the first process has not come")
 
 
-def main_only(action: Callable, *args):
+def main_only(action: Callable, *args) -> Any:
     """Call ``action(*args)`` in the main process; all return its result, or raise its InputError or RunError."""
     if not dist.is_initialized():
         return action(*args)
@@ -101,7 +102,7 @@ def main_only(action: Callable, *args):
     return answer[0]
 
 
-def main_first(action: Callable):
+def main_first(action: Callable) -> Any:
     """Call ``action()`` in the main process, then in the others; all raise an InputError or RunError of the first."""
     result = []
     main_only(lambda: result.extend([action()]))

@@ -2,6 +2,7 @@
 
 import datetime
 import signal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,11 +94,11 @@ class StopCoordinator:
         if code >= FAULT:
             raise RunError(self.first_of_all(self.reason))
 
-    def first_of_all(self, value):
+    def first_of_all(self, value: Any) -> Any:
         """The value of the first process whose value is not None; None if there is no such process."""
         return next((other for other in self.gather_objects(value) if other is not None), None)
 
-    def gather_objects(self, value) -> list:
+    def gather_objects(self, value: Any) -> list:
         """The values of all processes, plain ones or tensors on the CPU, in the order of their ranks."""
         if self.group is None:
             return [value]

@@ -61,7 +61,7 @@ class Augmentation:
         Unsupported: the transform has a step, an operation or an interpolation that has no batched form.
     """
 
-    def __init__(self, transform):
+    def __init__(self, transform: transforms.Compose):
         steps = copy.deepcopy(transform.transforms)
         self._fill = (0, 0, 0)  # colour of the points outside an image that is rotated, sheared or moved
         self._flip = self._policy = self._jitter = self._erasing = None

@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.data import Dataset
 
 from distributed.stop_coordinator import StopCoordinator
 from utils import Progress
@@ -26,7 +28,7 @@ class CachedDataset:
         data: flat uint8, the images one after the other.
     """
 
-    def __init__(self, dataset, name: str):
+    def __init__(self, dataset: Dataset, name: str):
         self.bad, self.labels, self.shapes, parts = {}, [], [], []
         with ThreadPoolExecutor(os.cpu_count()) as threads, Progress(f"reading {name}", len(dataset), 1) as progress:
             for start in range(0, len(dataset), SAMPLE):  # in small groups, so that few images wait their turn
@@ -63,7 +65,7 @@ def _read(dataset, index):
         return error, 0
 
 
-def check_memory(datasets, device: torch.device | None, stop_coordinator: StopCoordinator) -> None:
+def check_memory(datasets: Iterable[Dataset], device: torch.device | None, stop_coordinator: StopCoordinator) -> None:
     """Estimate from a few images whether all fit into the memory of this machine, and of a device if one is given.
 
     Raises:

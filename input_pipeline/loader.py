@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from distributed.parent import end_with_parent
 from distributed.stop_coordinator import SIGNALS, StopCoordinator
 from input_pipeline.cache import CachedDataset
-from input_pipeline.placement import Batch, TransformInWorkers, TransformOnDevice, TransformOneByOne
+from input_pipeline.placement import Batch, Pipeline, TransformOnDevice
 from utils import print_main, seed_host
 from weight_selection.image_files import BadImage
 
@@ -26,13 +27,22 @@ from weight_selection.image_files import BadImage
 class TrainBatchSampler(Sampler):
     """One process's micro-batches of an epoch, or of the rest of it, as lists of (index of an image, epoch).
 
-    An epoch is one permutation of the images, cut into micro-batches of ``batch_size`` numbered 0, 1, ... Process r
+    An epoch is one permutation of all ``images``, cut into micro-batches of ``batch_size`` numbered 0, 1, ... Process r
     takes the numbers r, r + world size, r + 2 * world size, ... and ``update_freq`` of them for an optimiser step. So a
     step sees the same micro-batches on any number of processes. Images left over after the last step are not used in
     this epoch.
     """
 
-    def __init__(self, images, batch_size, steps_per_epoch, update_freq, rank, world_size, seed):
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        steps_per_epoch: int,
+        update_freq: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ):
         self.images, self.batch_size, self.update_freq, self.seed = images, batch_size, update_freq, seed
         self.numbers = range(rank, steps_per_epoch * update_freq * world_size, world_size)
         self.epoch = self.first = 0
@@ -72,7 +82,7 @@ class EvalDataset(Dataset):
     3), label).
     """
 
-    def __init__(self, dataset, pipeline):
+    def __init__(self, dataset: Dataset, pipeline: Pipeline):
         self.dataset, self.pipeline = dataset, pipeline
 
     def __len__(self):
@@ -81,7 +91,7 @@ class EvalDataset(Dataset):
     def __getitem__(self, index):
         return self.first_readable([index])
 
-    def first_readable(self, indices):
+    def first_readable(self, indices: Sequence[int]) -> tuple:
         """The item of the first index whose image can be read."""
         problems = []
         for index in indices:
@@ -94,7 +104,7 @@ class EvalDataset(Dataset):
             image, label = torch.zeros(32, 32, 3, dtype=torch.uint8), 0
         return self.pipeline.sample(image), label, problems
 
-    def collate(self, items) -> Batch:
+    def collate(self, items: list[tuple]) -> Batch:
         """Make a batch of items."""
         samples, labels, problems = zip(*items, strict=True)
         return Batch(*self.pipeline.collate(samples), torch.tensor(labels), sum(problems, []))
@@ -108,7 +118,7 @@ class TrainDataset(EvalDataset):
     in until it does.
     """
 
-    def __init__(self, dataset, pipeline, seed: int, max_replaced: int):
+    def __init__(self, dataset: Dataset, pipeline: Pipeline, seed: int, max_replaced: int):
         super().__init__(dataset, pipeline)
         self.seed, self.max_replaced = seed, max_replaced
 
@@ -141,7 +151,7 @@ class BadImages:
     ``known`` are those that were found before an interruption of the run.
     """
 
-    def __init__(self, limit: int, coordinator: StopCoordinator, known=()):
+    def __init__(self, limit: int, coordinator: StopCoordinator, known: Iterable[str] = ()):
         self.limit, self.coordinator, self.known, self.found = limit, coordinator, set(known), set()
 
     def add(self, problems: list[str]) -> None:
@@ -188,7 +198,7 @@ class DeviceLoader:
     """
 
     workers: DataLoader  # yields each ``Batch`` as a worker made it
-    pipeline: TransformOneByOne | TransformInWorkers  # the one that the workers call
+    pipeline: Pipeline  # the one that the workers call
     sampler: TrainBatchSampler | EvalSampler
     batch_size: int  # the last batch of a test may be smaller
     bad_images: BadImages | BadTestImages  # notes each batch's messages before the batch is yielded
@@ -200,7 +210,14 @@ class DeviceLoader:
             yield self.pipeline.to_device(batch, self.device), batch.labels.to(self.device, non_blocking=True)
 
 
-def train_loader(dataset, pipeline, sampler: TrainBatchSampler, args, device, bad_images: BadImages) -> DeviceLoader:
+def train_loader(
+    dataset: Dataset,
+    pipeline: Pipeline,
+    sampler: TrainBatchSampler,
+    args: SimpleNamespace,
+    device: torch.device,
+    bad_images: BadImages,
+) -> DeviceLoader:
     """The loader of this process's micro-batches, from the position of ``sampler`` on.
 
     The items of ``dataset`` are (uint8 (height, width, 3), label). The images of a ``CachedDataset`` move to the device
@@ -211,7 +228,14 @@ def train_loader(dataset, pipeline, sampler: TrainBatchSampler, args, device, ba
     return DeviceLoader(workers, pipeline, sampler, sampler.batch_size, bad_images, device)
 
 
-def plain_train_loader(dataset, pipeline, sampler: EvalSampler, args, device, bad_images: BadImages) -> DeviceLoader:
+def plain_train_loader(
+    dataset: Dataset,
+    pipeline: Pipeline,
+    sampler: EvalSampler,
+    args: SimpleNamespace,
+    device: torch.device,
+    bad_images: BadImages,
+) -> DeviceLoader:
     """The loader of the sampler's training images in their order, brought to the model like test images.
 
     ``pipeline`` is from ``build_pipeline`` for the test, and is not shared with another loader. The other arguments are
@@ -221,7 +245,14 @@ def plain_train_loader(dataset, pipeline, sampler: EvalSampler, args, device, ba
     return _in_order(items, [(index, 0) for index in sampler], sampler, args, device, bad_images)
 
 
-def eval_loader(dataset, pipeline, sampler: EvalSampler, args, device, bad_images: BadTestImages) -> DeviceLoader:
+def eval_loader(
+    dataset: Dataset,
+    pipeline: Pipeline,
+    sampler: EvalSampler,
+    args: SimpleNamespace,
+    device: torch.device,
+    bad_images: BadTestImages,
+) -> DeviceLoader:
     """The loader of this process's share of the test images; arguments as for ``train_loader``."""
     return _in_order(EvalDataset(dataset, pipeline), sampler, sampler, args, device, bad_images)
 

@@ -4,13 +4,15 @@ A pipeline has three steps. A worker calls ``sample`` for each image and ``colla
 trains calls ``to_device`` for each batch.
 """
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
 
-from input_pipeline.augmentation import Augmentation, Packed, Pixels, Unsupported
+from input_pipeline.augmentation import Augmentation, Draws, Packed, Pixels, Unsupported
 from utils import print_main
 from weight_selection.errors import InputError
 from weight_selection.sources.teachers import normalization
@@ -28,14 +30,14 @@ class Batch(NamedTuple):
 class TransformOneByOne:
     """A worker applies timm's transform to each image: for transforms that have no batched form."""
 
-    def __init__(self, transform):
+    def __init__(self, transform: Callable[[Image.Image], torch.Tensor]):
         self.transform = transform
 
     def sample(self, image: torch.Tensor) -> torch.Tensor:
         """Transform an image, uint8 (height, width, 3), with randomness from the global generators."""
         return self.transform(Image.fromarray(image.numpy()))
 
-    def collate(self, samples) -> tuple:
+    def collate(self, samples: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, None]:
         """The ``images`` and ``packed`` of a ``Batch`` of these samples."""
         return torch.stack(samples), None
 
@@ -47,21 +49,22 @@ class TransformOneByOne:
 class TransformInWorkers:
     """A worker transforms a batch in uint8; the device normalises it and erases boxes.
 
-    Only a quarter of the bytes of float32 go from the worker to the device.
+    Only a quarter of the bytes of float32 go from the worker to the device. The methods are those of
+    ``TransformOneByOne``; a sample is an image and its random draws.
     """
 
     def __init__(self, augmentation: Augmentation):
         self.augmentation = augmentation
 
-    def sample(self, image):
+    def sample(self, image: torch.Tensor) -> tuple[torch.Tensor, Draws]:
         return image, self.augmentation.draw(*image.shape[:2])
 
-    def collate(self, samples):
+    def collate(self, samples: tuple[tuple[torch.Tensor, Draws], ...]) -> tuple[torch.Tensor, Packed]:
         images, draws = zip(*samples, strict=True)
         packed = self.augmentation.pack(draws)
         return self.augmentation.apply(images, packed, batched=False), packed
 
-    def to_device(self, batch, device):
+    def to_device(self, batch: Batch, device: torch.device) -> torch.Tensor:
         return self.augmentation.finish(batch.images.to(device, non_blocking=True), batch.packed)
 
 
@@ -70,7 +73,7 @@ class TransformOnDevice(TransformInWorkers):
 
     resident = None  # flat uint8 on the device, all images of a ``CachedDataset``; None: a batch brings its own pixels
 
-    def collate(self, samples):
+    def collate(self, samples: tuple[tuple[torch.Tensor, Draws], ...]) -> tuple[Pixels, Packed]:
         images, draws = zip(*samples, strict=True)
         sizes = torch.tensor([image.shape[:2] for image in images])
         if self.resident is None:
@@ -81,13 +84,16 @@ class TransformOnDevice(TransformInWorkers):
             offsets = torch.tensor([image.storage_offset() for image in images])
         return Pixels(data, offsets, sizes), self.augmentation.pack(draws)
 
-    def to_device(self, batch, device):
+    def to_device(self, batch: Batch, device: torch.device) -> torch.Tensor:
         data = batch.images.data.to(device, non_blocking=True) if self.resident is None else self.resident
         images = self.augmentation.apply(batch.images._replace(data=data), batch.packed, batched=True)
         return self.augmentation.finish(images, batch.packed).to(device)  # the resident images may be on another device
 
 
-def build_pipeline(args, train: bool) -> TransformOneByOne | TransformInWorkers:
+Pipeline = TransformOneByOne | TransformInWorkers
+
+
+def build_pipeline(args: SimpleNamespace, train: bool) -> Pipeline:
     """The pipeline that the options ask for, for training or for the test.
 
     Raises:
@@ -104,7 +110,7 @@ def build_pipeline(args, train: bool) -> TransformOneByOne | TransformInWorkers:
     return TransformOnDevice(augmentation) if args.augment_device else TransformInWorkers(augmentation)
 
 
-def build_transform(args, train: bool):
+def build_transform(args: SimpleNamespace, train: bool) -> Callable[[Image.Image], torch.Tensor]:
     """timm's transform from a PIL image to a normalised (3, input_size, input_size) tensor.
 
     Training: random resized crop, flip, RandAugment, random erasing (Table 13 of the paper). Test: resize the shorter
@@ -127,7 +133,7 @@ def build_transform(args, train: bool):
     return create_transform(**common, is_training=False, **test_crop(args))
 
 
-def test_crop(args) -> dict:
+def test_crop(args: SimpleNamespace) -> dict:
     """How a test image becomes a square, as arguments of timm's ``create_transform``."""
     squash = args.crop_pct is None and args.input_size >= 384
     pct, mode = (1.0, "squash") if squash else (args.crop_pct or 224 / 256, "center")

@@ -4,6 +4,7 @@ Pillow's first pass goes along the rows. Since version 13 it goes along the colu
 as many rows as columns. Here such images are transposed, resized like the others, and transposed back.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import PIL
@@ -22,7 +23,7 @@ class Pixels(NamedTuple):
     offsets: torch.Tensor  # (B,) int64 on the host, where in ``data`` each image of the batch starts
     sizes: torch.Tensor  # (B, 2) int64 on the host, the (height, width) of each image
 
-    def images(self):
+    def images(self) -> Iterator[torch.Tensor]:
         """Views of the images of the batch, each (height, width, 3)."""
         for offset, (height, width) in zip(self.offsets.tolist(), self.sizes.tolist(), strict=True):
             yield self.data[offset : offset + 3 * height * width].view(height, width, 3)
@@ -49,7 +50,7 @@ def _transposed(image):
     return TRANSPOSES & (lost > 0) & (lost > 2 * (image.width - image.wide))
 
 
-def one_by_one(images, crops, size):
+def one_by_one(images: Iterable[torch.Tensor], crops: torch.Tensor, size: int) -> torch.Tensor:
     """Resize with torch's kernel for uint8, which is fast on a CPU because it uses vector instructions.
 
     ``images`` are uint8 (height, width, 3) on a CPU, and ``crops`` (B, 10) int64 has a row of ``Crop`` for each.
@@ -69,7 +70,7 @@ def one_by_one(images, crops, size):
     return result
 
 
-def by_products(pixels, crops, size):
+def by_products(pixels: Pixels, crops: torch.Tensor, size: int) -> torch.Tensor:
     """Resize ``Pixels`` on any device by multiplying with matrices of weights, many images at a time.
 
     The host never waits for the device. Products of float32 must be exact to more than 16 bits: torch's default is,

@@ -1,5 +1,8 @@
 """Knowledge distillation, added to the loss of the labels (paper, section 4.4): of logits or of features."""
 
+from collections.abc import Sequence
+from types import SimpleNamespace
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -18,7 +21,15 @@ class Teacher(nn.Module):
     classifier takes, instead of logits.
     """
 
-    def __init__(self, model: nn.Module, mean, std, student_mean, student_std, features: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        student_mean: Sequence[float],
+        student_std: Sequence[float],
+        features: bool,
+    ):
         super().__init__()
         self.model, self.features = model.requires_grad_(False).eval(), features
         values = (mean, std, student_mean, student_std)
@@ -26,7 +37,7 @@ class Teacher(nn.Module):
         self.register_buffer("scale", student_std / std)
         self.register_buffer("shift", (student_mean - mean) / std)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "Teacher":
         """Stay in evaluation mode: a teacher uses no dropout and no batch statistics."""
         return self
 
@@ -82,7 +93,7 @@ class Loss:
         return self.criterion(logits, targets) + self.alpha * distance, distance
 
 
-def build_teacher(args, classes: int) -> Teacher:
+def build_teacher(args: SimpleNamespace, classes: int) -> Teacher:
     """The teacher that the options of main.py describe, with its pretrained weights.
 
     Its normalisation is that of its timm configuration, or if its weights are a checkpoint of main.py, the one it was

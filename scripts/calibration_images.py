@@ -30,7 +30,7 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     check_directory(args.data, "DATA", "name the one that holds the data set")
     if args.out.exists():

@@ -59,6 +59,7 @@ class Measured:
 
     @property
     def complete(self) -> bool:
+        """Whether there are runs enough for the cell."""
         return len(self.runs) >= (paper.SEEDS_OF_A_MEDIAN if self.cell.statistic == "median" else 1)
 
 
@@ -199,7 +200,7 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.overwrite and args.csv is None:
         raise InputError("--overwrite: has no effect without --csv; leave it out")

@@ -1,8 +1,12 @@
 #!/usr/bin/env python3
 """Compare what this working tree computes with what another revision of it computes, bit for bit, on a CPU.
 
-python scripts/compare_revisions.py 3bea770                # everything, in a few minutes
-python scripts/compare_revisions.py HEAD~1 selection help  # some parts
+python scripts/compare_revisions.py HEAD~1                      # everything, in a few minutes
+python scripts/compare_revisions.py 3bea770 selection training  # some parts
+
+With 3bea770, where the work on version 0.2 began, `selection` and `training` must still agree. The other parts are for
+nearer revisions, for they have changed on purpose: the values of `projection`, the commands in `options` (Tables 8 and
+17 run more of them) and the programs in `help`.
 
 Each comparison prints one line. The exit status is 1 if any differs, 2 if the programs could not be compared.
 Both revisions run in processes of their own and through their command lines, so the names of modules do not matter.
@@ -23,8 +27,10 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import timm
@@ -145,7 +151,7 @@ class Workplace:
         places = [self.trees[side] / folder / name for folder in (".", "scripts", "experiments")]
         return str(next((path for path in places if path.exists()), places[0]))
 
-    def start(self, side: str, command: str, **options):
+    def start(self, side: str, command: str, **options) -> subprocess.Popen:
         """Start one program of a side, in the directory of that side."""
         name, *words = shlex.split(command)
         words = [sys.executable, self.program(side, name), *words]
@@ -193,11 +199,13 @@ class Workplace:
         self.report(output.removeprefix("out/"), find_difference(then[:2], now[:2]) or find_difference(*files), refused)
 
     def report(self, name: str, difference: str | None, note: str = "") -> None:
+        """Print the line of a comparison."""
         self.different += difference is not None
         print(f"{'same' if difference is None else 'DIFFERENT'}  {name}  {difference or note}".rstrip(), flush=True)
 
 
-def fail(message):
+def fail(message: str) -> NoReturn:
+    """End the program: the revisions could not be compared."""
     print(f"compare_revisions.py: error: {message.strip()}", file=sys.stderr)
     sys.exit(2)
 
@@ -214,13 +222,14 @@ def save_random(name: str, kwargs: str, path: Path) -> None:
     torch.save(weights, path)
 
 
-def both(function) -> list:
+def both(function: Callable[[str], object]) -> list:
     """``function("then")`` and ``function("now")``, computed at the same time."""
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(function, SIDES))
 
 
-def read(path: Path):
+def read(path: Path) -> object:
+    """The content of a file that a program wrote."""
     if path.suffix == ".pth":
         return torch.load(path, weights_only=True)
     if path.name == "log.txt":
@@ -228,7 +237,7 @@ def read(path: Path):
     return json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
 
 
-def find_difference(then, now, where="") -> str | None:
+def find_difference(then: object, now: object, where: str = "") -> str | None:
     """The first difference between two structures, in keys, order of keys, types, values or any bit of a tensor."""
     if type(then) is not type(now):
         return f"{where}: {then!r:.200}, now {now!r:.300}"

@@ -12,6 +12,7 @@ others minutes.
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +33,7 @@ from weight_selection.options import SelectionOptions
 from weight_selection.plan import Plan, plan_selection
 from weight_selection.sources.facts import facts_of
 from weight_selection.sources.names import create_model
-from weight_selection.structure import structure_of
+from weight_selection.structure import ModelStructure, structure_of
 
 # Kinds of refusals, by what their messages say; the first that matches.
 REASONS = {
@@ -122,14 +123,14 @@ def describe(names: list, library: str = "timm") -> list:
     return sorted(models, key=lambda item: item[:2])
 
 
-def pairs(models: list):
+def pairs(models: list) -> Iterator[tuple[tuple, tuple]]:
     """Of what ``describe`` gives, every two of different sizes: ((name, structure) of the student, of the teacher)."""
     for small, large in combinations(models, 2):
         if small[0] < large[0]:
             yield small[1:], large[1:]
 
 
-def plan_pair(teacher, student, **options) -> Plan:
+def plan_pair(teacher: ModelStructure, student: ModelStructure, **options) -> Plan:
     """``plan_selection``; raises the refusal where one of the two could not be taken apart."""
     for found in (student, teacher):
         if isinstance(found, InputError):
@@ -219,7 +220,7 @@ def count_library(library: str, chosen: list | None, processes: int) -> list:
         return list(tqdm(counted, total=len(models), unit="architecture", file=sys.stderr))
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser("coverage.py", "Count the pairs of models of which the smaller can be selected from the larger.")
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES), help="only these")
     parser.add_argument("--output", metavar="FILE", help="replace these libraries' tables there; else they are printed")

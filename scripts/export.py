@@ -64,7 +64,7 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     check_format(args.format)
     check_output(args.output, args.format, args.overwrite)

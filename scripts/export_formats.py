@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
+from torch.utils.data import Dataset
 
 import model_card
 from datasets import DATA_SETS, UNREADABLE, ImageFiles, build_dataset, to_pixels
@@ -76,7 +77,7 @@ class Comparison:
         print(found)
 
 
-def transformed(trained: TrainedModel, data_set) -> torch.Tensor:
+def transformed(trained: TrainedModel, data_set: Dataset) -> torch.Tensor:
     """Inputs of the model, (images, 3, size, size), from images that are spread over a data set."""
     pipeline = build_pipeline(trained.options, train=False)
     items = EvalDataset(data_set, pipeline)

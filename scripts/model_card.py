@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from training.options import CANNOT_CHANGE_RESULT, OPTIONS, default_options
+from training.trained_model import TrainedModel
 from weight_selection.errors import printable
 
 NAMED = 20  # class names that a card lists
@@ -16,7 +17,7 @@ def path_beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.md")
 
 
-def card(trained, name: str, usage: str) -> str:
+def card(trained: TrainedModel, name: str, usage: str) -> str:
     """The text of a model card in Markdown.
 
     Args:
@@ -34,7 +35,7 @@ def card(trained, name: str, usage: str) -> str:
     return f"# {printable(name)}\n\n" + "\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items())
 
 
-def front_matter(trained, name: str) -> str:
+def front_matter(trained: TrainedModel, name: str) -> str:
     """The card's metadata for the Hugging Face hub, in YAML."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -54,7 +55,7 @@ def front_matter(trained, name: str) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n"
 
 
-def describe_model(trained) -> str:
+def describe_model(trained: TrainedModel) -> str:
     """What the model is, and its classes."""
     options, names = trained.options, [printable(each) for each in trained.class_names]
     arguments = ", ".join(f"{key}={value}" for key, value in options.model_kwargs.items())
@@ -71,7 +72,7 @@ def describe_model(trained) -> str:
     return "\n".join(lines)
 
 
-def describe_accuracy(trained) -> str:
+def describe_accuracy(trained: TrainedModel) -> str:
     """Accuracy on the test images, and after which epoch."""
     after = f"after epoch {trained.epoch} (counted from 0) of {trained.args.get('epochs')}"
     if not trained.metrics:

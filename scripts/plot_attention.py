@@ -26,6 +26,7 @@ import huggingface_hub
 import timm.layers
 import torch
 import torch.nn as nn
+from matplotlib.figure import Figure
 
 import style
 from models import SCHEMES
@@ -132,7 +133,7 @@ def print_table(models: dict, product: int) -> None:
     print()
 
 
-def draw(models: dict, crop: int | None):
+def draw(models: dict, crop: int | None) -> Figure:
     """The figure, which has a row for each of ``PRODUCTS`` and a column for each model."""
     figure, axes = style.new_images(len(PRODUCTS), len(models))
     for column, (label, layers) in zip(axes.T, models.items(), strict=True):
@@ -159,7 +160,7 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     huggingface_hub.utils.logging.set_verbosity_error()  # a page of retries would hide the one line of an error
     if args.crop is not None and args.crop < 1:

@@ -18,6 +18,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.axes import Axes
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 import style
 from runs import read_curves, read_run, seed_directories, spread
@@ -119,14 +121,14 @@ def print_table(groups: list[Group], baseline: Group | None) -> None:
         print(f"{group.name:<{width}} {len(group.runs):>4}   {line.rstrip()}")
 
 
-def draw_curves(axes, groups: list[Group], metric: str, **line) -> None:
+def draw_curves(axes: Axes, groups: list[Group], metric: str, **line) -> None:
     """Draw a column of ``log.txt`` against epochs; ``line`` changes how the lines look."""
     for number, group in enumerate(groups):
         curve = group.curve(metric)
         style.draw_seeds(axes, list(curve), list(curve.values()), group.name, **style.look(number) | line)
 
 
-def draw_gaps(axes, groups: list[Group], baseline: Group) -> None:
+def draw_gaps(axes: Axes, groups: list[Group], baseline: Group) -> None:
     """Draw how far the accuracies of the other groups are above the baseline's mean, epoch by epoch.
 
     Raises:
@@ -154,7 +156,7 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.baseline is not None and not Path(args.baseline).is_dir():
         raise InputError(f"--baseline {args.baseline}: no such directory")

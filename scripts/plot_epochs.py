@@ -13,6 +13,9 @@ import statistics
 import sys
 from pathlib import Path
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 import paper
 import style
@@ -50,6 +53,7 @@ def trained(out: Path) -> dict:
 
 
 def accuracies(runs: list) -> list:
+    """The best accuracy of each run."""
     return [run.accuracy("best") for run in runs]
 
 
@@ -102,13 +106,13 @@ def first_to_reach(line: dict, goal: list) -> int | None:
     )
 
 
-def draw_level(axes, values: list, color: str) -> None:
+def draw_level(axes: Axes, values: list, color: str) -> None:
     """A horizontal line at the mean of ``values`` in a band over their range."""
     axes.axhline(statistics.fmean(values), label=SELECTED, color=color, linestyle="--")
     axes.axhspan(min(values), max(values), alpha=0.2, color=color, linewidth=0)
 
 
-def draw(lines: dict, tuned: dict, strange: list):
+def draw(lines: dict, tuned: dict, strange: list) -> Figure:
     """The figure, with each panel for which there are runs."""
     figure, panels = style.new_figure(bool(lines) + bool(tuned))
     if lines:
@@ -128,7 +132,7 @@ def draw(lines: dict, tuned: dict, strange: list):
     return figure
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = figure_parser("plot_epochs.py", __doc__).parse_args(argv)
     strange = []
     lines, tuned = training(args.out, strange), pretraining(args.out, strange)

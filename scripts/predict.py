@@ -12,8 +12,10 @@ import contextlib
 import csv
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's modules
 from distributed.program import run_program
@@ -60,11 +62,12 @@ def _listed(path):
     return found
 
 
-def predict_images(trained, images: list[Path], args) -> tuple[list[dict], list[str]]:
+def predict_images(
+    trained: "TrainedModel",  # noqa: F821
+    images: list[Path],
+    args: Namespace,
+) -> tuple[list[dict], list[str]]:
     """Predict images in their order.
-
-    Args:
-        trained: a ``TrainedModel``.
 
     Returns:
         ([{"image": path, "predictions": [{"class", "label", "probability"}, most probable first]}] of the images that
@@ -102,7 +105,7 @@ def predict_images(trained, images: list[Path], args) -> tuple[list[dict], list[
     return rows, problems
 
 
-def write_table(rows: list[dict], file) -> None:
+def write_table(rows: list[dict], file: TextIO) -> None:
     """Write a line for each image, for people: its path, then classes with their probabilities in percent."""
     width = max(len(printable(row["image"])) for row in rows)
     names = max(len(printable(each["class"])) for row in rows for each in row["predictions"])
@@ -112,7 +115,7 @@ def write_table(rows: list[dict], file) -> None:
         print(f"{printable(row['image']):<{width}}  {cells}", file=file)
 
 
-def write_csv(rows: list[dict], file) -> None:
+def write_csv(rows: list[dict], file: TextIO) -> None:
     """Write a line for each image; the first line names the columns."""
     ranks = range(1, len(rows[0]["predictions"]) + 1)
     writer = csv.writer(file)
@@ -122,7 +125,7 @@ def write_csv(rows: list[dict], file) -> None:
         writer.writerow([row["image"], *(value for pair in pairs for value in pair)])
 
 
-def write_json(rows: list[dict], file) -> None:
+def write_json(rows: list[dict], file: TextIO) -> None:
     """Write a list of objects with the image's path and its predictions."""
     json.dump(rows, file, indent=2)
     file.write("\n")
@@ -146,7 +149,7 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     for name, least in (("top_k", 1), ("batch_size", 1), ("num_workers", 0)):
         if getattr(args, name) < least:

@@ -37,7 +37,7 @@ def configuration(model: nn.Module) -> dict:
     }
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     Parser("print_configurations.py", __doc__).parse_args(argv)
     columns = [configuration(create_model(name, device="meta", num_classes=1000)) for name in MODELS.values()]
     print(f"| | {' | '.join(MODELS)} |")

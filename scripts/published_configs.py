@@ -3,59 +3,61 @@
 CONFIGS is {name: (model_type, arguments of its config that differ from the defaults)}.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 
 
-def vit(width, layers, heads, hidden=None, **others):
+def vit(width: int, layers: int, heads: int, hidden: int | None = None, **others) -> dict:
     """Arguments of a ViT, and of other models with these names."""
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     return sizes | {"intermediate_size": 4 * width if hidden is None else hidden} | others
 
 
-def dinov2(width, layers, heads, **others):
+def dinov2(width: int, layers: int, heads: int, **others) -> dict:
     return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "image_size": 518} | others
 
 
-def swin(width, third, heads, window=7, size=224):
+def swin(width: int, third: int, heads: int, window: int = 7, size: int = 224) -> dict:
     depths, heads = (2, 2, third, 2), tuple(heads * 2**stage for stage in range(4))
     return {"embed_dim": width, "depths": depths, "num_heads": heads, "window_size": window, "image_size": size}
 
 
-def convnext(depths, widths):
+def convnext(depths: Sequence[int], widths: Sequence[int]) -> dict:
     return {"depths": list(depths), "hidden_sizes": list(widths)}
 
 
-def clip(patch, width, layers, heads, text, size=224, **text_others):
+def clip(patch: int, width: int, layers: int, heads: int, text: Sequence[int], size: int = 224, **others) -> dict:
     """Arguments of CLIP: (width, layers, heads) of its images, and (width, layers, heads, projection) of its text."""
     *words, projection = text
     parts = {
         "vision_config": vit(width, layers, heads, patch_size=patch, image_size=size),
-        "text_config": vit(*words, **text_others),
+        "text_config": vit(*words, **others),
     }
     return parts | {"projection_dim": projection}
 
 
-def siglip(width, layers, heads, hidden, patch=16, size=224):
+def siglip(width: int, layers: int, heads: int, hidden: int, patch: int = 16, size: int = 224) -> dict:
     return {
         "vision_config": vit(width, layers, heads, hidden, patch_size=patch, image_size=size),
         "text_config": vit(width, layers, heads, hidden, projection_size=width),
     }
 
 
-def gpt2(width, layers, heads, **others):
+def gpt2(width: int, layers: int, heads: int, **others) -> dict:
     return {"n_embd": width, "n_layer": layers, "n_head": heads} | others
 
 
-def llama(width, hidden, layers, heads, groups, **others):
+def llama(width: int, hidden: int, layers: int, heads: int, groups: int, **others) -> dict:
     return vit(width, layers, heads, hidden, num_key_value_heads=groups) | others
 
 
-def t5(width, hidden, layers, heads, head=64, **others):
+def t5(width: int, hidden: int, layers: int, heads: int, head: int = 64, **others) -> dict:
     return {"d_model": width, "d_ff": hidden, "num_layers": layers, "num_heads": heads, "d_kv": head} | others
 
 
-def whisper(width, layers, heads, decoders=None, **others):
+def whisper(width: int, layers: int, heads: int, decoders: int | None = None, **others) -> dict:
     sizes = {"d_model": width, "decoder_layers": decoders or layers, "encoder_layers": layers}
     for part in ("encoder", "decoder"):
         sizes |= {f"{part}_attention_heads": heads, f"{part}_ffn_dim": 4 * width}

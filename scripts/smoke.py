@@ -44,7 +44,7 @@ def write_teacher(path: Path, name: str, kwargs: dict) -> None:
         write_weights(model.state_dict(), temporary)
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser("smoke.py", "Make tiny images, or a tiny teacher with random weights.")
     parser.add_argument("path", metavar="PATH", type=Path, help="directory of images, or file of weights, to make")
     parser.add_argument("--teacher", metavar="NAME", help="any timm name")

@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from weight_selection.errors import InputError
@@ -41,13 +42,13 @@ def new_images(rows: int, columns: int) -> tuple:
     return figure, axes
 
 
-def draw_signed(axes, matrix) -> None:
+def draw_signed(axes: Axes, matrix: np.ndarray) -> None:
     """Draw a matrix: 0 is white, positive is red, negative is blue; the 0.5 % furthest from 0 are equally dark."""
     limit = np.quantile(np.abs(matrix), 0.995)  # a few outliers would leave all else white
     axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
 
 
-def draw_seeds(axes, xs: list, values: list, label: str, **line_options) -> None:
+def draw_seeds(axes: Axes, xs: list, values: list, label: str, **line_options) -> None:
     """Draw a line through the means of ``values`` (for each x a list over seeds), in a band over their range."""
     (line,) = axes.plot(xs, list(map(statistics.fmean, values)), label=label, markersize=4, **line_options)
     axes.fill_between(
@@ -57,7 +58,7 @@ def draw_seeds(axes, xs: list, values: list, label: str, **line_options) -> None
         line.set_marker("")
 
 
-def save(figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Write a figure in the format that the ending of ``path`` names.
 
     Raises:

@@ -8,6 +8,7 @@ some of each class. The photographs come with scikit-learn. All is grey: colour 
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def draw_patterns() -> dict:
     }
 
 
-def pattern(draw, rng) -> np.ndarray:
+def pattern(draw: Callable, rng: np.random.Generator) -> np.ndarray:
     """A grey image of a pattern, turned, scaled, moved and lit at random, with noise."""
     angle, scale, (dx, dy) = rng.uniform(0, 2 * np.pi), rng.uniform(2, 5) / SIDE, rng.uniform(-1, 1, 2)
     y, x = np.mgrid[:SIDE, :SIDE] - SIDE / 2
@@ -56,7 +57,7 @@ def pattern(draw, rng) -> np.ndarray:
     return rng.uniform(90, 160) + rng.uniform(30, 80) * values + rng.normal(0, 20, values.shape)
 
 
-def piece(photograph: np.ndarray, box: tuple, rng) -> np.ndarray:
+def piece(photograph: np.ndarray, box: tuple, rng: np.random.Generator) -> np.ndarray:
     """A square piece of a box in a grey photograph, of 32 to 96 pixels, lit at random: no class is always bright."""
     top, left, height, width = box
     side = rng.integers(32, min(height, width, 96) + 1)
@@ -72,7 +73,7 @@ def save(pixels: np.ndarray, path: Path) -> None:
     Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)).save(path)
 
 
-def make_patterns(directory: Path, rng) -> None:
+def make_patterns(directory: Path, rng: np.random.Generator) -> None:
     """Fill a directory with class folders of patterns."""
     for part, count in PATTERNS.items():
         for name, draw in draw_patterns().items():
@@ -80,7 +81,7 @@ def make_patterns(directory: Path, rng) -> None:
                 save(pattern(draw, rng), directory / part / name / f"{number:03}.png")
 
 
-def make_photographs(directory: Path, rng) -> None:
+def make_photographs(directory: Path, rng: np.random.Generator) -> None:
     """Fill a directory with class folders of pieces of photographs; test images are of other parts of them."""
     from sklearn.datasets import load_sample_image
 
@@ -101,7 +102,7 @@ def make_sheet(directory: Path, columns: int = 10) -> None:
     sheet.save(directory / "sheet.png")
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser("tutorial_images.py", "Make the images of docs/tutorial.md.")
     parser.add_argument("directory", metavar="DIR", type=Path, help="to make")
     directory = parser.parse_args(argv).directory

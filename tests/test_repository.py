@@ -23,8 +23,11 @@ LEVELS = [  # imports run from a level to itself or to those above it here
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 HEAVY = {"timm", "torchvision", "transformers", "huggingface_hub"}
 WITHOUT_TORCH = (
-    "main datasets training.options distributed.program "
-    "weight_selection weight_selection.errors weight_selection.arguments weight_selection.files weight_selection.cli"
+    "main datasets models training.options distributed.program distributed.parent "
+    "weight_selection weight_selection.errors weight_selection.arguments weight_selection.files "
+    "weight_selection.image_files weight_selection.options weight_selection.commands weight_selection.cli "
+    "weight_selection.sources weight_selection.sources.names weight_selection.sources.directories "
+    "weight_selection.sources.hub weight_selection.sources.recipe weight_selection.sources.widths"
 )
 
 

@@ -10,6 +10,7 @@ import csv
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -149,7 +150,7 @@ class EvalReport:
         return figure
 
 
-def draw_confusion(matrix, names: list[str]) -> Figure:
+def draw_confusion(matrix: np.ndarray, names: list[str]) -> Figure:
     """A confusion matrix (classes, classes) of numbers of images, as shares of each row."""
     side = 4 + 0.16 * min(len(names), NAMED)
     figure = Figure(figsize=(side + 1, side), layout="constrained")

@@ -131,7 +131,7 @@ def check_wandb() -> None:
         raise _refused(error, "run `wandb login`, set WANDB_MODE=offline, or leave it out") from error
 
 
-def start_wandb(options: Options):
+def start_wandb(options: Options) -> "wandb.Run":  # noqa: F821
     """The run of Weights & Biases. The one that ``--output_dir`` names goes on; a new one is noted there.
 
     Raises:

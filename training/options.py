@@ -358,7 +358,7 @@ def default_options() -> Options:
     return Options(**{name: copy.copy(option.default) for name, option in OPTIONS.items()})
 
 
-def parse_args(argv=None, recorded: dict | None = None) -> Options:
+def parse_args(argv: list[str] | None = None, recorded: dict | None = None) -> Options:
     """Options from the command line, then from ``--config``, then the defaults: the first that gives one decides.
 
     The options are checked against each other.
@@ -389,7 +389,7 @@ def _fitting(recorded, given):
     return {name: value for name, value in recorded.items() if same or name not in ("data_path", "eval_data_path")}
 
 
-def parse_args_with(found: list, argv=None) -> Options:
+def parse_args_with(found: list, argv: list[str] | None = None) -> Options:
     """As ``parse_args``, with options that checkpoints record. It prints which options it takes from them.
 
     Args:

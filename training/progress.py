@@ -89,7 +89,7 @@ def _build(value, kind):
     return kind(**{name: value.get(name) for name in get_type_hints(kind)})
 
 
-def fits(value, kind: type | UnionType) -> bool:
+def fits(value: object, kind: type | UnionType) -> bool:
     """Whether a value is of a field's type. An int may stand for a float; a dict must have a dataclass's fields.
 
     Fields that may be None may also be missing: older versions did not have them.

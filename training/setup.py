@@ -20,7 +20,7 @@ from engine import TrainState, autocast
 from input_pipeline import loader
 from input_pipeline.cache import CachedDataset
 from input_pipeline.loader import BadImages, DeviceLoader
-from input_pipeline.placement import TransformInWorkers, TransformOneByOne, build_pipeline
+from input_pipeline.placement import Pipeline, build_pipeline
 from models.distillation import Loss, Teacher, WithProjector
 from models.initialization import initialize, make_linear_probe
 from optim_factory import cosine_schedule, create_optimizer
@@ -98,8 +98,8 @@ class RunData:
 
     train_set: Dataset | None  # None in an evaluation, like its pipeline
     test_set: Dataset
-    train_pipeline: TransformOneByOne | TransformInWorkers | None
-    test_pipeline: TransformOneByOne | TransformInWorkers
+    train_pipeline: Pipeline | None
+    test_pipeline: Pipeline
     class_names: list[str]  # in the order of their labels
     steps_per_epoch: int  # optimiser steps in an epoch; 1 in an evaluation
 
