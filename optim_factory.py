@@ -37,7 +37,7 @@ def create_optimizer(
     if args.opt_betas is not None:
         betas = info.num_betas if info.has_betas else 0
         if len(args.opt_betas) != betas:
-            raise InputError(f"--opt_betas {args.opt_betas}: {args.opt} takes {betas}")
+            raise InputError(f"--opt_betas {args.opt_betas}: {args.opt} takes {betas}; give as many, or leave it out")
         kwargs["betas"] = tuple(args.opt_betas)
     if next(model.parameters()).is_cuda and info.opt_class in FUSED:
         kwargs["fused"] = True  # it also need not wait for the device to learn whether float16 overflowed

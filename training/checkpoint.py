@@ -14,7 +14,7 @@ from distributed.process_group import main_only
 from distributed.program import RunError
 from engine import EpochSums, TrainState
 from training.options import Options
-from training.progress import RunProgress
+from training.progress import RunProgress, refusal
 from weight_selection import files
 from weight_selection.errors import InputError
 from weight_selection.sources import safe_load
@@ -126,17 +126,17 @@ def read(path: Path, origin: str) -> dict:
     """
     content = safe_load.load_torch(path, origin.split()[0])
     if not isinstance(content, dict):
-        raise InputError(f"{origin}: not a checkpoint of main.py")
+        raise refusal(origin, "not a checkpoint of main.py")
     for key in REQUIRED:
         if not isinstance(content.get(key), dict):
-            raise InputError(f"{origin}: not a checkpoint of main.py: it has no {key}")
+            raise refusal(origin, f"not a checkpoint of main.py: it has no {key}")
     version = content.get("version", 1)
     if not (type(version) is int and version <= VERSION):
         raise InputError(f"{origin}: of version {reprlib.repr(version)}, this program knows {VERSION}; update it")
     try:
         json.dumps(content["args"])
     except TypeError as error:
-        raise InputError(f"{origin}: not a checkpoint of main.py: its args are none") from error
+        raise refusal(origin, "not a checkpoint of main.py: its args are none") from error
     return content
 
 
@@ -150,7 +150,7 @@ def restore(options: Options, state: TrainState, content: dict, origin: str, tra
     """
     progress = RunProgress.from_checkpoint(content, origin)
     if not -1 <= progress.epoch < options.epochs and not options.eval:
-        raise InputError(f"{origin}: written after epoch {progress.epoch}, not one of --epochs {options.epochs}")
+        raise refusal(origin, f"written after epoch {progress.epoch}, not one of --epochs {options.epochs}")
     load_weights(state.model, content["model"], f"{origin}: of another model ({content['args'].get('model')})")
     if state.projector is not None:
         load_weights(state.projector, content.get("projector"), f"{origin}: of another distillation: projector")
@@ -176,7 +176,7 @@ def _restore_partial(options, state, progress, train_images, origin) -> EpochSum
             f"{train_images}; restore them, or start anew"
         )
     if not 0 < partial.step <= state.steps_per_epoch and not options.eval:
-        raise InputError(f"{origin}: written after {partial.step} of {state.steps_per_epoch} steps")
+        raise refusal(origin, f"written after {partial.step} of {state.steps_per_epoch} steps")
     if state.ema is not None and len(partial.statistics) == state.world_size:
         _load_own(state.ema.module, partial.statistics[state.rank], origin)
     return replace(partial, statistics=[])
@@ -185,10 +185,10 @@ def _restore_partial(options, state, progress, train_images, origin) -> EpochSum
 def load_weights(module: nn.Module, state_dict: object, origin: str) -> None:
     """Put a checkpoint's tensors into a module; an InputError that begins with ``origin`` if they do not fit."""
     if not isinstance(state_dict, dict) or not all(map(safe_load.is_plain, state_dict.values())):
-        raise InputError(f"{origin}: no state_dict")
+        raise refusal(origin, "no state_dict")
     problem = first_mismatch(state_dict, module)
     if problem:
-        raise InputError(f"{origin}: {problem}")
+        raise refusal(origin, problem)
     module.load_state_dict(state_dict)
 
 
@@ -196,7 +196,7 @@ def _load_own(module, statistics, origin):
     expected = module.state_dict()
     for key, value in statistics.items() if isinstance(statistics, dict) else [(None, None)]:
         if key not in expected or not safe_load.is_plain(value) or value.shape != expected[key].shape:
-            raise InputError(f"{origin}: statistics {key} are not this model's")
+            raise refusal(origin, f"statistics {key} are not this model's")
     module.load_state_dict(statistics, strict=False)
 
 
@@ -205,29 +205,29 @@ def _load_optimizer(optimizer, state_dict, origin):
     expected = optimizer.state_dict()["param_groups"]
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
     if not isinstance(groups, list) or not isinstance(state, dict) or len(groups) != len(expected):
-        raise InputError(f"{origin}: other groups of parameters")
+        raise refusal(origin, "other groups of parameters")
     merged = []
     for ours, theirs in zip(expected, groups, strict=True):
         numbers = theirs.get("params") if isinstance(theirs, dict) else None
         if not _alike(numbers, ours["params"]) or numbers != ours["params"]:
-            raise InputError(f"{origin}: other parameters")
+            raise refusal(origin, "other parameters")
         for key, value in ours.items():
             if key not in DEVICE_SETTINGS and not _alike(theirs.get(key), value):
-                raise InputError(f"{origin}: its {key} is {reprlib.repr(theirs.get(key))}")
+                raise refusal(origin, f"its {key} is {reprlib.repr(theirs.get(key))}")
         if not all(map(_is_state, (value for key, value in theirs.items() if key not in ours))):  # such as LAMB's step
-            raise InputError(f"{origin}: other settings")
+            raise refusal(origin, "other settings")
         merged.append(theirs | {key: ours[key] for key in DEVICE_SETTINGS if key in ours})
     known = {number for ours in expected for number in ours["params"]}
     for number, values in state.items():
         if number not in known or not isinstance(values, dict) or not all(map(_is_state, values.values())):
-            raise InputError(f"{origin}: state of no parameter")
+            raise refusal(origin, "state of no parameter")
     state_dict = {**state_dict, "param_groups": merged}
     try:
         optimizer.load_state_dict(copy.deepcopy(state_dict))
         _try_step(optimizer)
         optimizer.load_state_dict(state_dict)
     except Exception as error:  # every optimiser has its own ways of failing on a state that is not its own
-        raise InputError(f"{origin}: its state does not fit: {error!r}") from error
+        raise refusal(origin, f"its state does not fit: {error!r}") from error
 
 
 def _try_step(optimizer):
@@ -261,5 +261,5 @@ def _alike(value, ours):
 def _load_scaler(scaler, state_dict, origin):
     expected = scaler.state_dict()
     if state_dict.keys() != expected.keys() or not all(_alike(state_dict[key], expected[key]) for key in expected):
-        raise InputError(f"{origin}: other loss scaling")
+        raise refusal(origin, "other loss scaling")
     scaler.load_state_dict(state_dict)

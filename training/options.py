@@ -500,9 +500,11 @@ def check_weights(args: Options) -> None:
     check_name(args.model, "--model", TIMM)
     if args.teacher:
         check_name(args.teacher, "--teacher", TIMM)
-    for name, path in (("initialize", args.initialize), ("resume", args.resume)):
+    wanted = {"initialize": "what weight_selection.py wrote", "resume": "a checkpoint, or the --output_dir of a run"}
+    for name, what in wanted.items():
+        path = getattr(args, name)
         if path and not Path(path).exists():
-            raise InputError(f"--{name} {path}: no such file or directory")
+            raise InputError(f"--{name} {path}: no such file or directory; name {what}")
     for name in ("finetune", "teacher_path"):
         if getattr(args, name):
             files_of(getattr(args, name), f"--{name}")

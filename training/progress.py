@@ -10,6 +10,12 @@ from weight_selection.errors import InputError
 REQUIRED = ("epoch", "seconds")
 
 
+def refusal(origin: str, why: str) -> InputError:
+    """The error for a checkpoint that cannot be used. ``origin`` begins with the option that led to it."""
+    remedy = "start anew in another directory" if origin.startswith("--output_dir ") else "name another checkpoint"
+    return InputError(f"{origin}: {why}; {remedy}")
+
+
 @dataclass(frozen=True)
 class EvalMetrics:
     """The metrics of an evaluation: loss, accuracies in percent, and the epoch that it followed."""
@@ -46,12 +52,12 @@ class RunProgress:
         for name, kind in get_type_hints(cls).items():
             key = _key(name)
             if name in REQUIRED and not fits(content.get(key), kind):
-                raise InputError(f"{origin}: not a checkpoint of main.py: it has no {key}")
+                raise refusal(origin, f"not a checkpoint of main.py: it has no {key}")
             if key not in content or (key == "partial" and content[key] is None):
                 continue
             kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind
             if not fits(content[key], kind):
-                raise InputError(f"{origin}: not a checkpoint of main.py: its {key} is none")
+                raise refusal(origin, f"not a checkpoint of main.py: its {key} is none")
             values[name] = _build(content[key], kind) if is_dataclass(kind) else content[key]
         return cls(**values)
 

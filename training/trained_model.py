@@ -9,7 +9,7 @@ import torch.nn as nn
 from input_pipeline.placement import normalization, test_crop
 from training import checkpoint
 from training.options import OPTIONS, RECORDED, RECORDED_MODEL, Options, default_options
-from training.progress import RunProgress, fits
+from training.progress import RunProgress, fits, refusal
 from training.setup import build_model
 from weight_selection.errors import InputError
 from weight_selection.files import Damaged, parse_json, read_text
@@ -82,7 +82,7 @@ def _recorded(args, origin, names):
     for name, value in recorded.items():
         option = OPTIONS[name]
         if not fits(value, option.type) or (option.choices and value not in option.choices):
-            raise InputError(f"{origin}: not a checkpoint of main.py: its --{name} is {value!r:.80}")
+            raise refusal(origin, f"not a checkpoint of main.py: its --{name} is {value!r:.80}")
     return recorded
 
 
@@ -103,7 +103,7 @@ def _description(content, origin):
     names = description.get("class_names") if isinstance(description, dict) else None
     named = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if description != {} and not named:
-        raise InputError(f"{origin}: not a checkpoint of main.py: its description is none")
+        raise refusal(origin, "not a checkpoint of main.py: its description is none")
     return description
 
 

@@ -330,6 +330,13 @@ def test_checkpoint_of_the_version_before_goes_on(train, stopped):
     assert [row["epoch"] for row in read_log(stopped)] == [0, 1, 2]
 
 
+def test_checkpoint_in_the_output_directory_that_is_not_of_the_run(train, stopped):
+    content = read_checkpoint(stopped, 1)
+    torch.save(content | {"optimizer": {}}, stopped / "checkpoint-1.pth")
+    with pytest.raises(InputError, match="checkpoint-1.pth: of another optimiser: .*; start anew in another directory"):
+        train("--epochs 3 --output_dir run")
+
+
 def test_checkpoint_of_a_later_version_says_so(train, stopped):
     torch.save(read_checkpoint(stopped, 1) | {"version": 99}, stopped / "checkpoint-1.pth")
     with pytest.raises(InputError, match="checkpoint-1.pth: of version 99, .*; update"):

@@ -365,6 +365,7 @@ def test_resume_of_another_model(refused, trained):
     path = trained / "checkpoint-1.pth"
     message = refused("--model_kwargs embed_dim=32 depth=3 num_heads=2 patch_size=4 --resume", path)
     assert message.startswith(f"--resume {path}: of another model (vit_tiny): blocks.2.")
+    assert message.endswith("; name another checkpoint")
 
 
 def test_resume_with_another_optimiser(refused, trained):
