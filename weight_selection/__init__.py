@@ -12,7 +12,7 @@ Importing this package does not import torch. Its functions import it when they 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,7 @@ def select_weights(
     include_head_norm: bool = False,
     allow_unused: bool = False,
     seed: int = 0,
-    calibration=None,
+    calibration: torch.Tensor | Iterable | str | os.PathLike | None = None,
     calibration_images: int | None = None,
     calibration_size: int | None = None,
     fused_qkv: str = "parts",
