@@ -32,16 +32,16 @@ def training_command(words: list, path: Path | str) -> str:
     return shlex.join(["python", "main.py", *words, "--initialize", str(path)])
 
 
-def selection_command(student: list, family: str, provenance: dict | None = None) -> str:
+def selection_command(student: list, architecture: str, provenance: dict | None = None) -> str:
     """The command that selects first weights for another student.
 
     Args:
         student: options of weight_selection.py that name it.
-        family: the name of its architecture.
+        architecture: its name.
         provenance: of weights whose teacher is of that architecture too, which is taken again by the same rules.
     """
     if provenance is None:
-        teacher = ["--pretrained_model", MODEL_TYPES[family][1] if family in MODEL_TYPES else "TEACHER"]
+        teacher = ["--pretrained_model", MODEL_TYPES[architecture][1] if architecture in MODEL_TYPES else "TEACHER"]
     else:
         made, options = provenance["teacher"], provenance["options"]
         teacher = ["--pretrained_model", str(made.get("name")), *_assigned("--teacher_kwargs", made.get("kwargs"))]

@@ -14,13 +14,13 @@ from weight_selection.plan import make_plan
 
 @pytest.fixture(scope="session")
 def weights():
-    """{family: weights of its small teacher}."""
+    """{architecture: weights of its small teacher}."""
     return {name: random_weights(pair.models()[0]) for name, pair in PAIRS.items()}
 
 
 @pytest.fixture(scope="session")
 def files(weights, tmp_path_factory):
-    """{family: file of its small teacher's weights}."""
+    """{architecture: file of its small teacher's weights}."""
     directory = tmp_path_factory.mktemp("teachers")
     for name, value in weights.items():
         torch.save(value, directory / f"{name}_teacher.pth")
@@ -29,7 +29,7 @@ def files(weights, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def selected(weights):
-    """{family: what the release's rule selects for the small student}."""
+    """{architecture: what the release's rule selects for the small student}."""
     return {name: apply_plan(make_plan(*pair.models()), weights[name]) for name, pair in PAIRS.items()}
 
 

@@ -34,17 +34,19 @@ EXCLUDED = {  # which keys a component has, in words of the models rather than o
 }
 
 
-@pytest.mark.parametrize(("family", "component"), EXCLUDED)
+@pytest.mark.parametrize(("architecture", "component"), EXCLUDED)
 def test_excluded_components_are_absent_and_the_record_lets_the_file_load(
-    family, component, cli, files, selected, tmp_path
+    architecture, component, cli, files, selected, tmp_path
 ):
-    pair = PAIRS[family]
-    command = pair.command(tmp_path, files[family], "--exclude", component)
+    pair = PAIRS[architecture]
+    command = pair.command(tmp_path, files[architecture], "--exclude", component)
     assert cli(select_main, *command) is None
     path = tmp_path / pair.file
-    expected = {key: value for key, value in selected[family].items() if not EXCLUDED[family, component](key)}
+    expected = {
+        key: value for key, value in selected[architecture].items() if not EXCLUDED[architecture, component](key)
+    }
     absent = [key for key in pair.models()[1].state_dict() if key not in expected]
-    assert len(expected) < len(selected[family])
+    assert len(expected) < len(selected[architecture])
     assert_same(read(path), expected)
     assert json.loads(path.with_suffix(".json").read_text())["left_out"] == absent
 
@@ -66,7 +68,7 @@ def test_several_components_can_be_excluded(cli, files, tmp_path):
     ("component", "inside"),
     [("norm", "bn|downsample.1"), ("patch_embed", "^conv1"), ("mlp", None), ("pos_embed", None)],
 )
-def test_components_of_any_family_can_be_excluded(component, inside, cli, tmp_path):
+def test_components_of_any_architecture_can_be_excluded(component, inside, cli, tmp_path):
     torch.save(create_model(RESNET.teacher, **RESNET.large).state_dict(), tmp_path / "teacher.pth")
     command = RESNET.command(tmp_path / "out.pth", tmp_path / "teacher.pth", "--exclude", component)
     message = cli(select_main, *command)
@@ -148,10 +150,10 @@ def test_random_selection_follows_the_seed_and_nothing_else(cli, files, tmp_path
 
 
 @pytest.mark.parametrize("method", ELEMENT_SELECTION)
-@pytest.mark.parametrize("family", PAIRS)
-def test_every_element_rule_gives_a_file_the_student_loads(family, method, cli, files, tmp_path):
-    pair = PAIRS[family]
-    command = pair.command(tmp_path, files[family], "--element_selection", method)
+@pytest.mark.parametrize("architecture", PAIRS)
+def test_every_element_rule_gives_a_file_the_student_loads(architecture, method, cli, files, tmp_path):
+    pair = PAIRS[architecture]
+    command = pair.command(tmp_path, files[architecture], "--element_selection", method)
     assert cli(select_main, *command) is None
     assert load_initial(pair.student_model(), tmp_path / pair.file, "--initialize") == pair.head
 

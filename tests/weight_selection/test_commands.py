@@ -36,14 +36,14 @@ def trained_model(words):
     return build_model(complete_options(parse_args([*words, "--device", "cpu"]), 0), 5)
 
 
-@pytest.mark.parametrize(("family", "form"), [("vit", "file"), ("vit", "hub"), ("convnext", "file")])
-def test_the_next_command_trains_from_what_was_written(family, form, cli, files, selected, tmp_path, capsys):
+@pytest.mark.parametrize(("architecture", "form"), [("vit", "file"), ("vit", "hub"), ("convnext", "file")])
+def test_the_next_command_trains_from_what_was_written(architecture, form, cli, files, selected, tmp_path, capsys):
     more = ["--format", "hub"] if form == "hub" else []
-    assert cli(select_main, *PAIRS[family].command(tmp_path / "init", files[family], *more)) is None
+    assert cli(select_main, *PAIRS[architecture].command(tmp_path / "init", files[architecture], *more)) is None
     words = words_of(capsys.readouterr().out, "main.py")
-    assert words[:2] == ["--model", PAIRS[family].student]
+    assert words[:2] == ["--model", PAIRS[architecture].student]
     model = trained_model(words).state_dict()
-    assert_same({key: model[key] for key in selected[family]}, selected[family])
+    assert_same({key: model[key] for key in selected[architecture]}, selected[architecture])
 
 
 def test_a_student_of_a_recipe_is_trained_by_it(cli, files, tmp_path, capsys):

@@ -62,7 +62,7 @@ WIDTHS = {  # of the teacher; of a student that divides it and of one that does 
 }
 
 
-def kept_neurons(family, method, teacher, student):
+def kept_neurons(architecture, method, teacher, student):
     """{set of neurons: all the different choices that were made in it}, over all the tensors of a student."""
     source = numbered(teacher)
     plan = make_plan(teacher, student, include_head=True, element_selection=method)
@@ -71,7 +71,7 @@ def kept_neurons(family, method, teacher, student):
     for entry in plan.entries:
         covered = [
             (dim, space)
-            for pattern, dim, space in SPACES[family]
+            for pattern, dim, space in SPACES[architecture]
             if re.search(pattern, entry.key) and dim < len(entry.shape)
         ]
         shrunk = {dim for dim, (t, s) in enumerate(zip(entry.teacher_shape, entry.shape, strict=True)) if t != s}
@@ -87,9 +87,9 @@ def kept_neurons(family, method, teacher, student):
     return found
 
 
-def widths(family, which):
-    large, half, other = WIDTHS[family]
-    pair = PAIRS[family]
+def widths(architecture, which):
+    large, half, other = WIDTHS[architecture]
+    pair = PAIRS[architecture]
     return meta(pair.teacher, **large), meta(pair.student, **{**half, **other}[which])
 
 
@@ -114,17 +114,17 @@ def test_rules_that_choose_per_tensor_keep_nothing_in_a_group(method):
 
 @pytest.mark.parametrize("which", ["half", "other"])
 @pytest.mark.parametrize("method", ["uniform", "consecutive", "random"])
-@pytest.mark.parametrize("family", PAIRS)
-def test_consistent_rules_keep_the_same_neurons_everywhere(family, method, which):
-    for space, choices in kept_neurons(family, method, *widths(family, which)).items():
+@pytest.mark.parametrize("architecture", PAIRS)
+def test_consistent_rules_keep_the_same_neurons_everywhere(architecture, method, which):
+    for space, choices in kept_neurons(architecture, method, *widths(architecture, which)).items():
         assert len(choices) == 1, space
         assert min(next(iter(choices))) >= 0
 
 
 @pytest.mark.parametrize("method", ["random_inconsistent", "l1"])
-@pytest.mark.parametrize("family", PAIRS)
-def test_inconsistent_rules_choose_anew_in_every_tensor(family, method):
-    for space, choices in kept_neurons(family, method, *widths(family, "half")).items():
+@pytest.mark.parametrize("architecture", PAIRS)
+def test_inconsistent_rules_choose_anew_in_every_tensor(architecture, method):
+    for space, choices in kept_neurons(architecture, method, *widths(architecture, "half")).items():
         assert len(choices) > 1, space
 
 

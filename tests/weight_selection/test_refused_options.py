@@ -22,13 +22,13 @@ REFUSED_OPTIONS = {
         ["stages.2.blocks", " 3 ", " 4"],
     ),
     "other kernel": ("convnext", ["--student_kwargs", *words(CONVNEXT.small), "kernel_sizes=5"], ["conv_dw", "7", "5"]),
-    "other family": (
+    "other architecture": (
         "vit",
         ["--student", "convnext_femto", "--student_kwargs", *words(CONVNEXT.small)],
         ["teacher is a vit model", "convnext"],
     ),
     "other model type": ("vit", ["--model_type", "convnext"], ["--model_type convnext", "--student vit_tiny"]),
-    "undeclared family": ("vit", ["--student", "resnet18", "--student_kwargs"], ["a vit model", "resnet"]),
+    "undeclared architecture": ("vit", ["--student", "resnet18", "--student_kwargs"], ["a vit model", "resnet"]),
     "seed without effect": ("vit", ["--seed", "3"], ["--seed 3", "uniform"]),
     "negative seed": ("vit", ["--seed", "-1", "--element_selection", "random"], ["--seed -1"]),
     "no such component": ("convnext", ["--exclude", "pos_embed"], ["--exclude pos_embed", "convnext", "patch_embed"]),
@@ -60,8 +60,8 @@ REFUSED_OPTIONS = {
 
 @pytest.mark.parametrize("case", REFUSED_OPTIONS)
 def test_options_that_cannot_work_are_refused_before_anything_is_written(case, cli, files, tmp_path):
-    family, more, named = REFUSED_OPTIONS[case]
-    message = cli(select_main, *PAIRS[family].command(tmp_path, files[family], *more))
+    architecture, more, named = REFUSED_OPTIONS[case]
+    message = cli(select_main, *PAIRS[architecture].command(tmp_path, files[architecture], *more))
     assert message is not None
     assert all(word in message for word in named), message
     assert written(tmp_path) == []

@@ -68,7 +68,7 @@ def release(request, tmp_path_factory):
     readme = f"--output_dir {root}/weight_selection/ --model_type {request.param} --pretrained_model {name}"
     select_main([*readme.split(), "--pretrained_path", str(root / "teacher.pth")])
     return SimpleNamespace(
-        family=request.param,
+        architecture=request.param,
         name=name,
         student=student,
         classes=model.num_classes,
@@ -79,9 +79,9 @@ def release(request, tmp_path_factory):
     )
 
 
-def test_release_commands_write_the_file_named_after_the_family_and_its_record(release):
-    assert release.classes == {"vit": 21843, "convnext": 21841}[release.family]
-    assert written(release.directory) == [f"{release.family}.json", f"{release.family}.pth"]
+def test_release_commands_write_the_file_named_after_the_architecture_and_its_record(release):
+    assert release.classes == {"vit": 21843, "convnext": 21841}[release.architecture]
+    assert written(release.directory) == [f"{release.architecture}.json", f"{release.architecture}.pth"]
 
 
 def test_release_commands_give_the_release_tensors_bit_for_bit(release):
@@ -127,8 +127,8 @@ def test_record_says_where_the_weights_came_from(release):
             "include_head_norm": False,
             "allow_unused": False,
         },
-        "normalization": IMAGES[release.family],
-        "left_out": PAIRS[release.family].head,
+        "normalization": IMAGES[release.architecture],
+        "left_out": PAIRS[release.architecture].head,
     }
     assert versions == {"torch": torch.__version__, "timm": timm.__version__, "python": sys.version.split()[0]}
 

@@ -20,9 +20,9 @@ from weight_selection.sources.initial_weights import find_weights, load_initial
 from weight_selection.sources.timm_models import create_model
 
 
-@pytest.mark.parametrize("family", PAIRS)
-def test_a_student_as_large_as_its_teacher_computes_the_same(family):
-    pair = PAIRS[family]
+@pytest.mark.parametrize("architecture", PAIRS)
+def test_a_student_as_large_as_its_teacher_computes_the_same(architecture):
+    pair = PAIRS[architecture]
     teacher = create_model(pair.teacher, **pair.large).eval()
     student = create_model(pair.teacher, **pair.large).eval()
     student.load_state_dict(select_weights(teacher, student), strict=False)
@@ -63,7 +63,7 @@ def test_models_that_are_not_all_neurons_are_refused_or_selected_but_never_crash
     }
 
 
-def test_any_family_goes_from_a_file_to_a_file_that_initialises(cli, tmp_path, capsys):
+def test_any_architecture_goes_from_a_file_to_a_file_that_initialises(cli, tmp_path, capsys):
     teacher = create_model(RESNET.teacher, **RESNET.large)
     teacher.train()(torch.rand(2, 3, 64, 64))  # moves the running statistics
     torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")

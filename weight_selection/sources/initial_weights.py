@@ -84,13 +84,13 @@ def load_initial(model: nn.Module, path, option: str, nested=NESTED, student: li
 
 def _remedy(path, provenance, model, student):
     """What to do about first weights of another model."""
-    family = facts_of(model).architecture.name
-    again = provenance if _family(provenance) == family else None
-    anew = f", or make another file: {selection_command(student, family, again)}" if student else ""
+    name = facts_of(model).architecture.name
+    again = provenance if _architecture_name(provenance) == name else None
+    anew = f", or make another file: {selection_command(student, name, again)}" if student else ""
     return f"; {_made_for(path, provenance)}: train that{anew}"
 
 
-def _family(provenance):
+def _architecture_name(provenance):
     """The name of the architecture that weights were made for; None if the student's name is not known."""
     student = provenance["student"]
     try:

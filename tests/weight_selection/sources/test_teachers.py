@@ -63,26 +63,26 @@ SMALL = {
 }
 
 
-def family(name):
+def architecture(name):
     return "convnext" if name.startswith("convnext") else "vit"
 
 
 def command(teacher, student, output, *more, large=(), small=()):
     """Words of the command line for a small version of a pair; ``large`` and ``small`` add to the models' arguments."""
-    named = ["--pretrained_model", teacher, "--teacher_kwargs", *words({**LARGE[family(teacher)], **dict(large)})]
-    named += ["--student", student, "--student_kwargs", *words({**SMALL[family(student)], **dict(small)})]
+    named = ["--pretrained_model", teacher, "--teacher_kwargs", *words({**LARGE[architecture(teacher)], **dict(large)})]
+    named += ["--student", student, "--student_kwargs", *words({**SMALL[architecture(student)], **dict(small)})]
     return [*named, "--output_dir", output, *more]
 
 
 def weights_of(teacher, **changes):
-    return random_weights(meta(teacher, **{**LARGE[family(teacher)], **changes}))
+    return random_weights(meta(teacher, **{**LARGE[architecture(teacher)], **changes}))
 
 
 def halved(weights, student, **changes):
     """A student of half the width: every second neuron of everything but classes, positions, pixels and tokens."""
     out = {}
-    for key, value in meta(student, **{**SMALL[family(student)], **changes}).state_dict().items():
-        if key in HEADS[family(student)]:
+    for key, value in meta(student, **{**SMALL[architecture(student)], **changes}).state_dict().items():
+        if key in HEADS[architecture(student)]:
             continue
         array = weights[key].numpy()
         for axis, size in enumerate(value.shape):
@@ -98,8 +98,8 @@ def halved(weights, student, **changes):
 def assert_initialises(path, student, expected, **changes):
     """The file holds these tensors; the student that loads it has them and its own classifier."""
     assert_same(read(path), expected)
-    model = create_model(student, **{**SMALL[family(student)], **changes})
-    assert load_initial(model, path, "--initialize") == HEADS[family(student)]
+    model = create_model(student, **{**SMALL[architecture(student)], **changes})
+    assert load_initial(model, path, "--initialize") == HEADS[architecture(student)]
     loaded = model.state_dict()
     assert_same({key: loaded[key] for key in expected}, {key: value.float() for key, value in expected.items()})
 
@@ -130,7 +130,7 @@ def test_full_size_plans_cover_every_key_and_lose_nothing(teacher, student):
 def test_dry_runs_need_only_the_names(teacher, student, cli, capsys):
     named = ["--pretrained_model", teacher, "--student", student, "--dry_run"]
     assert cli(select_main, *named) is None
-    classifier = len(HEADS[family(student)])
+    classifier = len(HEADS[architecture(student)])
     selected = len(meta(student).state_dict()) - classifier
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"{student} from {teacher}: {selected} selected, {classifier} classifier; nothing written"

@@ -31,13 +31,13 @@ TEACHER_FILES = {
 
 
 @pytest.mark.parametrize("layout", TEACHER_FILES)
-@pytest.mark.parametrize("family", PAIRS)
-def test_teacher_files_of_every_layout_give_the_same_student(family, layout, cli, weights, selected, tmp_path):
+@pytest.mark.parametrize("architecture", PAIRS)
+def test_teacher_files_of_every_layout_give_the_same_student(architecture, layout, cli, weights, selected, tmp_path):
     name, convert = TEACHER_FILES[layout]
     save = safetensors.torch.save_file if name.endswith(".safetensors") else torch.save
-    save(convert(weights[family]), tmp_path / name)
-    assert cli(select_main, *PAIRS[family].command(tmp_path / "out", tmp_path / name)) is None
-    assert_same(read(tmp_path / "out" / PAIRS[family].file), selected[family])
+    save(convert(weights[architecture]), tmp_path / name)
+    assert cli(select_main, *PAIRS[architecture].command(tmp_path / "out", tmp_path / name)) is None
+    assert_same(read(tmp_path / "out" / PAIRS[architecture].file), selected[architecture])
 
 
 def test_convnext_teacher_files_can_have_their_authors_names(cli, weights, selected, tmp_path):
@@ -87,13 +87,13 @@ def test_a_files_positions_are_brought_to_the_named_teachers_image_size(cli, wei
     assert positions[0, 1:3].max() < 1.5
 
 
-@pytest.mark.parametrize("family", PAIRS)
-def test_selected_weights_can_be_selected_from_again(family, cli, files, selected, tmp_path):
-    pair = PAIRS[family]
-    assert cli(select_main, *pair.command(tmp_path, files[family])) is None
+@pytest.mark.parametrize("architecture", PAIRS)
+def test_selected_weights_can_be_selected_from_again(architecture, cli, files, selected, tmp_path):
+    pair = PAIRS[architecture]
+    assert cli(select_main, *pair.command(tmp_path, files[architecture])) is None
     kwargs = ["--pretrained_model", pair.student, "--teacher_kwargs", *words(pair.small)]
     assert cli(select_main, *pair.command(tmp_path / "2", tmp_path / pair.file, *kwargs)) is None
-    assert_same(read(tmp_path / "2" / pair.file), selected[family])
+    assert_same(read(tmp_path / "2" / pair.file), selected[architecture])
 
 
 class Malicious:
@@ -205,9 +205,9 @@ def test_compressed_archive_is_read_too(cli, files, selected, tmp_path):
     assert_same(torch.load(tmp_path / "out" / "vit.pth", weights_only=True), selected["vit"])
 
 
-@pytest.mark.parametrize(("family", "other"), [("convnext", "vit"), ("vit", "convnext")])
-def test_teacher_files_of_another_family_are_refused(family, other, cli, files, tmp_path):
-    message = cli(select_main, *PAIRS[family].command(tmp_path, files[other]))
+@pytest.mark.parametrize(("architecture", "other"), [("convnext", "vit"), ("vit", "convnext")])
+def test_teacher_files_of_another_architecture_are_refused(architecture, other, cli, files, tmp_path):
+    message = cli(select_main, *PAIRS[architecture].command(tmp_path, files[other]))
     assert message is not None
     assert f"--pretrained_path {files[other]}: " in message
     assert written(tmp_path) == []
@@ -221,7 +221,7 @@ def test_a_refused_teacher_does_not_cost_the_file_that_was_there(cli, files, bro
 
 
 @pytest.mark.parametrize(
-    ("family", "change", "named"),
+    ("architecture", "change", "named"),
     [
         ("vit", lambda w: {**w, "norm.weight": torch.zeros(25)}, r"norm\.weight is \(25,\), the model's is \(24,\)"),
         ("vit", lambda w: {key: v for key, v in w.items() if key != "pos_embed"}, "pos_embed is missing"),
@@ -230,21 +230,21 @@ def test_a_refused_teacher_does_not_cost_the_file_that_was_there(cli, files, bro
         ("convnext", lambda w: {**w, "stem.0.bias": torch.zeros(5)}, r"stem\.0\.bias is \(5,\)"),
     ],
 )
-def test_initial_files_must_fit_the_student(family, change, named, selected, tmp_path):
-    student = PAIRS[family].student_model()
+def test_initial_files_must_fit_the_student(architecture, change, named, selected, tmp_path):
+    student = PAIRS[architecture].student_model()
     before = {key: value.clone() for key, value in student.state_dict().items()}
-    torch.save(change(selected[family]), tmp_path / "x.pth")
+    torch.save(change(selected[architecture]), tmp_path / "x.pth")
     with pytest.raises(InputError, match=f"--initialize {re.escape(str(tmp_path / 'x.pth'))}: .*{named}"):
         load_initial(student, tmp_path / "x.pth", "--initialize")
     assert_same(student.state_dict(), before)
 
 
-@pytest.mark.parametrize(("family", "first"), [("vit", "cls_token"), ("convnext", r"stem\.0\.weight")])
-def test_initial_files_of_another_family_are_refused(family, first, selected, tmp_path):
-    other = "convnext" if family == "vit" else "vit"
+@pytest.mark.parametrize(("architecture", "first"), [("vit", "cls_token"), ("convnext", r"stem\.0\.weight")])
+def test_initial_files_of_another_architecture_are_refused(architecture, first, selected, tmp_path):
+    other = "convnext" if architecture == "vit" else "vit"
     torch.save(selected[other], tmp_path / "x.pth")
     with pytest.raises(InputError, match=f"{first} is missing"):
-        load_initial(PAIRS[family].student_model(), tmp_path / "x.pth", "--initialize")
+        load_initial(PAIRS[architecture].student_model(), tmp_path / "x.pth", "--initialize")
 
 
 def test_initial_files_changed_since_their_record_are_refused(cli, files, selected, tmp_path):

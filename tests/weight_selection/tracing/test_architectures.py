@@ -1,4 +1,4 @@
-"""Every family: what is coupled keeps the same neurons, and a student hidden in a larger teacher is found again."""
+"""Whatever the architecture, coupled neurons stay together, and a student hidden in a larger teacher is found again."""
 
 import re
 
