@@ -50,6 +50,7 @@ CHOICES = ("element_selection", "layer_selection", "exclude")
 
 def in_python(message: str) -> str:
     """Translate an error from the language of the command line: ``--exclude norm`` becomes ``exclude=norm``."""
+    message = re.sub(r"^(teacher|student|weights) (?=\S+: )", r"\1=", message)
     message = re.sub(r"^--(\w+) (?!is missing)([^:]+): ", r"\1=\2: ", message)
     message = re.sub(r"--(?:student|teacher)_kwargs (?=\w+=)", "", message)
     message = re.sub(r"--(student|teacher)_kwargs", r"arguments of the \1", message)

@@ -46,8 +46,7 @@ class _Given:
     @property
     def called(self) -> str:
         """What to call the model in an error."""
-        named = isinstance(self.model, str) and self.option.startswith("--")
-        return f"{self.option} {self.model}" if named else self.option
+        return f"{self.option} {self.model}" if isinstance(self.model, str) else self.option
 
 
 @contextmanager
@@ -131,10 +130,10 @@ class Teacher(_Given):
 
     @property
     def weights_origin(self) -> str:
-        """The option and the value that named the weights, for errors."""
-        if self.option == "teacher":
-            return "weights" if self.weights is not None else "teacher"
-        return f"{self.weights_option} {self.weights}" if self.weights is not None else f"{self.option} {self.model}"
+        """The option and the name that gave the weights, for errors."""
+        if self.weights is None:
+            return self.called
+        return self.weights_option if self.path is None else f"{self.weights_option} {self.weights}"
 
 
 @dataclass

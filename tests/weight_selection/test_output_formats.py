@@ -22,13 +22,9 @@ from weight_selection.sources import facts, timm_hub
 
 @pytest.mark.parametrize("architecture", PAIRS)
 def test_timm_opens_a_directory_with_the_selection_and_the_students_own_classifier(architecture, cli, files, tmp_path):
-    pair = PAIRS[architecture]
-    assert (
-        cli(select_main, *pair.command(tmp_path / "whole.pth", files[architecture], "--complete", "--seed", 3)) is None
-    )
-    assert (
-        cli(select_main, *pair.command(tmp_path / "hub", files[architecture], "--format", "hub", "--seed", 3)) is None
-    )
+    pair, file = PAIRS[architecture], files[architecture]
+    assert cli(select_main, *pair.command(tmp_path / "whole.pth", file, "--complete", "--seed", 3)) is None
+    assert cli(select_main, *pair.command(tmp_path / "hub", file, "--format", "hub", "--seed", 3)) is None
     assert written(tmp_path / "hub") == ["config.json", "model.json", "model.safetensors"]
     opened = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True)
     assert_same(opened.state_dict(), read(tmp_path / "whole.pth"))

@@ -98,8 +98,10 @@ def test_weights_that_are_not_the_teachers_are_refused(weights, files):
     teacher, student = VIT.models()
     with pytest.raises(InputError, match=r"weights: cls_token is absent, \(1, 1, 48\) is needed"):
         select_weights(teacher, student, weights=weights["convnext"])
-    with pytest.raises(InputError, match=f"weights {files['convnext']}"):
+    with pytest.raises(InputError, match=f"weights={files['convnext']}"):
         select_weights(teacher, student, weights=files["convnext"])
+    with pytest.raises(InputError, match="^teacher=nosuch_model: no such model"):
+        select_weights("nosuch_model", student)
 
 
 def mlp(width):

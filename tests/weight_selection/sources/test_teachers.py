@@ -357,7 +357,7 @@ def test_projection_of_clip_is_a_classifier_of_512_classes_without_bias(cli, tmp
 @pytest.mark.parametrize("teacher", [MAE, DINO])
 def test_teachers_without_a_classifier_have_none_to_include(teacher, cli, tmp_path):
     message = cli(select_main, *command(teacher, "vit_tiny", tmp_path / "y.pth", "--include_head"))
-    assert message == "--include_head: the teacher has no classifier; leave the option out"
+    assert message == "--include_head: the teacher has no classifier; leave it out"
 
 
 @pytest.mark.parametrize("teacher", [MAE, DINO])
