@@ -60,12 +60,12 @@ def find_geometry(model: nn.Module, images: dict, grid: tuple | None, embeddings
 
 
 def resampling(
-    teacher: Geometry, student: Geometry, source: str, key: str, shapes: tuple, dims: list, allow_unused: bool
+    teacher: Geometry, student: Geometry, teacher_key: str, key: str, shapes: tuple, dims: list, allow_unused: bool
 ) -> Resampling | None:
     """How a teacher's tensor of positions becomes one of the student's size; None if nothing has to be done.
 
     Args:
-        source, key: keys of the teacher's and the student's tensor.
+        teacher_key, key: keys of the teacher's and the student's tensor.
         shapes: of both.
         dims: the dimensions of positions or of image channels in which they differ; may be empty.
         allow_unused: drop prefix tokens that the student has no place for.
@@ -74,7 +74,7 @@ def resampling(
         InputError: there is no way; names the key and the dimension.
     """
     theirs, ours = shapes
-    embedded = key in student.embeddings and source in teacher.embeddings
+    embedded = key in student.embeddings and teacher_key in teacher.embeddings
     prefixes = [_prefix(shape, geometry.grid) for shape, geometry in ((theirs, teacher), (ours, student))]
     if embedded and None not in prefixes:
         return _positions(teacher.grid, student.grid, key, *prefixes, allow_unused)
@@ -82,8 +82,8 @@ def resampling(
         return None
     if embedded and (theirs[1:3], ours[1:3]) == (teacher.grid, student.grid) and set(dims) <= {1, 2}:
         return Resampling(_words(theirs[1:3], ours[1:3]), partial(_interpolate, size=ours[1:3]))
-    if key in student.windows and source in teacher.windows and dims == [0]:
-        old, new = teacher.windows[source], student.windows[key]
+    if key in student.windows and teacher_key in teacher.windows and dims == [0]:
+        old, new = teacher.windows[teacher_key], student.windows[key]
         extra = [rows - (2 * h - 1) * (2 * w - 1) for rows, (h, w) in ((theirs[0], old), (ours[0], new))]
         if extra[0] == extra[1] >= 0:
             resize = _of_timm(key, "resize_rel_pos_bias_table")
@@ -92,8 +92,8 @@ def resampling(
                 f"resample relative positions of a {old[0]}x{old[1]} to a {new[0]}x{new[1]} window",
                 lambda table: resize(table, new, (ours[0], table.shape[1]), **known),
             )
-    if key in student.images and source in teacher.images:
-        return _kernel(teacher, student, source, key, theirs, ours, dims)
+    if key in student.images and teacher_key in teacher.images:
+        return _kernel(teacher, student, teacher_key, key, theirs, ours, dims)
     dim = dims[0]
     raise InputError(
         f"{key}, dimension {dim}: teacher's size {theirs[dim]}, student's {ours[dim]}: these are positions, not "
@@ -150,7 +150,7 @@ def _of_timm(key, function, module="timm.layers"):
         ) from error
 
 
-def _kernel(teacher, student, source, key, theirs, ours, dims):
+def _kernel(teacher, student, teacher_key, key, theirs, ours, dims):
     words, steps = [], []
     if 1 in dims:
         if theirs[1] != 3:
@@ -161,7 +161,7 @@ def _kernel(teacher, student, source, key, theirs, ours, dims):
         words.append(f"adapt 3 channels to {ours[1]}")
         steps.append(partial(_of_timm(key, "adapt_input_conv", "timm.models"), ours[1]))
     if {2, 3} & set(dims):
-        if key not in student.patches or source not in teacher.patches:
+        if key not in student.patches or teacher_key not in teacher.patches:
             raise InputError(
                 f"{key}: teacher's kernel is {theirs[2]}x{theirs[3]}, student's {ours[2]}x{ours[3]}, and their "
                 "positions overlap: only kernels of patches are resampled; give the student the teacher's"

@@ -45,12 +45,12 @@ class Matching:
 
     Attributes:
         groups: {number of the student's group: ``PlannedGroup``}, of all that has been compared so far.
-        sources: {number of the student's group: number of the teacher's group that it comes from}, of the same.
+        teacher_groups: {number of the student's group: number of the teacher's group that it comes from}, of the same.
     """
 
     def __init__(self, teacher: ModelGroups, student: ModelGroups, options: SelectionOptions):
         self.teacher, self.student, self.options = teacher, student, options
-        self.groups, self.sources = {}, {}
+        self.groups, self.teacher_groups = {}, {}
 
     def pairs(self, key: str, teacher_key: str, dim: int, t: int, s: int) -> list:
         """The ``SlicePair`` of a dimension, which has size ``t`` in the teacher and ``s`` in the student.
@@ -83,7 +83,7 @@ class Matching:
             if pair.group not in self.groups:
                 kept = self._kept(pair.teacher.shape, pair.student.shape)
                 self.groups[pair.group] = PlannedGroup(large, small, kept)
-                self.sources[pair.group] = their.group
+                self.teacher_groups[pair.group] = their.group
             keys = self.groups[pair.group].keys
             if key not in keys[-1:]:
                 keys.append(key)
@@ -98,7 +98,7 @@ class Matching:
         found = []
         for number in ours.keys() & self.groups.keys():
             large, small = self.groups[number].teacher, self.groups[number].student
-            t, s = theirs.get(self.sources[number]), ours[number]
+            t, s = theirs.get(self.teacher_groups[number]), ours[number]
             if t and len(large.block_shape) == len(small.block_shape) == 1:
                 found.append((t, large.size // t, s, small.size // s))
         return list(dict.fromkeys(found))
@@ -115,9 +115,9 @@ class Matching:
     def _of_chosen_layers(self, ours, theirs):
         """The teacher's slices that the student's come from, if layers with features of their own were dropped.
 
-        A dense block concatenates what its layers give: where it is read, each layer has a slice.
+        A dense block concatenates what its layers give: where it is taken in, each layer has a slice.
         """
-        numbers = [self.sources.get(our.group) for our in ours]
+        numbers = [self.teacher_groups.get(our.group) for our in ours]
         slices = {their.group: their for their in theirs}
         distinct = len(set(numbers)) == len(ours) and len(slices) == len(theirs)
         if self.options.projects or not distinct or not slices.keys() >= set(numbers):

@@ -120,12 +120,12 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
     prefixes = teacher.facts.prefix, student.facts.prefix
     if prefixes[1] and any(key.startswith(prefixes[1]) for key in teacher.shapes):  # the student is one of its towers
         prefixes = "", ""
-    sources = teacher_keys(teacher.layers, student.layers, options.layer_selection, prefixes)
-    left_behind = _left_behind(teacher, student, sources, options.allow_unused)
+    their_keys = teacher_keys(teacher.layers, student.layers, options.layer_selection, prefixes)
+    left_behind = _left_behind(teacher, student, their_keys, options.allow_unused)
 
     matching = Matching(teacher.neurons, student.neurons, options)
     entries = {
-        key: _entry(teacher, student, matching, key, teacher.tied.get(sources[key], sources[key]), options)
+        key: _entry(teacher, student, matching, key, teacher.tied.get(their_keys[key], their_keys[key]), options)
         for key in student.shapes
         if key not in student.tied
     }
@@ -137,7 +137,7 @@ def plan_selection(teacher: ModelStructure, student: ModelStructure, options: Se
         options.seed,
         options.fused_qkv,
         student.tied,
-        not_taken(student.tied, teacher.tied, {k: v for k, v in sources.items() if v in teacher.shapes}),
+        not_taken(student.tied, teacher.tied, {k: v for k, v in their_keys.items() if v in teacher.shapes}),
         left_behind,
         matching.heads(),
     )
@@ -201,12 +201,12 @@ def _check_common(teacher, student):
         )
 
 
-def _left_behind(teacher, student, sources, allow_unused):
+def _left_behind(teacher, student, their_keys, allow_unused):
     """Keys of the teacher's tensors without a counterpart that the student has no use for.
 
     All others are refused, unless their loss is accepted: a LayerScale, a token, a normalisation.
     """
-    used = {teacher.component(key) for key in sources.values() if key in teacher.shapes}
+    used = {teacher.component(key) for key in their_keys.values() if key in teacher.shapes}
     own = [key for key in teacher.shapes if not teacher.in_classifier(key) and key not in teacher.tied]
     lost = [key for key in own if teacher.component(key) not in used]
     useless = teacher.neurons.unused & teacher.parameters

@@ -28,7 +28,7 @@ class ModelStructure:
         layers, neurons, geometry: which parts repeat, which neurons are the same, where positions are.
         parameters: keys that are parameters; the others are buffers.
         output_layers: {name of a linear layer or convolution that gives an output of the model, which no other layer
-            reads: number of its outputs}.
+            takes: number of its outputs}.
         tables: keys of tensors whose rows are tokens, positions or outputs.
         tied: of ``tied_keys``.
     """
@@ -92,7 +92,7 @@ def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=No
     output_layers = {
         name: size
         for name, size in traced.output_layers.items()
-        if isinstance(model.get_submodule(name), nn.Linear) or not _is_read(traced, *_outputs(model, name))
+        if isinstance(model.get_submodule(name), nn.Linear) or not _is_taken(traced, *_outputs(model, name))
     }
     heads = _output_rows(traced, model, output_layers if facts.token_heads is None else facts.token_heads)
     return ModelStructure(
@@ -111,10 +111,10 @@ def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=No
 def _output_rows(traced, model, names):
     """Note that the outputs of these layers are tokens or classes, not neurons; returns their weights' keys.
 
-    A layer whose outputs another layer reads gives features.
+    A layer whose outputs another layer takes gives features.
     """
     outputs = [_outputs(model, name) for name in names]
-    heads = [(key, dim) for key, dim in outputs if key in traced.dims and not _is_read(traced, key, dim)]
+    heads = [(key, dim) for key, dim in outputs if key in traced.dims and not _is_taken(traced, key, dim)]
     traced.labels.positions += [traced.dims[key][dim] for key, dim in heads]
     return frozenset(key for key, _ in heads)
 
@@ -124,8 +124,8 @@ def _outputs(model, name):
     return f"{name}.weight", int(getattr(model.get_submodule(name), "transposed", False))
 
 
-def _is_read(traced, key, dim):
-    """Whether another tensor has the neurons of this dimension of a weight: it reads or gives them too."""
+def _is_taken(traced, key, dim):
+    """Whether another tensor has the neurons of this dimension of a weight: it takes or gives them too."""
     if key not in traced.dims:
         return False
     rows = traced.labels.roots([traced.dims[key][dim]])

@@ -29,15 +29,15 @@ def embedding_keys(model: nn.Module) -> frozenset:
     return frozenset(f"{name}.weight".lstrip(".") for name, module in modules if isinstance(module, nn.Embedding))
 
 
-def not_taken(student_tied: dict, teacher_tied: dict, sources: dict) -> dict:
+def not_taken(student_tied: dict, teacher_tied: dict, teacher_keys: dict) -> dict:
     """{student's key: teacher's key}, of the teacher's tensors that go as the student has one tensor for several.
 
     Args:
         student_tied, teacher_tied: of ``tied_keys``.
-        sources: {student's key: key of the teacher's tensor in its place}, of those that the teacher has.
+        teacher_keys: {student's key: key of the teacher's tensor in its place}, of those that the teacher has.
     """
-    own = {key: teacher_tied.get(source, source) for key, source in sources.items()}
-    return {key: sources[key] for key, first in student_tied.items() if key in own and own[key] != own.get(first)}
+    own = {key: teacher_tied.get(teacher_key, teacher_key) for key, teacher_key in teacher_keys.items()}
+    return {key: teacher_keys[key] for key, first in student_tied.items() if key in own and own[key] != own.get(first)}
 
 
 def check_classifier_is_not_tied(tied: dict, in_classifier) -> None:

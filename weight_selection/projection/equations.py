@@ -94,7 +94,7 @@ def share(moments: Tensor) -> Tensor:
 
 
 def rotation(normalised: Tensor, frame: Tensor, centred: bool = True) -> Tensor:
-    """The down map Q = E U' of a residual stream that only layer normalisations read.
+    """The down map Q = E U' of a residual stream that only layer normalisations take.
 
     LayerNorm takes the mean away. So U, (D, k), holds the k = d - 1 leading eigenvectors of C that are orthogonal to
     the vector of ones, and E, (d, k), has orthonormal columns that are orthogonal to ones too. The student's stream

@@ -23,7 +23,7 @@ class Calibration:
     """Images in batches. They are made or read anew in every pass, so this object does not hold them in memory.
 
     Args:
-        source: ``noise``, or a directory, which is searched with all directories below it.
+        image_dir: ``noise``, or a directory, which is searched with all directories below it.
         count: number of images. If a directory has more, they are drawn at random. None: ``CALIBRATION_IMAGES``, or all
             images of a directory that has fewer.
         side: of the square images, in pixels. None: the size that the student takes.
@@ -37,22 +37,22 @@ class Calibration:
     """
 
     def __init__(
-        self, source: str | os.PathLike, count: int | None, side: int | None, size: tuple, config: Mapping, seed: int
+        self, image_dir: str | os.PathLike, count: int | None, side: int | None, size: tuple, config: Mapping, seed: int
     ):
         self.size = (size[0], side, side) if side else tuple(size)
         self.config, self.seed, self._paths = config, seed, None
         self.count = count or CALIBRATION_IMAGES
-        if str(source) == NOISE:
+        if str(image_dir) == NOISE:
             return
         if self.size[0] != 3:
             raise InputError(
-                f"--calibration {Path(source)}: images are RGB, the model takes {self.size[0]} channels; use {NOISE}"
+                f"--calibration {Path(image_dir)}: images are RGB, the model takes {self.size[0]} channels; use {NOISE}"
             )
-        paths = _find_images(Path(source))
+        paths = _find_images(Path(image_dir))
         if len(paths) < (count or 1):
             raise InputError(
-                f"--calibration {Path(source)}: {len(paths)} images there, --calibration_images asks for {count}; give "
-                "fewer"
+                f"--calibration {Path(image_dir)}: {len(paths)} images there, --calibration_images asks for {count}; "
+                "give fewer"
             )
         self.count = min(self.count, len(paths))
         self._paths = [paths[index] for index in draw(len(paths), self.count, seed)]

@@ -50,7 +50,7 @@ def choose_down_maps(entries: dict, student: TracedModel, stats: ActivationStats
         if our in maps.of or (our, 0) in maps.of:
             continue
         treatment, count = teacher.symmetries.treatment(their, rotate), student.size(our)
-        seen = any(key in stats.moments for key in teacher.symmetries.readers(their))
+        seen = any(key in stats.moments for key in teacher.symmetries.takers(their))
         if teacher.size(their) == count:
             maps.of[our] = torch.arange(count, device=teacher.device)
         elif seen and treatment in (ROTATED, GREEDY):
@@ -103,7 +103,7 @@ def random_down_maps(model: TracedModel, groups, streams: list, attentions: list
 def _covariance_and_weight(group, stats):
     """Covariance of a stream's neurons and G of (3); every layer that takes them counts alike."""
     covariance = weight = 0.0
-    for keys in _readers(group, stats):
+    for keys in _takers(group, stats):
         whole, outgoing = stats.moments[keys[0]].covariance, torch.cat([stats.outgoing(key) for key in keys], dim=1)
         for number, _, indices in stats.teacher.inputs(keys[0]):
             if number == group:
@@ -112,10 +112,10 @@ def _covariance_and_weight(group, stats):
     return covariance, weight
 
 
-def _readers(group, stats):
+def _takers(group, stats):
     """Lists of keys of the dense layers that took a group. Layers of one attention with the same input share a list."""
     symmetries, found = stats.teacher.symmetries, {}
-    for key in symmetries.readers(group):
+    for key in symmetries.takers(group):
         if key not in stats.moments:
             continue  # the layer did not run
         place = key
@@ -134,7 +134,7 @@ def _normalised(group, stats):
 
 
 def _strongest(group, count, stats):
-    [key] = stats.teacher.symmetries.readers(group)
+    [key] = stats.teacher.symmetries.takers(group)
     indices = stats.teacher.input_indices(key, group)
     outgoing = stats.outgoing(key)[indices].square().sum(1)
     units = torch.arange(len(indices), device=indices.device)[:, None]
@@ -166,8 +166,8 @@ def check_heads(entries: dict, teacher: TracedModel, student: TracedModel) -> No
 
 def _attention_behind(ours: Attention, entries, teacher):
     """The teacher's attention that one of the student's is made from; None if its heads may not be mixed."""
-    source = entries[ours.queries[0]].teacher_key if ours.queries[0] in entries else None
-    return next((theirs for theirs in teacher.symmetries.attentions.values() if theirs.queries[0] == source), None)
+    teacher_key = entries[ours.queries[0]].teacher_key if ours.queries[0] in entries else None
+    return next((theirs for theirs in teacher.symmetries.attentions.values() if theirs.queries[0] == teacher_key), None)
 
 
 def _head_sizes(theirs, ours, teacher, student):

@@ -166,7 +166,7 @@ class StudentWeights:
     def _taken_over(self, keys):
         """Keys of the teacher's gains that the up maps of some of the student's tensors take over."""
         up_mapped = [self.entries[key].teacher_key for key in keys if self._has_up_map(key)]
-        return {self.stats.norm_of[source] for source in up_mapped if source in self.stats.norm_of}
+        return {self.stats.norm_of[key] for key in up_mapped if key in self.stats.norm_of}
 
     def _shift_before(self, key):
         """The key of the student's shift of the rotated layer norm before a linear layer; None if there is none."""

@@ -113,7 +113,7 @@ class Symmetries:
         """A dense layer's weight as (outputs, inputs, ...), a view."""
         return weight if self.output_dim(key) == 0 else weight.T
 
-    def readers(self, group: int) -> list:
+    def takers(self, group: int) -> list:
         """Keys of the dense layers that take these neurons."""
         return list(dict.fromkeys(key for key, dim, _ in self.uses[group] if self.dense.get(key) == dim))
 
@@ -181,11 +181,11 @@ class Symmetries:
         """What to do with a neuron group: one of the constants above. ``rotate``: rotate the streams that allow it."""
         if any(group in (attention.query_group, attention.value_group) for attention in self.attentions.values()):
             return HEADS
-        readers = self.readers(group)
-        alone = group not in self._inside and (len(readers) > 1 or group not in self.neurons.multiplied)
-        if not alone or len(self.neurons.groups[group].block_shape) > 1 or not readers:
+        takers = self.takers(group)
+        alone = group not in self._inside and (len(takers) > 1 or group not in self.neurons.multiplied)
+        if not alone or len(self.neurons.groups[group].block_shape) > 1 or not takers:
             return UNIFORM
-        if len(readers) == 1 and not self.norms(group):
+        if len(takers) == 1 and not self.norms(group):
             return STRONGEST
         return ROTATED if rotate and self.why_not_rotatable(group) is None else GREEDY
 
@@ -196,9 +196,9 @@ class Symmetries:
     def why_not_rotatable(self, group: int) -> str | None:
         """The reason why a stream's coordinates cannot be rotated; None if they can."""
         if not self.norms(group):
-            return "no layer normalisation reads it"
+            return "no layer normalisation takes it"
         if len({self.kind(key) for key in self.norms(group)}) > 1:
-            return "layer normalisations and RMS normalisations read it"
+            return "layer normalisations and RMS normalisations take it"
         for key, dim, _ in self.uses[group]:
             module = self.module_of(key)
             if self.is_norm(key):
@@ -221,7 +221,7 @@ class Symmetries:
         """The reason why the stream that most layers take cannot be rotated."""
         if any(self.is_norm(key) for key, _ in self.neurons.constants):
             return "numbers that are no weights are added to it, such as sinusoids of positions"
-        return self.why_not_rotatable(sorted(self.uses, key=lambda group: len(self.readers(group)))[-1])
+        return self.why_not_rotatable(sorted(self.uses, key=lambda group: len(self.takers(group)))[-1])
 
     def leave_heads(self, kind: type) -> None:
         """From now on mix no heads in attention modules of this class."""

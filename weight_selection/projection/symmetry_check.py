@@ -49,8 +49,8 @@ def check_symmetries(stats: ActivationStats, student: TracedModel, batch: Tensor
             for traced in (teacher, student):
                 traced.symmetries.leave_heads(kind)
     streams = teacher.symmetries.rotated(rotate)
-    readers = [key for group in streams for key in teacher.symmetries.readers(group) if key in stats.moments]
-    normalised = all(key in stats.norm_of for key in readers)
+    takers = [key for group in streams for key in teacher.symmetries.takers(group) if key in stats.moments]
+    normalised = all(key in stats.norm_of for key in takers)
     if streams and not (normalised and _is_unchanged(stats, batch, streams, [])):
         raise InputError(
             "--element_selection project: this teacher computes something else when its residual stream is rotated; "

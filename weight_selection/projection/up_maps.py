@@ -58,21 +58,21 @@ class _Fit:
 
     def __init__(self, weights: StudentWeights, sums: dict, skipped: dict):
         self.weights, self.skipped = weights, skipped
-        self.sources = {key: entry.teacher_key for key, entry in weights.entries.items()}
+        self.teacher_keys = {key: entry.teacher_key for key, entry in weights.entries.items()}
         norms = find_batch_norms(weights.student.model)
-        self.batch_norms = {key: norm for key, norm in norms.items() if key in self.sources}
+        self.batch_norms = {key: norm for key, norm in norms.items() if key in self.teacher_keys}
         self.sums = {
             key: one
             for key, one in sums.items()
-            if weights.is_product(key) and one.before in (self.batch_norms if one.given else self.sources)
+            if weights.is_product(key) and one.before in (self.batch_norms if one.given else self.teacher_keys)
         }
         self.streams = {one.before: stream_taken(weights.student, one.before) for one in self.sums.values()}
         self.given = {one.before for one in self.sums.values() if one.given}
         self.last = {one.before: key for key, one in self.sums.items()}
-        self.wanted = {self.sources[key] for key in (*weights.rows, *self.streams, *self.batch_norms)}
-        self.wanted |= {self.sources.get(self.sums[key].after) for key in skipped.keys() & self.sums.keys()}
+        self.wanted = {self.teacher_keys[key] for key in (*weights.rows, *self.streams, *self.batch_norms)}
+        self.wanted |= {self.teacher_keys.get(self.sums[key].after) for key in skipped.keys() & self.sums.keys()}
         self._means = {}  # {key of a dense weight that adds to a stream: the mean of what it should give}
-        again = (key for key in weights.rows if self.sources[key] in weights.stats.again)
+        again = (key for key in weights.rows if self.teacher_keys[key] in weights.stats.again)
         self._again = {key: (Moments(), Moments()) for key in again}
 
     def see(self, passes: list, steps: list[Step]) -> bool:
@@ -80,7 +80,7 @@ class _Fit:
         key = steps[0].key
         if not any(key in those for those in (self.streams, self.weights.rows, self.batch_norms)):
             return False
-        taught = [one.taught(self.sources[key]) for one in passes]
+        taught = [one.taught(self.teacher_keys[key]) for one in passes]
         if None in taught:
             return False  # the teacher's layer did not run, or not as often
         if key in self.batch_norms:
@@ -137,7 +137,8 @@ class _Fit:
             return rows(self.weights.teacher, theirs.key, theirs.x)
         found = self.sums[key]
         should, is_now = one.streams.pop(found.before) if self.last[found.before] == key else one.streams[found.before]
-        after = one.ahead(self.sources[found.after]) if key in self.skipped and found.after in self.sources else None
+        teacher_key = self.teacher_keys.get(found.after) if key in self.skipped else None
+        after = None if teacher_key is None else one.ahead(teacher_key)
         if after is not None:
             x = rows(self.weights.teacher, after.key, after.x)
             lost = self.weights.map_stream(self.streams[found.before], x) - is_now - found.constant.to(is_now)

@@ -27,7 +27,7 @@ class NeuronGroup:
             frequencies.
         crossing_blocks: two constraints ask for blocks that cross each other.
         shared: several queries of an attention share these keys or values. The dimensions of what makes the queries,
-            and of what reads their results, have a slice of the group for each.
+            and of what takes their results, have a slice of the group for each.
     """
 
     block_shape: tuple

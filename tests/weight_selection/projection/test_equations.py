@@ -63,15 +63,15 @@ def test_a_rotation_of_a_stream_that_uses_few_directions_keeps_off_ones_too():
     torch.testing.assert_close(((write @ n.T) ** 2).sum(), (n**2).sum())
 
 
-def test_greedy_coordinates_explain_their_copies_and_what_is_read():
+def test_greedy_coordinates_explain_their_copies_and_what_is_taken():
     base = random(100, 4) * torch.tensor([1.0, 2, 3, 4], dtype=DOUBLE)
     x = base[:, [0, 0, 1, 1, 2, 2, 3, 3]]
     covariance = torch.cov(x.T)
     kept = equations.greedy(covariance, torch.eye(8, dtype=DOUBLE), 4)
     assert (kept // 2).tolist() == [0, 1, 2, 3]  # one of each pair
-    reader = torch.zeros(8, dtype=DOUBLE)
-    reader[1] = 1
-    assert equations.greedy(covariance, torch.diag(reader), 1).item() in (0, 1)  # the only pair that is read
+    taker = torch.zeros(8, dtype=DOUBLE)
+    taker[1] = 1
+    assert equations.greedy(covariance, torch.diag(taker), 1).item() in (0, 1)  # the only pair that is taken
 
 
 def test_each_greedy_choice_is_the_best_one():

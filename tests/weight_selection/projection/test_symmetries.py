@@ -40,7 +40,7 @@ def test_treatments_follow_from_what_touches_the_neurons():
     ("name", "reason"),
     [
         ("convnext_tiny", "conv_dw.weight works on single coordinates"),
-        ("resnet18", "no layer normalisation reads it"),
+        ("resnet18", "no layer normalisation takes it"),
     ],
 )
 def test_a_stream_that_is_tied_to_its_coordinates_is_not_rotated(name, reason):
