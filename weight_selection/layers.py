@@ -45,7 +45,7 @@ class Layers:
                 inside = _starred(key, self.spans[key][number + 1 :])[end:]
                 layers.setdefault(int(key[start:end]), {}).setdefault(inside, (shapes[key], heights.get(key)))
 
-    def component(self, key: str) -> str:
+    def starred_key(self, key: str) -> str:
         """A key with a star in place of each layer's number."""
         return _starred(key, self.spans[key])
 

@@ -193,7 +193,7 @@ def _check_common(teacher, student):
     """Refuse models of two architectures, of which one has tensors that the other has not."""
     if teacher.architecture.name == student.architecture.name:
         return
-    theirs, ours = ({one.component(k) for k in one.shapes if not one.in_classifier(k)} for one in (teacher, student))
+    theirs, ours = ({one.starred_key(k) for k in one.shapes if not one.in_classifier(k)} for one in (teacher, student))
     if missing := sorted(ours - theirs):
         raise InputError(
             f"teacher is a {teacher.architecture.name} model, student a {student.architecture.name}: weights need a "
@@ -206,9 +206,9 @@ def _left_behind(teacher, student, their_keys, allow_unused):
 
     All others are refused, unless their loss is accepted: a LayerScale, a token, a normalisation.
     """
-    used = {teacher.component(key) for key in their_keys.values() if key in teacher.shapes}
+    used = {teacher.starred_key(key) for key in their_keys.values() if key in teacher.shapes}
     own = [key for key in teacher.shapes if not teacher.in_classifier(key) and key not in teacher.tied]
-    lost = [key for key in own if teacher.component(key) not in used]
+    lost = [key for key in own if teacher.starred_key(key) not in used]
     useless = teacher.neurons.unused & teacher.parameters
     needed = [key for key in lost if key not in useless and not re.search(teacher.facts.spare or NO_KEYS, key)]
     if needed and not allow_unused:

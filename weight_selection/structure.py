@@ -48,9 +48,9 @@ class ModelStructure:
         """Its conventions."""
         return self.facts.architecture
 
-    def component(self, key: str) -> str:
+    def starred_key(self, key: str) -> str:
         """A key without the base model's prefix, with a star in place of each layer's number."""
-        return self.layers.component(key).removeprefix(self.facts.prefix)
+        return self.layers.starred_key(key).removeprefix(self.facts.prefix)
 
     def in_classifier(self, key: str) -> bool:
         """Whether a tensor belongs to the classifier."""

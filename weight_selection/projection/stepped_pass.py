@@ -16,7 +16,7 @@ from weight_selection.projection.activation_tap import ActivationTap
 from weight_selection.projection.traced_model import TracedModel
 
 
-class Step(NamedTuple):
+class Halt(NamedTuple):
     """A layer at which a pass stands.
 
     Attributes:
@@ -43,21 +43,21 @@ class SteppedPass:
     """
 
     def __init__(self, traced: TracedModel, batch: Tensor | Mapping, ahead: bool):
-        self._steps, self._go_on = SimpleQueue(), SimpleQueue()
+        self._halts, self._go_on = SimpleQueue(), SimpleQueue()
         self._late, self._given, self._ended = None, (None, None), False
         self._thread = Thread(target=self._run, args=(traced, batch, ahead), daemon=True)
         self._thread.start()
 
-    def next(self) -> Step | None:
+    def next(self) -> Halt | None:
         """Go on to the next layer; None at the end, and from then on. What the model raises is raised here."""
         if self._ended:
             return None
         self._go_on.put(True)
-        step = self._steps.get()
-        self._ended = not isinstance(step, Step)
-        if isinstance(step, BaseException):
-            raise step
-        return step
+        halt = self._halts.get()
+        self._ended = not isinstance(halt, Halt)
+        if isinstance(halt, BaseException):
+            raise halt
+        return halt
 
     def add_late(self, bias: Tensor) -> None:
         """Add a change of biases to what the next dense layer gives: its module has read the old ones already."""
@@ -80,15 +80,15 @@ class SteppedPass:
             if self._go_on.get():
                 with torch.no_grad(), tap:
                     traced.run(batch)
-                self._steps.put(None)
+                self._halts.put(None)
         except _Closed:
             pass
         except BaseException as error:  # of the model: the thread that waits for the next layer raises it
-            self._steps.put(error)
+            self._halts.put(error)
 
     def _stand(self, key, x, y=None):
         (given, last), self._given = self._given, (None, None)
-        self._steps.put(Step(key, x, y, given if last is x else None))
+        self._halts.put(Halt(key, x, y, given if last is x else None))
         if not self._go_on.get():
             raise _Closed
         return y

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from weight_selection.projection.batch_norms import find_batch_norms, fit_batch_norm, given_by, mean_given
 from weight_selection.projection.equations import Moments, Variances
 from weight_selection.projection.images import first_images, images_in, joined
-from weight_selection.projection.stepped_pass import Step, SteppedPass
+from weight_selection.projection.stepped_pass import Halt, SteppedPass
 from weight_selection.projection.stream_sums import by_place, find_sums, rows, stream_taken
 from weight_selection.projection.student_weights import StudentWeights
 
@@ -46,8 +46,8 @@ def fit_up_maps(weights: StudentWeights, skipped: dict, images: Iterable) -> Non
     del batches
     try:
         with tqdm(total=len(weights.rows), desc="calibration, student", unit="layer", leave=False) as progress:
-            while (steps := [one.student.next() for one in passes])[0] is not None:
-                progress.update(fit.see(passes, steps))
+            while (halts := [one.student.next() for one in passes])[0] is not None:
+                progress.update(fit.see(passes, halts))
     finally:
         for one in passes:
             one.close()
@@ -75,23 +75,23 @@ class _Fit:
         again = (key for key in weights.rows if self.teacher_keys[key] in weights.stats.again)
         self._again = {key: (Moments(), Moments()) for key in again}
 
-    def see(self, passes: list, steps: list[Step]) -> bool:
+    def see(self, passes: list, halts: list[Halt]) -> bool:
         """Look at the layer before which all batches wait, and fit it if it needs that. Returns whether it did."""
-        key = steps[0].key
+        key = halts[0].key
         if not any(key in those for those in (self.streams, self.weights.rows, self.batch_norms)):
             return False
         taught = [one.taught(self.teacher_keys[key]) for one in passes]
         if None in taught:
             return False  # the teacher's layer did not run, or not as often
         if key in self.batch_norms:
-            self._fit_batch_norm(key, steps, taught)
+            self._fit_batch_norm(key, halts, taught)
         if key in self.streams:
-            for one, ours, theirs in zip(passes, steps, taught, strict=True):
+            for one, ours, theirs in zip(passes, halts, taught, strict=True):
                 one.streams[key] = self._stream(key, ours, theirs)
         if key not in self.weights.rows:
             return False
         across, own = self._again.get(key) or (Moments(), Moments())  # of what is wanted with z, and of z alone
-        for one, ours, theirs in zip(passes, steps, taught, strict=True):
+        for one, ours, theirs in zip(passes, halts, taught, strict=True):
             if key in self.sums:
                 z = self.weights.factors(key, ours.x)
             else:
@@ -109,18 +109,18 @@ class _Fit:
         else:
             self.weights.solve_up_map(key, *moments)
         if bias is not None:
-            for one, ours in zip(passes, steps, strict=True):
+            for one, ours in zip(passes, halts, strict=True):
                 one.student.add_late((self.weights.bias_apart(key) - bias).to(ours.x))
         return True
 
-    def _fit_batch_norm(self, key, steps, taught):
+    def _fit_batch_norm(self, key, halts, taught):
         norm, taken, given = self.batch_norms[key], Variances(), Variances()
-        for ours, theirs in zip(steps, taught, strict=True):
+        for ours, theirs in zip(halts, taught, strict=True):
             taken.add(rows(self.weights.student, key, ours.x))
             given.add(rows(self.weights.teacher, theirs.key, theirs.y))
         wanted = self.weights.map_output(self.weights.entries[key], given.mean)
-        if steps[0].behind in self._means:  # the stream should come to where the teacher's is
-            wanted = mean_given(norm, self._means[steps[0].behind])
+        if halts[0].behind in self._means:  # the stream should come to where the teacher's is
+            wanted = mean_given(norm, self._means[halts[0].behind])
         fit_batch_norm(norm, taken, wanted)
 
     def _stream(self, key, ours, theirs):
@@ -165,29 +165,29 @@ class _Pass:
         self.images = images_in(batch)
         self.streams, self._wanted, self._kept = {}, fit.wanted, {}
 
-    def taught(self, key: str) -> Step | None:
+    def taught(self, key: str) -> Halt | None:
         """The next time that the teacher ran this layer; None if it does not do so again."""
         if self._kept.get(key):
             return self._kept[key].pop(0)
-        while (step := self.teacher.next()) is not None:
-            if step.key == key:
-                return step
-            self._keep(step)
+        while (halt := self.teacher.next()) is not None:
+            if halt.key == key:
+                return halt
+            self._keep(halt)
         return None
 
-    def ahead(self, key: str) -> Step | None:
-        """As ``taught``, but ``taught`` will give the same step once more."""
-        step = self.taught(key)
-        if step is not None:
-            self._keep(step)
-        return step
+    def ahead(self, key: str) -> Halt | None:
+        """As ``taught``, but ``taught`` will give the same halt once more."""
+        halt = self.taught(key)
+        if halt is not None:
+            self._keep(halt)
+        return halt
 
     def close(self) -> None:
         """End both passes where they stand."""
         self.teacher.close()
         self.student.close()
 
-    def _keep(self, step):
-        if step.key in self._wanted:
-            x, y = (value.clone() for value in (step.x, step.y))  # the model may change them in place
-            self._kept.setdefault(step.key, []).append(Step(step.key, x, y))
+    def _keep(self, halt):
+        if halt.key in self._wanted:
+            x, y = (value.clone() for value in (halt.x, halt.y))  # the model may change them in place
+            self._kept.setdefault(halt.key, []).append(Halt(halt.key, x, y))

@@ -50,9 +50,9 @@ def threads():
     return sum(type(thread) in (threading.Thread, type(threading.main_thread())) for thread in threading.enumerate())
 
 
-def steps_to(one, key):
-    """The first step at a layer."""
-    return next(step for step in iter(one.next, None) if step.key == key)
+def halt_at(one, key):
+    """The first halt at a layer."""
+    return next(halt for halt in iter(one.next, None) if halt.key == key)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -60,10 +60,10 @@ def test_a_pass_stands_at_each_layer_in_their_order(vit, ahead):
     block = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
     layers = ["patch_embed.proj", *(f"blocks.{number}.{name}" for number in (0, 1) for name in block), "norm", "head"]
     with stepping(vit, ahead=ahead) as one:
-        steps = list(iter(one.next, None))
+        halts = list(iter(one.next, None))
         assert one.next() is None, "once more after the end"
-    assert [step.key for step in steps] == [f"{layer}.weight" for layer in layers]
-    assert [step.key for step in steps if step.y is None] == [
+    assert [halt.key for halt in halts] == [f"{layer}.weight" for layer in layers]
+    assert [halt.key for halt in halts if halt.y is None] == [
         f"{layer}.weight" for layer in layers if ahead and "norm" not in layer
     ]
 
@@ -72,7 +72,7 @@ def test_weights_that_are_changed_before_a_layer_runs_take_effect(vit):
     mlp = vit.model.blocks[0].mlp
     before = mlp.fc1.weight.detach().clone()
     with stepping(vit) as one:
-        steps_to(one, "blocks.0.mlp.fc1.weight")
+        halt_at(one, "blocks.0.mlp.fc1.weight")
         mlp.fc1.weight.data.zero_()
         hidden = one.next().x
     mlp.fc1.weight.data.copy_(before)
