@@ -47,7 +47,7 @@ class FittedClassifier:
     held_out_loss: float
     images: int
 
-    def facts(self) -> dict:
+    def summary(self) -> dict:
         """All but the weights."""
         return {name: value for name, value in vars(self).items() if name not in ("weight", "bias")}
 
@@ -189,7 +189,7 @@ def fit_classifier(model: nn.Module, batches: Iterable, num_classes: int, classi
         raise InputError("batches: no images in them; give a loader of the training images")
     fitted = sums.solve()
     set_classifier(layer, fitted)
-    return fitted.facts()
+    return fitted.summary()
 
 
 def classifier_layer(model: nn.Module, num_classes: int, name: str | None = None) -> nn.Linear:
