@@ -54,8 +54,8 @@ def fit_first_classifier(options: Options, state: TrainState, data: RunData) -> 
     fitted = total.solve()
     for model in filter(None, (state.model, state.ema and state.ema.module)):
         set_classifier(classifier_layer(model, data.classes), fitted)
-    print_main(f"classifier fitted to the training images: {describe(fitted.facts())}")
-    return fitted.facts()
+    print_main(f"classifier fitted to the training images: {describe(fitted.summary())}")
+    return fitted.summary()
 
 
 @torch.no_grad()
