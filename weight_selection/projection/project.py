@@ -120,7 +120,7 @@ def project(
     check_symmetries(stats, student, first_images(batch, CHECK_IMAGES), rotate)
     maps = choose_down_maps(entries, student, stats, rotate)
     weights = StudentWeights(entries, student, stats, maps)
-    skipped = find_skipped(entries, teacher.structure.layers, student.structure.layers, weights.rows)
+    skipped = find_skipped(entries, teacher.structure.layers, student.structure.layers, weights.mapped)
     fit_up_maps(weights, skipped, map(teacher.placed, images))
     return {key: value.to("cpu", copy=True) for key, value in weights.without(left_out).items()}
 

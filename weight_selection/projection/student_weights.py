@@ -28,7 +28,7 @@ class StudentWeights:
 
     Attributes:
         state: the student's state_dict.
-        rows, priors: {key of a dense weight with an up map: Q W; the up map (B, c) that it has without images}.
+        mapped, priors: {key of a dense weight with an up map: Q W; the up map (B, c) that it has without images}.
     """
 
     def __init__(self, entries: dict, student: TracedModel, stats: ActivationStats, maps: DownMaps):
@@ -37,7 +37,7 @@ class StudentWeights:
         self.state = student.model.state_dict()
         self.weights, self._folded = fold_layer_scales(entries, student, stats, maps)
         self._norms = RotatedNorms(entries, student, stats, maps, self.weights, self._taken_over(entries))
-        self.rows, self.priors = {}, {}
+        self.mapped, self.priors = {}, {}
         for key, entry in entries.items():
             self._convert(key, entry)
         self._shifts = {}  # key of a dense weight: {key of its bias: (outputs that it is for, Q b)}
@@ -56,12 +56,12 @@ class StudentWeights:
 
     def set_up_map(self, key: str, up_map: Tensor) -> None:
         """Give a dense layer its weight and bias by (1), for an up map (B, c), or B alone."""
-        rows, weight = self.rows[key].double(), self._by_outputs(key)
+        mapped, weight = self.mapped[key].double(), self._by_outputs(key)
         columns = weight.shape[1]
-        made = torch.tensordot(rows, up_map[:, :columns], dims=([1], [0])).movedim(-1, 1)
+        made = torch.tensordot(mapped, up_map[:, :columns], dims=([1], [0])).movedim(-1, 1)
         constant = made.new_zeros(len(made))
         if up_map.shape[1] > columns:
-            constant = rows.reshape(*rows.shape[:2], -1).sum(2) @ up_map[:, -1]
+            constant = mapped.reshape(*mapped.shape[:2], -1).sum(2) @ up_map[:, -1]
             for name, (outputs, shift) in self._shifts[key].items():
                 self.state[name].copy_(shift + constant[outputs])
         if key in self._placed:
@@ -103,7 +103,7 @@ class StudentWeights:
 
     def is_product(self, key: str) -> bool:
         """Whether a dense layer with an up map multiplies rows by its whole weight, as ``factors`` gives them."""
-        return key in self.rows and (self._by_outputs(key)[0, 0].numel() == 1 or self._convolution(key) is not None)
+        return key in self.mapped and (self._by_outputs(key)[0, 0].numel() == 1 or self._convolution(key) is not None)
 
     def factors(self, key: str, x: Tensor) -> Tensor:
         """What a layer multiplies by its whole weight where it takes x: rows (n, inputs).
@@ -205,7 +205,7 @@ class StudentWeights:
                 weight = self._map_down(entry, dim, weight, dim)
         if has_up_map:
             weight = self.teacher.symmetries.by_outputs(entry.teacher_key, weight)
-            self.rows[key] = weight.reshape(*weight.shape[:2], *self._by_outputs(key).shape[2:])
+            self.mapped[key] = weight.reshape(*weight.shape[:2], *self._by_outputs(key).shape[2:])
             self.priors[key] = self._prior(entry)
         else:
             self.state[key].copy_(weight.reshape(entry.shape))
@@ -233,7 +233,7 @@ class StudentWeights:
         Kept neurons are restored as they are. Of a rotated stream n = sqrt(D r / d) U E' LN(s), with r the share of the
         energy of n that is kept.                                                                                   (9)
         """
-        sizes = self.rows[entry.key].shape[1], self._by_outputs(entry.key).shape[1] + 1
+        sizes = self.mapped[entry.key].shape[1], self._by_outputs(entry.key).shape[1] + 1
         prior = torch.zeros(sizes, dtype=torch.float64, device=self.teacher.device)
         pairs = zip(self.student.inputs(entry.key), self.teacher.inputs(entry.teacher_key), strict=True)
         for (group, nth, ours), (_, _, theirs) in pairs:

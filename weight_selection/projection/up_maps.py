@@ -38,14 +38,14 @@ def fit_up_maps(weights: StudentWeights, skipped: dict, images: Iterable) -> Non
     batches = list(joined(images, PASS_IMAGES))
     sums = find_sums(weights.student, first_images(batches[0], SUM_IMAGES))
     for key in skipped.keys() - {key for key, one in sums.items() if one.after is not None}:
-        if key in weights.rows:
+        if key in weights.mapped:
             some = skipped[key]
             tqdm.write(f"{some.before}: ends in no plain sum; nothing makes up for what is left out to {some.last}")
     fit = _Fit(weights, sums, skipped)
     passes = [_Pass(fit, batch) for batch in batches]
     del batches
     try:
-        with tqdm(total=len(weights.rows), desc="calibration, student", unit="layer", leave=False) as progress:
+        with tqdm(total=len(weights.mapped), desc="calibration, student", unit="layer", leave=False) as progress:
             while (halts := [one.student.next() for one in passes])[0] is not None:
                 progress.update(fit.see(passes, halts))
     finally:
@@ -69,16 +69,16 @@ class _Fit:
         self.streams = {one.before: stream_taken(weights.student, one.before) for one in self.sums.values()}
         self.given = {one.before for one in self.sums.values() if one.given}
         self.last = {one.before: key for key, one in self.sums.items()}
-        self.wanted = {self.teacher_keys[key] for key in (*weights.rows, *self.streams, *self.batch_norms)}
+        self.wanted = {self.teacher_keys[key] for key in (*weights.mapped, *self.streams, *self.batch_norms)}
         self.wanted |= {self.teacher_keys.get(self.sums[key].after) for key in skipped.keys() & self.sums.keys()}
         self._means = {}  # {key of a dense weight that adds to a stream: the mean of what it should give}
-        again = (key for key in weights.rows if self.teacher_keys[key] in weights.stats.again)
+        again = (key for key in weights.mapped if self.teacher_keys[key] in weights.stats.again)
         self._again = {key: (Moments(), Moments()) for key in again}
 
     def see(self, passes: list, halts: list[Halt]) -> bool:
         """Look at the layer before which all batches wait, and fit it if it needs that. Returns whether it did."""
         key = halts[0].key
-        if not any(key in those for those in (self.streams, self.weights.rows, self.batch_norms)):
+        if not any(key in those for those in (self.streams, self.weights.mapped, self.batch_norms)):
             return False
         taught = [one.taught(self.teacher_keys[key]) for one in passes]
         if None in taught:
@@ -88,7 +88,7 @@ class _Fit:
         if key in self.streams:
             for one, ours, theirs in zip(passes, halts, taught, strict=True):
                 one.streams[key] = self._stream(key, ours, theirs)
-        if key not in self.weights.rows:
+        if key not in self.weights.mapped:
             return False
         across, own = self._again.get(key) or (Moments(), Moments())  # of what is wanted with z, and of z alone
         for one, ours, theirs in zip(passes, halts, taught, strict=True):
