@@ -16,7 +16,7 @@ from weight_selection.projection.traced_model import TracedModel
 
 
 class ActivationStats:
-    """What the teacher's layers take and give while it sees the images.
+    """What the teacher's dense layers and norms take and give while it sees the images.
 
     Args:
         teacher: in evaluation mode.

@@ -1,6 +1,6 @@
-"""A forward pass that stands still at each layer until it is told to go on.
+"""A forward pass that stands still at each dense layer and norm until it is told to go on.
 
-So all batches can wait at one layer of a student until this layer has its weights. Each pass runs in a thread of its
+So all batches can wait at one dense layer of a student until it has its weights. Each pass runs in a thread of its
 own, but only one of them runs at a time.
 """
 
@@ -17,7 +17,7 @@ from weight_selection.projection.traced_model import TracedModel
 
 
 class Halt(NamedTuple):
-    """A layer at which a pass stands.
+    """A dense layer or norm at which a pass stands.
 
     Attributes:
         key: of the weight of a dense layer, or of the gain of a norm.
@@ -49,7 +49,7 @@ class SteppedPass:
         self._thread.start()
 
     def next(self) -> Halt | None:
-        """Go on to the next layer; None at the end, and from then on. What the model raises is raised here."""
+        """Go on to the next halt; None at the end, and from then on. What the model raises is raised here."""
         if self._ended:
             return None
         self._go_on.put(True)
