@@ -159,8 +159,8 @@ def _choose(name, theirs, ours, method):
                     f"{name}: teacher has {len(those)} layers of a kind, student {len(these)}: "
                     "a teacher must be at least as deep"
                 )
-            for index, unit in zip(layer_indices(method, len(those), len(these)), these, strict=True):
-                chosen.update(zip(unit, those[index], strict=True))
+            for index, numbers in zip(layer_indices(method, len(those), len(these)), these, strict=True):
+                chosen.update(zip(numbers, those[index], strict=True))
     return chosen
 
 
@@ -170,9 +170,9 @@ def _pattern(layers):
     return [kinds.index(kind) for kind in kinds]
 
 
-def _tensors(layers, unit):
+def _tensors(layers, numbers):
     """The tensors of a layer, each by the place of its module in the layer and the rest of its key."""
-    return {(place, rest) for place, number in enumerate(unit) for rest in layers[number]}
+    return {(place, rest) for place, number in enumerate(numbers) for rest in layers[number]}
 
 
 def _stages(layers):
@@ -182,22 +182,22 @@ def _stages(layers):
     plain stack, with poolings between its layers, has several stages.
     """
     plain = all("." not in rest.lstrip(".") for content in layers.values() for rest in content)
-    units = []
+    grouped = []
     for number in sorted(layers):
-        if units and plain and all(len(shape) < 2 for shape, _ in layers[number].values()):
-            units[-1].append(number)  # a normalisation belongs to the convolution before it
+        if grouped and plain and all(len(shape) < 2 for shape, _ in layers[number].values()):
+            grouped[-1].append(number)  # a normalisation belongs to the convolution before it
         else:
-            units.append([number])
+            grouped.append([number])
     kinds, heights = [], []
-    for unit in units:
-        content = [(place, rest, *layers[n][rest]) for place, n in enumerate(unit) for rest in sorted(layers[n])]
+    for numbers in grouped:
+        content = [(place, rest, *layers[n][rest]) for place, n in enumerate(numbers) for rest in sorted(layers[n])]
         seen = [height for *_, height in content if height is not None]
         kinds.append(tuple((place, rest, shape, height and height / seen[0]) for place, rest, shape, height in content))
         heights.append(seen[0] if plain and seen else None)
     stages = []
-    for _, stage in groupby(range(len(units)), key=heights.__getitem__):
+    for _, stage in groupby(range(len(grouped)), key=heights.__getitem__):
         of_kind = {}
         for index in stage:
-            of_kind.setdefault(kinds[index], []).append(units[index])
+            of_kind.setdefault(kinds[index], []).append(grouped[index])
         stages.append(list(of_kind.values()))
     return stages
