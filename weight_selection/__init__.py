@@ -79,7 +79,7 @@ def select_weights(
         weights: the teacher's weights, if they are not in the module: a state_dict with the teacher's keys, or a file
             or directory as for ``--pretrained_path``.
         layer_selection: one of ``LAYER_SELECTION`` (section 3.1), applied to the layers of each stage.
-        element_selection: of ``ELEMENT_SELECTION`` (section 3.2), or of ``PROJECTION``: on the device of the teacher.
+        element_selection: of ``ELEMENT_SELECTION`` (section 3.2) or ``PROJECTION``, which runs where the teacher is.
         exclude: of attention, mlp, norm, patch_embed, pos_embed, those that keep the student's own values (Table 10).
         include_head: select the classifier too; both models must have the same classes.
         include_head_norm: select the normalisation inside ConvNeXt's head too, which the paper's release leaves out.

@@ -1,9 +1,14 @@
-"""Where models and weights come from, and what a model answers about itself. Imports no torch; the modules in here do.
+"""Where models and weights come from, and what a model answers about itself.
+
+This module, ``names``, ``directories``, ``hub``, ``recipe`` and ``widths`` import no torch.
 
 - ``names``: which library a name belongs to; ``timm_names``, ``transformers_names``, ``torchvision_names``: the models
   and the weights that each library has under it.
+- ``facts``: what a model answers about itself; ``timm_models``, ``transformers_models`` (with ``transformers_inputs``),
+  ``torchvision_models``: what each library answers for its models. ``timm_models`` also builds timm's by name.
+- ``widths``: the arguments of a narrower or shallower model (``--width``, ``--depth``).
 - ``directories``, ``hub``: where the files are, on disk or in a repository of the hub.
-- ``timm_models``: models by name, and what timm knows of them: image size, layers, first convolutions.
+- ``timm_hub``, ``transformers_hub``: writing the directory that each library opens (``--format hub``).
 - ``architectures``: what files and releases know of an architecture: components, conversions, conventions.
 - ``weight_files``, ``torchscript``, ``safe_load``: state_dicts in files, read lazily and safely.
 - ``teachers``, ``initial_weights``: a teacher's weights in any layout; a student's first weights.
