@@ -138,7 +138,7 @@ def test_what_cannot_be_drawn_is_refused(files, tmp_path, cli):
     assert "no such model; did you mean" in refusal(*panel("a", "timm", {}, model="vit_tny"))
     assert (
         refusal(*panel("an a", tmp_path / "x.pth", LARGE))
-        == f"--panel 'an a' {tmp_path}/x.pth: no such file or directory"
+        == f"--panel 'an a' {tmp_path}/x.pth: no such file or directory; name one with weights"
     )
     assert "does not fit this model" in refusal(*panel("a", files / "uniform", LARGE))
     assert "name another or set its kwargs" in refusal(*panel("a", files / "teacher.pth", HALF))
