@@ -52,7 +52,7 @@ def checked_weight(key: str, shape: tuple, weight: torch.Tensor | None, option: 
     if weight.dtype not in DTYPES:
         raise InputError(f"{option}: {key} is of {weight.dtype}; convert it to float32")
     if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():  # NaN is both least and greatest
-        raise InputError(f"{option}: {key} has values that are not finite")
+        raise InputError(f"{option}: {key} has values that are not finite; give other weights")
     return weight.detach()
 
 

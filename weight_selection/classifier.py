@@ -107,7 +107,7 @@ class RidgeSums:
         features = features.double()
         everything = _sums(self.fitted, _moments(features, labels, self.classes))
         if not all(torch.isfinite(value).all() for value in everything):
-            raise InputError("batches: the model's features are not finite")
+            raise InputError("batches: the model's features are not finite; check its weights and the inputs")
         best, least = None, 1 / len(labels)
         for ridge, (weight, bias) in zip(RIDGES, _solutions(self.fitted, RIDGES), strict=True):
             logits = features @ weight.T + bias

@@ -189,7 +189,7 @@ def main(argv=None) -> None:
     selection = Selection(teacher, student, options)
     name = selection.student_structure.architecture.name
     if args.model_type not in (None, name):
-        raise InputError(f"--model_type {args.model_type}: but --student {args.student} is a {name} model")
+        raise InputError(f"--model_type {args.model_type}: --student {args.student} is a {name} model; leave one out")
     if args.dry_run:
         print_plan(args, selection)
     else:

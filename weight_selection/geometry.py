@@ -156,7 +156,7 @@ def _kernel(teacher, student, teacher_key, key, theirs, ours, dims):
         if theirs[1] != 3:
             raise InputError(
                 f"{key}, dimension 1: teacher's images have {theirs[1]} channels, student's {ours[1]}: only a kernel "
-                "for 3 can be adapted to others"
+                "for 3 can be adapted to others; give the student as many (--student_kwargs in_chans=N)"
             )
         words.append(f"adapt 3 channels to {ours[1]}")
         steps.append(partial(_of_timm(key, "adapt_input_conv", "timm.models"), ours[1]))

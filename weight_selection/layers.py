@@ -132,7 +132,7 @@ def teacher_keys(teacher: Layers, student: Layers, method: str, prefixes: tuple 
 def _choose(name, theirs, ours, method):
     """{student's layer: teacher's} of one container of layers."""
     if theirs is None:
-        raise InputError(f"{name}: the student has layers there, the teacher has none")
+        raise InputError(f"{name}: the student has layers there, the teacher has none; name a teacher with them")
     if _pattern(theirs) == _pattern(ours):
         return dict(zip(sorted(ours), sorted(theirs), strict=True))
     large, small = _stages(theirs), _stages(ours)
@@ -140,7 +140,9 @@ def _choose(name, theirs, ours, method):
     if t < s:
         raise InputError(f"{name}: teacher has {t} layers, student {s}: a teacher must be at least as deep")
     if len(large) != len(small):
-        raise InputError(f"{name}: teacher's layers are of {len(large)} resolutions, student's of {len(small)}")
+        raise InputError(
+            f"{name}: teacher's layers are of {len(large)} resolutions, student's of {len(small)}; give both as many"
+        )
     chosen = {}
     for their_kinds, our_kinds in zip(large, small, strict=True):
         left = iter(their_kinds)
@@ -153,7 +155,8 @@ def _choose(name, theirs, ours, method):
                 those = next(fitting, None)
             if those is None or len(those[0]) != len(these[0]):
                 counts = (" + ".join(str(len(kind)) for kind in kinds) for kinds in (their_kinds, our_kinds))
-                raise InputError("{}: teacher's layers are of the kinds {}, student's of {}".format(name, *counts))
+                words = "{}: teacher's layers are of the kinds {}, student's of {}; give both the same kinds"
+                raise InputError(words.format(name, *counts))
             if len(those) < len(these):
                 raise InputError(
                     f"{name}: teacher has {len(those)} layers of a kind, student {len(these)}: "

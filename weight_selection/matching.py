@@ -156,7 +156,9 @@ def _check_blocks(pair, large, small, where, t, s, remedy):
         sizes = f"a part of it has {theirs.size} neurons in the teacher, {ours.size} in the student"
         raise _refusal(where, t, s, f"{sizes}; a teacher must be at least as wide{remedy}")
     if small.crossing_blocks or large.crossing_blocks:
-        raise InputError(f"{where}, student's {s}: its neurons come in blocks that cross each other")
+        raise InputError(
+            f"{where}, student's {s}: its neurons come in blocks that cross each other; give both the same size"
+        )
     for number, (n, m) in enumerate(zip(theirs.shape, ours.shape, strict=True)):
         sizes = f"{where} = {shape_words(theirs.shape)}, student's {s} = {shape_words(ours.shape)}"
         if n < m:

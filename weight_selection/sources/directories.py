@@ -70,7 +70,7 @@ def files_of(path, option: str) -> list:
     if path.is_dir():
         return weight_files(Directory(path, f"{option} {path}"))
     if not path.is_file():
-        raise InputError(f"{option} {path}: no such file or directory")
+        raise InputError(f"{option} {path}: no such file or directory; name one with weights")
     return [path]
 
 
@@ -83,7 +83,7 @@ def read_config(place) -> dict:
     path = place.file(CONFIG, "configuration")
     if path is None:
         refuse_adapter(place)
-        raise InputError(f"{place.where}: no {CONFIG} in it, which says what model it is")
+        raise InputError(f"{place.where}: no {CONFIG} in it, which says what model it is; save the model again")
     try:
         content = parse_json(read_text(path))
     except Damaged as error:

@@ -74,7 +74,7 @@ def place_of(name: str, option: str, remedy: str = "name a directory") -> Direct
     if Path(rest).is_dir():
         return Directory(Path(rest), where)
     if scheme == "local-dir" or rest.startswith((".", "/", "~")) or rest.count("/") > 1:
-        raise InputError(f"{where}: no such directory")
+        raise InputError(f"{where}: no such directory; name one that a library saved a model in")
     return Repository(rest, where, f"it is no directory either; {remedy}")
 
 

@@ -187,7 +187,9 @@ def _read_npz(path, model, architecture, option):
     deep = len({match[1] for match in map(re.compile(r"/encoderblock_(\d+)/").search, names) if match})
     shallow = len(getattr(model, "blocks", ()))
     if deep > shallow:  # timm fills the model's layers and does not look for more
-        raise InputError(f"{option} {path}: not the weights of this teacher: it has {deep} layers, the model {shallow}")
+        raise InputError(
+            f"{option} {path}: not the weights of this teacher: it has {deep} layers, the model {shallow}; name another"
+        )
     if classes != model.num_classes:  # then timm has left the classifier as it was: random
         state_dict = {key: value for key, value in state_dict.items() if not re.search(architecture.classifier, key)}
     return state_dict, [name for name in names if architecture.extras and re.search(architecture.extras, name)]

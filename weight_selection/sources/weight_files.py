@@ -246,4 +246,4 @@ def _safetensors(path, option):
         with safetensors.safe_open(path, "pt") as file:
             yield file
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{option} {path}: not a readable safetensors file ({error})") from error
+        raise InputError(f"{option} {path}: not a readable safetensors file ({error}); copy it again") from error
