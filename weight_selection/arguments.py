@@ -4,6 +4,7 @@ import argparse
 import ast
 import difflib
 import sys
+from collections.abc import Iterable
 
 from weight_selection.errors import InputError
 
@@ -60,7 +61,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Choice:
     """As an option's ``type``: the choice that a word is, in upper or lower case. It refuses all other words."""
 
-    def __init__(self, choices):
+    def __init__(self, choices: Iterable[str]):
         self.choices = {choice.lower(): choice for choice in choices}
 
     def __call__(self, text: str) -> str:
@@ -70,12 +71,12 @@ class Choice:
         return self.choices[text.lower()]
 
 
-def one_of(choices) -> dict:
+def one_of(choices: Iterable[str]) -> dict:
     """What ``add_argument`` takes for an option that has choices."""
     return {"type": Choice(choices), "choices": list(choices)}
 
 
-def did_you_mean(word: str, known) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "; did you mean NAME?" of the known name that is most like a word, whatever its case; empty if none is."""
     names = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), names, 1, 0.6)

@@ -3,12 +3,15 @@
 ``weight-selection``, ``python -m weight_selection`` and ``python weight_selection.py`` all run it.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 from concurrent.futures import Future
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from weight_selection.arguments import Kwargs, Parser, check_kwargs, one_of
 from weight_selection.commands import model_words, training_command
@@ -32,6 +35,9 @@ from weight_selection.sources.directories import files_of
 from weight_selection.sources.names import SCHEMES, TIMM, arguments_of, check_name, split_name
 from weight_selection.sources.recipe import read_student
 from weight_selection.sources.widths import fraction, shown, smaller_arguments
+
+if TYPE_CHECKING:
+    from weight_selection.selection import Selection
 
 TRAINER = Path(__file__).parents[1] / "main.py"  # beside the package in a clone; pip does not install it
 # The options that stand in the provenance of a written file, in this order.
@@ -108,7 +114,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_options(args) -> SelectionOptions:
+def check_options(args: argparse.Namespace) -> SelectionOptions:
     """Fill in options that follow from others. Refuse options that have no effect or cannot work."""
     _check_student(args)
     whole = args.complete or args.format == "hub"
@@ -168,7 +174,8 @@ def _check_student(args):
         )
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Run the command with these words; None: those of the command line."""
     args = get_args_parser().parse_args(argv)
     options = check_options(args)
     # To hash a large file takes longer than to select from it, and torch takes seconds to import.
@@ -206,7 +213,7 @@ def _take_after(teacher, args) -> None:
     args.student_kwargs = teacher.kwargs | args.student_kwargs
 
 
-def print_plan(args, selection) -> None:
+def print_plan(args: argparse.Namespace, selection: Selection) -> None:
     """Print the plan: neuron groups, layers, with --verbose every tensor, the student's cost, and totals."""
     from weight_selection import report
 
@@ -220,7 +227,7 @@ def print_plan(args, selection) -> None:
     print(f"{args.student} from {args.pretrained_model}: {report.summary(plan)}; nothing written")
 
 
-def select(args, selection, name: str, digest: Future | None) -> None:
+def select(args: argparse.Namespace, selection: Selection, name: str, digest: Future | None) -> None:
     """Select, write the file or the directory with its provenance, and say what was written.
 
     Args:
@@ -276,7 +283,7 @@ def select(args, selection, name: str, digest: Future | None) -> None:
     print_next(args, selection, written.path)
 
 
-def agreement_of(selection) -> tuple:
+def agreement_of(selection: Selection) -> tuple:
     """How well a projected student agrees with its teacher.
 
     Returns:
@@ -295,7 +302,7 @@ def agreement_of(selection) -> tuple:
     return agreement_words(percent, images, not left_out), {"percent": percent, "held_out_images": images}
 
 
-def print_next(args, selection, path: Path) -> None:
+def print_next(args: argparse.Namespace, selection: Selection, path: Path) -> None:
     """Print the command that trains the student from the written weights, if main.py can train it."""
     if split_name(args.student)[0] not in ("", *TIMM) or not TRAINER.is_file():
         return
@@ -309,7 +316,7 @@ def print_next(args, selection, path: Path) -> None:
     print(f"to train it, with --data_set, --data_path and --output_dir: {training_command(words, path)}")
 
 
-def words_of_normalization(selection) -> list:
+def words_of_normalization(selection: Selection) -> list:
     """The option that makes main.py normalise images as the teacher's were; empty if it does so anyway.
 
     A line is printed if the teacher's images were not normalised by ImageNet's mean and deviation.

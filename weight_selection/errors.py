@@ -3,23 +3,25 @@
 import os
 import re
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: the option, its value, what to do."""
 
 
-def printable(text):
+def printable(text: object) -> str:
     """A text in one line, without the control characters that a stranger's file may have put into it."""
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text).split()))
 
 
-def first_line(error) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of what an error says; of one that says nothing, the name of its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def run_program(name, main):
+def run_program(name: str, main: Callable) -> NoReturn:
     """Run ``main()`` and exit with a status; an error is one line on stderr instead of a traceback.
 
     0: done. 2: ``InputError``. 130: Ctrl-C. 141: who read the output has gone.
@@ -30,7 +32,7 @@ def run_program(name, main):
     sys.exit(status)
 
 
-def outcome(main) -> tuple:
+def outcome(main: Callable) -> tuple:
     """Run ``main()``; its exit status, and what to print or None."""
     try:
         main()

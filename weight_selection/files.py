@@ -7,11 +7,14 @@ import json
 import os
 import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from weight_selection.errors import InputError
 
+StrPath = str | os.PathLike
 SUFFIXES = (".pth", ".pt", ".safetensors")  # of files of weights that are written
 TEXT_LIMIT = 64 << 20  # bytes: a log of a million epochs
 
@@ -20,7 +23,7 @@ class Damaged(ValueError):
     """A file is not what its kind must be; the message says in what way."""
 
 
-def sha256(path):
+def sha256(path: StrPath) -> str:
     """SHA-256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -29,7 +32,7 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def begin_sha256(*paths):
+def begin_sha256(*paths: StrPath) -> Future:
     """A future of ``sha256(path)``, of several paths of {name: digest}."""
 
     def compute():
@@ -42,7 +45,7 @@ def begin_sha256(*paths):
     return in_background(compute)
 
 
-def in_background(function) -> Future:
+def in_background(function: Callable) -> Future:
     """A future of what ``function()`` returns or raises. Nothing waits for its thread when the program ends."""
     future = Future()
 
@@ -56,13 +59,13 @@ def in_background(function) -> Future:
     return future
 
 
-def check_file(path, option):
+def check_file(path: StrPath, option: str) -> None:
     """Raise an InputError that names ``option`` unless ``path`` is a file."""
     if not Path(path).is_file():
         raise InputError(f"{option} {path}: no such file")
 
 
-def check_directory(path, option, remedy):
+def check_directory(path: StrPath, option: str, remedy: str) -> None:
     """Raise an InputError that names ``option`` and says the remedy unless ``path`` is a directory."""
     if not Path(path).is_dir():
         raise InputError(f"{option} {path}: no such directory; {remedy}")
@@ -72,7 +75,7 @@ def check_directory(path, option, remedy):
 FILE_SUFFIXES = (*SUFFIXES, ".bin", ".ckpt", ".npz", ".json", ".txt")
 
 
-def check_no_file(directory, option):
+def check_no_file(directory: StrPath, option: str) -> None:
     """Raise an InputError that names ``option`` if ``directory``, existing or new, can only be meant as a file."""
     path = Path(directory)
     if not str(directory):
@@ -84,7 +87,7 @@ def check_no_file(directory, option):
         raise InputError(f"{option} {path}: has the name of a {path.suffix} file; name a directory")
 
 
-def provenance_path(path) -> Path:
+def provenance_path(path: StrPath) -> Path:
     """The .json beside a file of first weights that says where they came from."""
     return Path(path).with_suffix(".json")
 
@@ -93,7 +96,7 @@ PARTIAL = ".partial-"  # begins the name of a file that is being written
 
 
 @contextlib.contextmanager
-def new_file(path):
+def new_file(path: StrPath) -> Iterator[Path]:
     """Give a temporary path beside ``path`` to write to; it takes the place of ``path`` only if the block succeeds.
 
     At every moment, even when the power fails, ``path`` is the whole old file or the whole new one.
@@ -125,7 +128,7 @@ def new_file(path):
 
 
 @contextlib.contextmanager
-def new_directory(path, option, replace=False):
+def new_directory(path: StrPath, option: str, replace: bool = False) -> Iterator[Path]:
     """Give a temporary directory beside ``path`` to fill; it becomes ``path`` only if the block succeeds.
 
     Args:
@@ -169,13 +172,13 @@ def _to_disk(path):
         os.close(handle)
 
 
-def write_json(path, value):
+def write_json(path: StrPath, value: object) -> None:
     """Write ``value`` as indented JSON, all of it or nothing."""
     with new_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def check_writable(directory, option):
+def check_writable(directory: StrPath, option: str) -> None:
     """Create ``directory`` if need be and make sure files can be made in it.
 
     Raises:
@@ -193,11 +196,8 @@ def check_writable(directory, option):
 
 
 @contextlib.contextmanager
-def without_empty_directories(*paths):
-    """If the block fails, remove the directories that it made on the way to these paths and left empty.
-
-    A path may be None.
-    """
+def without_empty_directories(*paths: StrPath | None) -> Iterator[None]:
+    """If the block fails, remove the directories that it made on the way to these paths and left empty."""
     new = [place for path in paths if path for place in (Path(path), *Path(path).parents) if not place.exists()]
     try:
         yield
@@ -208,7 +208,7 @@ def without_empty_directories(*paths):
         raise
 
 
-def read_text(path, limit: int = TEXT_LIMIT) -> str:
+def read_text(path: StrPath, limit: int = TEXT_LIMIT) -> str:
     """Text of a file of at most ``limit`` bytes.
 
     Raises:
@@ -225,7 +225,7 @@ def read_text(path, limit: int = TEXT_LIMIT) -> str:
         raise Damaged(str(error)) from error
 
 
-def parse_json(text: str):
+def parse_json(text: str) -> Any:
     """What a text in JSON says.
 
     Raises:

@@ -1,6 +1,7 @@
 """Reading image files safely: only common formats, and one kind of exception for every fault of a file."""
 
 from weight_selection.errors import printable
+from weight_selection.files import StrPath
 
 # The formats that Pillow may decode. It would also run Ghostscript on PostScript in a file that is named like an image.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -11,7 +12,7 @@ class BadImage(Exception):
     """An image file cannot be read; the message names the file and says why."""
 
 
-def read_image(path) -> "PIL.Image.Image":  # noqa: F821
+def read_image(path: StrPath) -> "PIL.Image.Image":  # noqa: F821
     """Read an image of any mode as RGB, as timm does; like timm, it does not apply the file's EXIF orientation.
 
     Raises:

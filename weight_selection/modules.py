@@ -3,7 +3,9 @@
 import contextlib
 import copy
 from collections import OrderedDict
+from collections.abc import Iterator
 from itertools import chain, takewhile
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 from weight_selection.errors import InputError, first_line
 
 
-def run_forward(model: nn.Module, inputs: tuple | dict):
+def run_forward(model: nn.Module, inputs: tuple | dict) -> Any:
     """What a model gives for inputs: a tuple of arguments, or a dict of keyword arguments."""
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module):
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Within the block a model is in evaluation mode; afterwards each of its modules is in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -4,6 +4,8 @@ WeightFile      a .pth, .pt or .safetensors file, and a .json beside it
 HubDirectory    config.json, model.safetensors and model.json, which the student's library opens
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Mapping
@@ -12,6 +14,7 @@ from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -25,6 +28,9 @@ from weight_selection.sources.facts import facts_of, library_of
 from weight_selection.sources.names import split_name
 from weight_selection.sources.weight_files import Weights, first_mismatch, stored_in, write_weights
 from weight_selection.tied import tied_keys
+
+if TYPE_CHECKING:
+    from weight_selection.selection import Selection
 
 LARGE = 10**9  # bytes of values, from which a student is written without being built or run
 HUB = {"timm": "timm_hub", "transformers": "transformers_hub"}  # library -> module that writes its directories
@@ -55,7 +61,7 @@ class WeightFile:
                 raise InputError(f"--output_dir {output_dir}: {existing} exists; add --overwrite to replace it")
         self.path = path
 
-    def check_not_the_teachers(self, selection) -> None:
+    def check_not_the_teachers(self, selection: Selection) -> None:
         """Raise InputError if the file is the teacher's own."""
         if self.path.resolve() in {own.resolve() for own in _teachers_own(selection)}:
             raise InputError(f"--output_dir {self.path}: is the teacher's own file; choose another name")
@@ -98,7 +104,7 @@ class HubDirectory:
         InputError: the library cannot open a directory with this student, or something would be lost.
     """
 
-    def __init__(self, output_dir: str, selection, overwrite: bool):
+    def __init__(self, output_dir: str, selection: Selection, overwrite: bool):
         self.path = Path(output_dir)
         self.model = selection.models[1]
         library = library_of(self.model)
@@ -116,7 +122,7 @@ class HubDirectory:
             raise InputError(f"--output_dir {output_dir}: {existing.name} is in it; add --overwrite to replace it")
         check_writable(self.path.parent, "--output_dir")
 
-    def check_not_the_teachers(self, selection) -> None:
+    def check_not_the_teachers(self, selection: Selection) -> None:
         """Raise InputError if the directory holds the teacher's own weights."""
         own = _teachers_own(selection)
         if self.path.resolve() in {(path if path.is_dir() else path.parent).resolve() for path in own}:
@@ -187,7 +193,7 @@ def value_type(state_dict: dict) -> str:
     return str(next(value.dtype for value in state_dict.values() if value.is_floating_point())).removeprefix("torch.")
 
 
-def initialised_student(selection, state_dict: dict, seed: int) -> nn.Module:
+def initialised_student(selection: Selection, state_dict: dict, seed: int) -> nn.Module:
     """The student with its own initialisation; if it is large, without values on the meta device."""
     if is_large(state_dict):
         return skeleton_of(selection.models[1])
@@ -195,7 +201,7 @@ def initialised_student(selection, state_dict: dict, seed: int) -> nn.Module:
     return selection.student.create()
 
 
-def completed(state_dict: dict, student: nn.Module, selection, seed: int, dtype: str) -> dict:
+def completed(state_dict: dict, student: nn.Module, selection: Selection, seed: int, dtype: str) -> dict:
     """First weights of all of the student's keys, in its order; those that are left out have its own initialisation.
 
     Args:

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import torch.nn as nn
@@ -55,7 +56,7 @@ def agreement_words(percent: float, images: int, with_classifier: bool) -> str:
     return f"{first}{whose} {percent:.0f} % of {images} held-out image{'s' * (images != 1)}"
 
 
-def group_lines(plan: Plan, describe=None) -> list:
+def group_lines(plan: Plan, describe: Callable | None = None) -> list:
     """One line for each kind of neuron group: "stream: 384 -> 192, every 2nd, in 74 tensors".
 
     Groups that differ only in the layer that they are in share a line.
@@ -104,7 +105,7 @@ def head_warnings(plan: Plan) -> list:
     return lines
 
 
-def tensor_lines(plan: Plan, describe=None) -> list:
+def tensor_lines(plan: Plan, describe: Callable | None = None) -> list:
     """The plan as a table with a line for every student tensor.
 
     Args:

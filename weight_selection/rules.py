@@ -1,6 +1,7 @@
 """The rules: which of the teacher's layers, and which elements of a tensor, a student keeps (paper, 3.1 and 3.2)."""
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def element_indices(method: str, weight: torch.Tensor, dim: int, s: int, seed: i
     return norms.argsort(descending=True, stable=True)[:s].sort().values
 
 
-def select_elements(method: str, weight: torch.Tensor, shape, seed: int = 0, name: str = "") -> torch.Tensor:
+def select_elements(method: str, weight: torch.Tensor, shape: Sequence, seed: int = 0, name: str = "") -> torch.Tensor:
     """Reduce ``weight`` to ``shape``, which is no larger in any dimension, by one of ``ELEMENT_SELECTION``.
 
     ``magnitude`` keeps the largest entries wherever they are, in their order, and reshapes them (Table 7).

@@ -8,7 +8,7 @@ Selection.weights    the student's first weights, by a rule of the paper or by p
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -50,7 +50,7 @@ class _Given:
 
 
 @contextmanager
-def plain_context():
+def plain_context() -> Iterator[None]:
     """No inference mode, and new tensors on the CPU, whatever the caller's contexts are."""
     on_cpu = torch.get_default_device().type == "cpu"  # then the context would only slow each operation down
     with torch.inference_mode(False), nullcontext() if on_cpu else torch.device("cpu"):

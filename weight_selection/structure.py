@@ -11,7 +11,7 @@ from weight_selection.geometry import Geometry, find_geometry
 from weight_selection.layers import Layers
 from weight_selection.modules import tensors_of
 from weight_selection.sources.architectures import Architecture
-from weight_selection.sources.facts import ModelFacts, facts_of
+from weight_selection.sources.facts import Inputs, ModelFacts, facts_of
 from weight_selection.tied import embedding_keys, tied_keys
 from weight_selection.tracing.groups import ModelGroups, find_groups
 from weight_selection.tracing.trace import RefusedInputs, trace
@@ -61,7 +61,9 @@ class ModelStructure:
         return replace(self, facts=replace(self.facts, architecture=replace(self.architecture, classifier=pattern)))
 
 
-def structure_of(model: nn.Module, name: str, example_inputs=None, classifier=None) -> ModelStructure:
+def structure_of(
+    model: nn.Module, name: str, example_inputs: Inputs = None, classifier: tuple | list | None = None
+) -> ModelStructure:
     """Trace a model once and keep what a plan needs. Its weights are not touched: it may be on the meta device.
 
     Args:

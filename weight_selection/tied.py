@@ -1,5 +1,7 @@
 """Tied tensors: one tensor under several keys, such as a language model's embedding that is its head as well."""
 
+from collections.abc import Callable
+
 import torch.nn as nn
 
 from weight_selection.errors import InputError
@@ -40,7 +42,7 @@ def not_taken(student_tied: dict, teacher_tied: dict, teacher_keys: dict) -> dic
     return {key: teacher_keys[key] for key, first in student_tied.items() if key in own and own[key] != own.get(first)}
 
 
-def check_classifier_is_not_tied(tied: dict, in_classifier) -> None:
+def check_classifier_is_not_tied(tied: dict, in_classifier: Callable) -> None:
     """Raise InputError if a tensor would be selected under one of its keys, and stay the student's own under another.
 
     Args:

@@ -109,7 +109,7 @@ def draw(total: int, count: int, seed: int, after: int = 0) -> list:
     return sorted(np.random.Generator(np.random.PCG64(seed)).permutation(total)[after : after + count].tolist())
 
 
-def noise(size: tuple, entropy) -> torch.Tensor:
+def noise(size: tuple, entropy: int | np.random.SeedSequence) -> torch.Tensor:
     """An image of noise with some properties of photographs.
 
     Amplitudes fall as 1/frequency, the channels are much alike, and each image has a brightness and a contrast of its
@@ -175,7 +175,7 @@ def joined(batches: Iterable, count: int) -> Iterator:
         yield _together(waiting)
 
 
-def inputs_with(inputs: tuple | dict, batch) -> tuple | dict:
+def inputs_with(inputs: tuple | dict, batch: torch.Tensor | Mapping) -> tuple | dict:
     """The inputs of a batch's forward pass: a tuple of arguments, or a dict of keyword arguments.
 
     Args:
@@ -190,7 +190,7 @@ def inputs_with(inputs: tuple | dict, batch) -> tuple | dict:
     return tuple(batch if number == place else value for number, value in enumerate(inputs))
 
 
-def inputs_in(batch, argument: str) -> torch.Tensor | dict:
+def inputs_in(batch: object, argument: str) -> torch.Tensor | dict:
     """A model's inputs in a batch as a loader gives it.
 
     Args:
@@ -216,7 +216,7 @@ def inputs_in(batch, argument: str) -> torch.Tensor | dict:
     return tensors
 
 
-def inputs_and_labels(batch, argument: str) -> tuple:
+def inputs_and_labels(batch: object, argument: str) -> tuple:
     """(a model's inputs, labels) in a batch as a loader gives it; without labels there, these are None.
 
     Args, Raises: as ``inputs_in``. In a dict, labels are called ``labels`` or ``label``.
@@ -246,7 +246,7 @@ class LoadedInputs:
         return (inputs_in(batch, "calibration") for batch in self.batches)
 
 
-def check_batches(images, inputs: tuple | dict, count: int | None, side: int | None) -> Iterable:
+def check_batches(images: Iterable, inputs: tuple | dict, count: int | None, side: int | None) -> Iterable:
     """Check images, or other inputs, that the caller gives as tensors, and return them in batches.
 
     Args:

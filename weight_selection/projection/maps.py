@@ -1,5 +1,7 @@
 """The down map Q of every neuron group: how the student's neurons are made from the teacher's."""
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -66,7 +68,7 @@ def choose_down_maps(entries: dict, student: TracedModel, stats: ActivationStats
     return maps
 
 
-def random_down_maps(model: TracedModel, groups, streams: list, attentions: list) -> DownMaps:
+def random_down_maps(model: TracedModel, groups: Collection, streams: list, attentions: list) -> DownMaps:
     """Down maps from a model to itself. They rotate some streams and mix some heads at random, and keep the rest.
 
     Args:

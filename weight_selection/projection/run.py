@@ -1,6 +1,7 @@
 """One projection: whatever can be refused is refused before a weight is read; then both models run on the images."""
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -59,7 +60,7 @@ class Projection:
         self._classifier, self._not_comparable = _left_out_classifier(plan, structures, options)
         self._fitted = None
 
-    def weights(self, weights, origin: str) -> dict:
+    def weights(self, weights: Mapping, origin: str) -> dict:
         """The student's first weights on the CPU: its state_dict without what is left out.
 
         Args:
@@ -112,7 +113,7 @@ class Projection:
             "calibration_device": str(self.device),
         }
 
-    def describer(self):
+    def describer(self) -> Callable:
         """A function that says in words how a plan's entry is made."""
         return describer(self.plan.selected, self.symmetries.dense, *self.structures, self._treatments)
 

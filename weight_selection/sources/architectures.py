@@ -6,6 +6,7 @@ more than the model. For all others the answers follow from what timm records.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
 
@@ -90,7 +91,7 @@ def declared_architecture(model: nn.Module) -> Architecture | None:
     return next((known for cls, known in DECLARED.items() if isinstance(model, resolve_name(cls))), None)
 
 
-def found_components(model: nn.Module, first_convolutions) -> dict:
+def found_components(model: nn.Module, first_convolutions: Iterable[str]) -> dict:
     """The components of a model that no declaration knows, {name that ``exclude`` takes: pattern} (Table 10).
 
     Args:
@@ -108,7 +109,7 @@ def found_components(model: nn.Module, first_convolutions) -> dict:
     return {component: pattern for component, pattern in components.items() if pattern}
 
 
-def keys_inside(names) -> str | None:
+def keys_inside(names: Iterable[str]) -> str | None:
     """A regular expression of the keys inside modules of these names, or None if there are no modules."""
     found = "|".join(re.escape(name) for name in names if name)
     return rf"^({found})\." if found else None

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from weight_selection.errors import InputError
-from weight_selection.files import Damaged, parse_json, read_text
+from weight_selection.files import Damaged, StrPath, parse_json, read_text
+from weight_selection.sources.hub import Repository
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 RUN = "checkpoint-best.pth"  # in the output directory of main.py
@@ -42,7 +43,7 @@ class Directory:
     known = file  # of a repository: without a look at the network
 
 
-def weight_files(place) -> list:
+def weight_files(place: Directory | Repository) -> list:
     """The files that hold the weights in a directory or repository: one, or several shards.
 
     Args:
@@ -60,7 +61,7 @@ def weight_files(place) -> list:
     return _shards(place, path) if found.endswith(".json") else [path]
 
 
-def files_of(path, option: str) -> list:
+def files_of(path: StrPath, option: str) -> list:
     """The files that hold the weights at a path: the file itself, or those in a directory, as of ``weight_files``.
 
     Raises:
@@ -74,7 +75,7 @@ def files_of(path, option: str) -> list:
     return [path]
 
 
-def read_config(place) -> dict:
+def read_config(place: Directory | Repository) -> dict:
     """What the config.json of a directory or repository says.
 
     Raises:
@@ -93,7 +94,7 @@ def read_config(place) -> dict:
     return content
 
 
-def refuse_adapter(place) -> None:
+def refuse_adapter(place: Directory | Repository) -> None:
     """Raise InputError if a directory or repository holds an adapter (LoRA), which is no model by itself."""
     if place.file(ADAPTER, "configuration"):
         raise InputError(

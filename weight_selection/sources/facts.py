@@ -18,6 +18,7 @@ from weight_selection.sources.architectures import Architecture, found_component
 LIBRARIES = {"timm": "timm_models", "torchvision": "torchvision_models", "transformers": "transformers_models"}
 PARTS = ("timm.layers.", "timm.utils.")  # classes there are no models
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)  # what they wrap is their ``module``
+Inputs = torch.Tensor | tuple | list | dict | None  # that a user gives; None: the library knows them
 TIMMS_AVERAGES = "timm.utils.model_ema"  # where timm's classes of the same kind are
 
 
@@ -54,7 +55,7 @@ class ModelFacts:
     spare: str | None = None
 
 
-def facts_of(model: nn.Module, example_inputs=None, classifier=None) -> ModelFacts:
+def facts_of(model: nn.Module, example_inputs: Inputs = None, classifier: tuple | list | None = None) -> ModelFacts:
     """What a model answers, or what the user says in its place.
 
     Args:
@@ -118,7 +119,7 @@ def _checked_inputs(inputs):
     raise InputError(f"example_inputs of {type(inputs).__name__}: give a tensor, or a tuple or a dict of tensors")
 
 
-def check_classifier(model: nn.Module, names) -> None:
+def check_classifier(model: nn.Module, names: tuple | list) -> None:
     """Raise InputError unless these are names of a model's modules."""
     if isinstance(names, str) or not isinstance(names, (tuple, list)):
         raise InputError(f"--classifier {names!r:.80}: give a tuple of names of modules")

@@ -2,9 +2,11 @@
 
 import re
 import sys
+from collections.abc import Callable
 from concurrent.futures import TimeoutError as NoAnswer  # of its own class before Python 3.11
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.request import Request, urlopen
 
 from weight_selection.errors import InputError, first_line
@@ -112,7 +114,7 @@ def check_reachable(address: str, where: str, remedy: str) -> None:
         ) from error
 
 
-def answer_in_time(ask):
+def answer_in_time(ask: Callable) -> Any:
     """What ``ask()`` returns. A TimeoutError after ``SECONDS``, however long names and addresses are still tried."""
     try:
         return in_background(ask).result(SECONDS)

@@ -8,14 +8,14 @@ import torch.nn as nn
 
 from weight_selection.commands import model_words, selection_command
 from weight_selection.errors import InputError
-from weight_selection.files import SUFFIXES, Damaged, parse_json, provenance_path, read_text, sha256
+from weight_selection.files import SUFFIXES, Damaged, StrPath, parse_json, provenance_path, read_text, sha256
 from weight_selection.sources.directories import WEIGHTS, Directory
 from weight_selection.sources.facts import facts_of
 from weight_selection.sources.names import create_model
 from weight_selection.sources.weight_files import NESTED, first_mismatch, read_weights
 
 
-def find_weights(path, model: nn.Module, option: str, student: list = ()) -> Path:
+def find_weights(path: StrPath, model: nn.Module, option: str, student: list = ()) -> Path:
     """``path`` itself, or the file that ``weight_selection.py`` wrote into that directory for the model.
 
     Of a directory without such a file, the one that a library or a run of main.py saved its weights in.
@@ -60,7 +60,7 @@ def _made_for(path, provenance):
     return f"{provenance_path(path).name} says that it was made for {' '.join(words)}"
 
 
-def load_initial(model: nn.Module, path, option: str, nested=NESTED, student: list = ()) -> list:
+def load_initial(model: nn.Module, path: StrPath, option: str, nested: tuple = NESTED, student: list = ()) -> list:
     """Load first weights into a student, in place; returns the keys that keep its own initialisation.
 
     The file may lack the classifier, and the keys that the provenance beside it lists as left out, but nothing else.
@@ -100,7 +100,7 @@ def _architecture_name(provenance):
     return facts_of(model).architecture.name
 
 
-def load_finetune(model: nn.Module, path, option: str, nested) -> list:
+def load_finetune(model: nn.Module, path: StrPath, option: str, nested: tuple) -> list:
     """Load the weights of a trained model; a classifier of another shape keeps the model's own initialisation.
 
     As ``load_initial``.
@@ -121,7 +121,7 @@ def _mismatch(model, state_dict, left_out):
     return first_mismatch(state_dict, model, lambda key: re.search(classifier, key) or key in left_out)
 
 
-def read_provenance(path, option: str) -> dict | None:
+def read_provenance(path: StrPath, option: str) -> dict | None:
     """What the file beside first weights says of them: teacher, student, options, left_out; None if there is no file.
 
     Raises:

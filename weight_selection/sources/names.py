@@ -9,14 +9,23 @@ Each library has a module that creates models by name and opens their weights. I
 the library is met. This one imports no torch: names are checked before torch is imported.
 """
 
+from __future__ import annotations
+
 import difflib
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from weight_selection.errors import InputError
+from weight_selection.files import StrPath
 from weight_selection.sources.directories import Directory, read_config
 from weight_selection.sources.hub import Repository
+
+if TYPE_CHECKING:
+    import torch
+
+    from weight_selection.sources.teachers import Opened
 
 TIMM = ("hf-hub", "local-dir")  # timm's own schemes
 SCHEMES = dict.fromkeys(TIMM, "timm") | {"transformers": "transformers", "torchvision": "torchvision"}
@@ -78,7 +87,9 @@ def place_of(name: str, option: str, remedy: str = "name a directory") -> Direct
     return Repository(rest, where, f"it is no directory either; {remedy}")
 
 
-def create_model(name: str, *, option: str = "--model", device="cpu", **kwargs):
+def create_model(
+    name: str, *, option: str = "--model", device: str | torch.device = "cpu", **kwargs
+) -> torch.nn.Module:
     """Build a model by its name with its random initialisation.
 
     Args:
@@ -103,8 +114,10 @@ def arguments_of(name: str, kwargs: dict, option: str) -> dict:
     return _by_name(name).arguments_of(name, kwargs, option)
 
 
-def open_published(name: str, model, kwargs: dict, option: str, remedy: str, include_head: bool):
-    """The weights that belong to a name, as ``teachers.Opened``.
+def open_published(
+    name: str, model: torch.nn.Module, kwargs: dict, option: str, remedy: str, include_head: bool
+) -> Opened:
+    """The weights that belong to a name.
 
     Args:
         name, kwargs, option: as of ``create_model``.
@@ -118,8 +131,8 @@ def open_published(name: str, model, kwargs: dict, option: str, remedy: str, inc
     return _by_name(name).open_published(name, model, kwargs, option, remedy, include_head)
 
 
-def open_weights(path, model, option: str):
-    """The weights in a file or directory for a model, as ``teachers.Opened``; they are named as its library names them.
+def open_weights(path: StrPath, model: torch.nn.Module, option: str) -> Opened:
+    """The weights in a file or directory for a model, named as its library names them.
 
     Args:
         path: the file or directory.

@@ -6,12 +6,14 @@ import mmap
 import pickletools
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 
 from weight_selection.errors import InputError, first_line
-from weight_selection.files import Damaged, check_file
+from weight_selection.files import Damaged, StrPath, check_file
 
 # Containers that copy what they are called with.
 COPYING = {"collections OrderedDict", "collections Counter", "builtins set", "__builtin__ set"}
@@ -29,13 +31,13 @@ MAGIC = b"PK\x03\x04"
 DEPTH_LIMIT = 5000  # of values in values; Python and torch recurse into them without a net
 
 
-def is_archive(path) -> bool:
+def is_archive(path: StrPath) -> bool:
     """Whether a file is a zip archive, as torch sees it: by its first bytes."""
     with open(path, "rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def open_archive(path) -> zipfile.ZipFile:
+def open_archive(path: StrPath) -> zipfile.ZipFile:
     """Open a zip archive (torch.save, TorchScript, .npz) after a look at its directory.
 
     Reading a record of it raises ``zipfile.BadZipFile`` if its check sum is wrong.
@@ -56,7 +58,7 @@ def open_archive(path) -> zipfile.ZipFile:
     return archive
 
 
-def check_archive(path) -> None:
+def check_archive(path: StrPath) -> None:
     """Check the sizes and check sums of all that is in a zip archive.
 
     Raises:
@@ -103,7 +105,7 @@ class _Again(int):
     """The depth of a value that the pickle has had before, or of a tuple with such a value."""
 
 
-def pickle_operations(pickle):
+def pickle_operations(pickle: bytes | BinaryIO) -> Iterator[tuple]:
     """Yield the operations of a pickle, (name, argument), while they nest and remember no more than they may.
 
     Raises:
@@ -149,7 +151,7 @@ def _is_torch_type(name):
     return name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
 
 
-def load_torch(path, option, also=()):
+def load_torch(path: StrPath, option: str, also: tuple = ()) -> Any:
     """``torch.load(weights_only=True)`` with check sums, and errors of one line.
 
     Args:
@@ -168,7 +170,7 @@ def load_torch(path, option, also=()):
         return content
 
 
-def map_torch(path, option, also=()):
+def map_torch(path: StrPath, option: str, also: tuple = ()) -> tuple | None:
     """As ``load_torch`` of a zip archive, but the tensors stay in the file until ``read_mapped`` reads them.
 
     Returns:
@@ -184,7 +186,7 @@ def map_torch(path, option, also=()):
         return content, sums
 
 
-def read_mapped(tensor, sums, path, option) -> torch.Tensor:
+def read_mapped(tensor: torch.Tensor, sums: set, path: StrPath, option: str) -> torch.Tensor:
     """A copy of a tensor from ``map_torch``; memory holds no more of the file afterwards than before.
 
     Raises:
@@ -263,7 +265,7 @@ def _check_storages(content, path):
         raise Damaged(f"its {size:,} bytes hold no {sum(sizes.values()):,} bytes of tensors")
 
 
-def is_plain(value) -> bool:
+def is_plain(value: object) -> bool:
     """Whether a value is a tensor of numbers as large as it says.
 
     A forged one may be on no device, or repeat one number in memory a billion times.

@@ -11,6 +11,7 @@ import numpy as np
 import torch.nn as nn
 
 from weight_selection.errors import InputError, first_line
+from weight_selection.files import StrPath
 from weight_selection.sources.architectures import HALVES, IMAGENET, NO_KEYS
 from weight_selection.sources.directories import files_of
 from weight_selection.sources.facts import facts_of, library_of
@@ -50,14 +51,14 @@ class Opened(NamedTuple):
 # Under the model's own names, or timm's layouts
 
 
-def open_weights(path, model: nn.Module, option: str) -> Opened:
+def open_weights(path: StrPath, model: nn.Module, option: str) -> Opened:
     """As ``names.open_weights``, of a model of timm or of no library that we know."""
     weights, unused = open_teacher(path, model, option)
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
     return Opened(weights, name, str(path), files_of(path, option), unused)
 
 
-def open_teacher(path, model: nn.Module, option: str) -> tuple:
+def open_teacher(path: StrPath, model: nn.Module, option: str) -> tuple:
     """As ``read_teacher``, but if the file uses timm's names, a tensor is read only when it is asked for.
 
     Other layouts (those of publishers, .npz, TorchScript, ``torch.save`` before PyTorch 1.6) are read whole.
@@ -71,7 +72,7 @@ def open_teacher(path, model: nn.Module, option: str) -> tuple:
     return Weights(known), [key for key in stored if key not in known]
 
 
-def read_teacher(path, model: nn.Module, option: str) -> tuple:
+def read_teacher(path: StrPath, model: nn.Module, option: str) -> tuple:
     """Read a teacher's weights in any layout that timm accepts for this model: foreign names, JAX's .npz.
 
     Args:
@@ -98,7 +99,7 @@ def read_teacher(path, model: nn.Module, option: str) -> tuple:
     return {key: value for key, value in state_dict.items() if key in expected}, unused
 
 
-def load_into_teacher(model: nn.Module, path, option: str) -> None:
+def load_into_teacher(model: nn.Module, path: StrPath, option: str) -> None:
     """Load a file of ``read_teacher`` into a whole teacher, classifier included unless the model has none.
 
     Raises:
@@ -110,7 +111,7 @@ def load_into_teacher(model: nn.Module, path, option: str) -> None:
     model.load_state_dict(weights)
 
 
-def stored_under_own_names(files, model, option):
+def stored_under_own_names(files: list, model: nn.Module, option: str) -> dict | None:
     """{key: StoredTensor} of files whose tensors are the model's but for its classifier; None for another layout."""
     stored = open_files(files, option)
     if stored is None:
@@ -216,7 +217,7 @@ def normalization_words(mean: Sequence, std: Sequence) -> str:
     return f"mean {mean} and std {std}"
 
 
-def trained_normalization(model: nn.Module, path, option: str) -> tuple | None:
+def trained_normalization(model: nn.Module, path: StrPath | None, option: str) -> tuple | None:
     """(mean, std) by channel of the images that a model's weights were trained on; None if they are not known.
 
     Args:
@@ -232,7 +233,7 @@ def trained_normalization(model: nn.Module, path, option: str) -> tuple | None:
     return (tuple(config["mean"]), tuple(config["std"])) if {"mean", "std"} <= config.keys() else None
 
 
-def trained_config(model: nn.Module, path, option: str) -> dict:
+def trained_config(model: nn.Module, path: StrPath | None, option: str) -> dict:
     """A timm model's configuration with the ``mean`` and ``std`` of the images that its weights were trained on.
 
     A checkpoint of main.py says itself which these were; of all other files timm's configuration is right.

@@ -100,7 +100,7 @@ def _saved_architecture(place):
 
 
 def create_model(
-    name: str, *, option: str = "--model", input_size: int | None = None, device="cpu", **kwargs
+    name: str, *, option: str = "--model", input_size: int | None = None, device: str | torch.device = "cpu", **kwargs
 ) -> nn.Module:
     """Build a model with its random initialisation, or with ``pretrained=True`` its published weights.
 

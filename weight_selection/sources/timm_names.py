@@ -6,6 +6,7 @@ from pathlib import Path
 import torch.nn as nn
 
 from weight_selection.errors import InputError, first_line
+from weight_selection.files import StrPath
 from weight_selection.sources.architectures import NO_KEYS
 from weight_selection.sources.directories import Directory, files_of, weight_files
 from weight_selection.sources.hub import Repository, fetch
@@ -54,7 +55,7 @@ def open_published(name: str, model: nn.Module, kwargs: dict, option: str, remed
     return Opened(weights, tagged, cfg.get("hf_hub_id") or cfg.get("url"), files, [])
 
 
-def model_of_checkpoint(path, option: str) -> tuple:
+def model_of_checkpoint(path: StrPath, option: str) -> tuple:
     """The model that main.py trained: (its name, its arguments, the side of its input in pixels).
 
     Args:

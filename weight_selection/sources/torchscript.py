@@ -12,6 +12,7 @@ from collections import OrderedDict
 import torch
 
 from weight_selection.errors import InputError, first_line
+from weight_selection.files import StrPath
 from weight_selection.sources.safe_load import check_archive, is_archive, pickle_operations
 
 DTYPES = {
@@ -28,7 +29,7 @@ DTYPES = {
 }
 
 
-def is_torchscript(path) -> bool:
+def is_torchscript(path: StrPath) -> bool:
     """Whether a file is a TorchScript archive: a zip file that holds a program's constants."""
     if not is_archive(path):
         return False
@@ -39,7 +40,7 @@ def is_torchscript(path) -> bool:
         return False
 
 
-def read_torchscript(path, option: str) -> dict:
+def read_torchscript(path: StrPath, option: str) -> dict:
     """The parameters and buffers of the module in a TorchScript archive, {key: tensor}.
 
     ``option`` is the command-line option that named the file, for errors.

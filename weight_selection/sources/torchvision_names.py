@@ -9,6 +9,7 @@ import torch.nn as nn
 from torchvision import models
 
 from weight_selection.errors import InputError
+from weight_selection.files import StrPath
 from weight_selection.sources.directories import files_of
 from weight_selection.sources.hub import fetch
 from weight_selection.sources.names import split_name
@@ -23,7 +24,7 @@ OLD_NAMES = (
 )
 
 
-def create_model(name: str, *, option: str = "--model", device="cpu", **kwargs) -> nn.Module:
+def create_model(name: str, *, option: str = "--model", device: str | torch.device = "cpu", **kwargs) -> nn.Module:
     """A model with its random initialisation, of as many classes as the weights in its name; ``names.create_model``.
 
     Args:
@@ -69,7 +70,7 @@ def open_published(name: str, model: nn.Module, kwargs: dict, option: str, remed
     return Opened(opened, f"{model_name}.{weights.name}", weights.url, [file], unused)
 
 
-def open_weights(path, model: nn.Module, option: str) -> Opened:
+def open_weights(path: StrPath, model: nn.Module, option: str) -> Opened:
     """The weights of a file or directory, also with the names in torchvision's older files; ``names.open_weights``."""
     weights, unused = _open(path, model, option)
     return Opened(weights, type(model).__name__, str(path), files_of(path, option), unused)

@@ -8,7 +8,7 @@ IMAGE_SIZE = 224  # pixels, of models whose config records none
 TOKENS = 8  # in a sequence; any number would do, as a trace does not look at them
 
 
-def example_inputs(model) -> dict:
+def example_inputs(model: torch.nn.Module) -> dict:
     """Keyword arguments of a Hugging Face model's forward pass: a batch of one.
 
     Images have the size that the config records, videos and sounds also the number of frames, sequences a few tokens.
@@ -42,7 +42,7 @@ def example_inputs(model) -> dict:
     return inputs
 
 
-def token_heads(model) -> tuple:
+def token_heads(model: torch.nn.Module) -> tuple:
     """Names of the linear layers whose outputs are tokens: a language model's head."""
     head = model.get_output_embeddings()
     return tuple(name for name, module in model.named_modules() if module is head)

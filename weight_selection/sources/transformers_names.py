@@ -15,6 +15,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from weight_selection.errors import InputError
+from weight_selection.files import StrPath
 from weight_selection.sources import teachers
 from weight_selection.sources.directories import Directory, files_of, read_config, weight_files
 from weight_selection.sources.names import place_of
@@ -30,7 +31,7 @@ CONVERTED = object()  # in place of a key: from_pretrained changes the tensor
 # Models
 
 
-def create_model(name: str, *, option: str = "--model", device="cpu", **kwargs) -> nn.Module:
+def create_model(name: str, *, option: str = "--model", device: str | torch.device = "cpu", **kwargs) -> nn.Module:
     """A model of the class that its config.json names, or of AutoModel's; as ``names.create_model``.
 
     Args:
@@ -140,7 +141,7 @@ def open_published(name: str, model: nn.Module, kwargs: dict, option: str, remed
     return Opened(weights, type(model).__name__, source, files, unused)
 
 
-def open_weights(path, model: nn.Module, option: str) -> Opened:
+def open_weights(path: StrPath, model: nn.Module, option: str) -> Opened:
     """The weights of a file or directory that ``save_pretrained`` could have written; as ``names.open_weights``."""
     if not isinstance(model, transformers.PreTrainedModel):  # a part of one
         return teachers.open_weights(path, model, option)

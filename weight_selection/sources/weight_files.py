@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 
 from weight_selection.errors import InputError, first_line
+from weight_selection.files import StrPath
 from weight_selection.sources.directories import files_of
 from weight_selection.sources.safe_load import is_archive, is_plain, load_torch, map_torch, read_mapped
 from weight_selection.sources.torchscript import is_torchscript, read_torchscript
@@ -24,7 +25,7 @@ WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")  # prefixes of keys; DDP may 
 ALSO = (argparse.Namespace,)  # most training scripts keep their options in one, beside the weights
 
 
-def read_weights(path, option: str, nested=NESTED) -> dict:
+def read_weights(path: StrPath, option: str, nested: tuple = NESTED) -> dict:
     """Read a state_dict from a .safetensors file, a TorchScript archive, any file of ``torch.save``, or a directory.
 
     No code from a file is run.
@@ -42,7 +43,7 @@ def read_weights(path, option: str, nested=NESTED) -> dict:
     return read_files(files_of(path, option), option, nested)
 
 
-def read_files(files: list, option: str, nested=NESTED) -> dict:
+def read_files(files: list, option: str, nested: tuple = NESTED) -> dict:
     """As ``read_weights``, of the shards of one state_dict."""
     state_dict = {}
     for file in files:
@@ -50,7 +51,7 @@ def read_files(files: list, option: str, nested=NESTED) -> dict:
     return state_dict
 
 
-def training_options(path, option: str) -> dict:
+def training_options(path: StrPath, option: str) -> dict:
     """The options of the run that a checkpoint of main.py belongs to; of any other file or directory an empty dict.
 
     The tensors of the checkpoint are not read.
@@ -63,7 +64,7 @@ def training_options(path, option: str) -> dict:
     return options if isinstance(options, dict) else {}
 
 
-def write_weights(state_dict: dict, path, **metadata: str) -> None:
+def write_weights(state_dict: dict, path: StrPath, **metadata: str) -> None:
     """Write a plain state_dict: as safetensors if the suffix says so, else with ``torch.save``.
 
     A safetensors file says in its metadata that it is PyTorch's, and what ``metadata`` says. The other kind has none.
@@ -80,7 +81,7 @@ def write_weights(state_dict: dict, path, **metadata: str) -> None:
         raise OSError(str(error)) from error
 
 
-def save_torch(value, path) -> None:
+def save_torch(value: object, path: StrPath) -> None:
     """``torch.save`` that raises an OSError whatever keeps it from writing. Use it within ``files.new_file``."""
     try:
         with open(path, "wb") as file:
@@ -89,7 +90,7 @@ def save_torch(value, path) -> None:
         raise OSError(f"is the disk full? {first_line(error)}") from error
 
 
-def first_mismatch(state_dict: Mapping, model: nn.Module, may_be_missing=lambda key: False) -> str | None:
+def first_mismatch(state_dict: Mapping, model: nn.Module, may_be_missing: Callable = lambda key: False) -> str | None:
     """Compare keys and shapes of a state_dict with a model's; describe the first that differs, or None."""
     expected = model.state_dict()
     for key, value in expected.items():

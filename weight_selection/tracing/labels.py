@@ -6,6 +6,7 @@ image, (batch, channels, height, width), have one label per channel. An activati
 independent axis of neurons. The hidden units of a token-mixing MLP, (batch, channels, units), have two.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,12 +82,12 @@ class Labels:
             self.parent.scatter_reduce_(0, high, low, "amin")
 
 
-def along(dim: int, labels: torch.Tensor, shape) -> AxisLabels:
+def along(dim: int, labels: torch.Tensor, shape: tuple) -> AxisLabels:
     """Labels (n,) of the neurons along one dimension, for a tensor of that shape."""
     return labels.view([-1 if other == dim else 1 for other in range(len(shape))]).expand(shape)
 
 
-def moved(func, axis: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor | list:
+def moved(func: Callable, axis: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor | list:
     """What an operation that moves elements makes of labels, which are often expanded and then cannot be viewed."""
     if func in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
         return axis.reshape(*args)
@@ -117,7 +118,7 @@ def compact(axis: AxisLabels) -> AxisLabels:
     return kept.expand(axis.shape)
 
 
-def fit(axis: AxisLabels, shape) -> AxisLabels:
+def fit(axis: AxisLabels, shape: tuple) -> AxisLabels:
     """Labels for a tensor of another shape; they may not depend on a dimension whose size differs."""
     return core(axis).expand(shape)
 

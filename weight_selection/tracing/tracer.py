@@ -5,6 +5,8 @@
 - Where an axis meets one of fewer dimensions, this one indexes blocks of it: a number for each head, say.
 """
 
+from collections.abc import Collection, Set
+
 import torch
 
 from weight_selection.tracing.labels import BlockConstraint, Labels, along, compact, core, storage, unique_rows, varying
@@ -42,7 +44,7 @@ class Tracer:
         self.repetitions = Repetitions(self.differs)
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
 
-    def get(self, tensor) -> list:
+    def get(self, tensor: object) -> list:
         """The ``AxisLabels`` of a tensor, one for each independent axis of neurons; none of what is no tensor."""
         return self._axes.get(id(tensor), (None, []))[1]
 
@@ -105,7 +107,7 @@ class Tracer:
         """Whether constants, whose values may differ along the dimensions ``full``, are others for some neurons."""
         return not varying(axis) & full or not self.repetitions.same_for_all(axis, constants)
 
-    def match(self, ours: list, theirs: list, our_full=frozenset(), their_full=frozenset()) -> list:
+    def match(self, ours: list, theirs: list, our_full: Set = frozenset(), their_full: Set = frozenset()) -> list:
         """Labels of a combination of two tensors of one shape, from the labels of both.
 
         Args:
@@ -144,7 +146,7 @@ class Tracer:
             self.constrain(axis, met)
         return [axis]
 
-    def constrain(self, axis: torch.Tensor, dims, other: torch.Tensor | None = None) -> None:
+    def constrain(self, axis: torch.Tensor, dims: Collection, other: torch.Tensor | None = None) -> None:
         """Record that ``other``, or a constant, varies along some dimensions of an axis only, and so indexes blocks."""
         matrix = as_rows(axis, dims)
         labels = None if other is None else as_rows(other, dims).flatten()
@@ -154,7 +156,7 @@ class Tracer:
             self.note_shared(matrix)
         self.constraints.append(BlockConstraint(labels, matrix))
 
-    def heads(self, axis: torch.Tensor, dims) -> list:
+    def heads(self, axis: torch.Tensor, dims: Collection) -> list:
         """Labels of the heads that remain when a sum runs over ``dims``: a list of one axis, or empty for one head."""
         rest = varying(axis) - set(dims)
         if not rest:
@@ -174,7 +176,7 @@ class Tracer:
             self.labels.shared.append(labels)
 
 
-def as_rows(axis: torch.Tensor, dims) -> torch.Tensor:
+def as_rows(axis: torch.Tensor, dims: Collection) -> torch.Tensor:
     """Labels as a matrix that has a row for each place along ``dims``, without repetitions."""
     order = sorted(dims) + [dim for dim in range(axis.ndim) if dim not in dims]
     return core(axis).permute(order).flatten(len(dims)).flatten(0, len(dims) - 1)
