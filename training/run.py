@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from timm.utils import distribute_bn
 
 from distributed.process_group import main_only
@@ -25,6 +24,7 @@ from training.progress import RunProgress
 from training.setup import RunData, build_model, build_train_state, open_data, warm_up
 from training.trained_model import check_classes, describe_model
 from utils import describe, duration, print_main, versions
+from weight_selection.cost import parameter_count
 from weight_selection.errors import InputError
 from weight_selection.files import begin_sha256, check_writable, without_empty_directories, write_json
 from weight_selection.sources.directories import files_of
@@ -112,7 +112,7 @@ def train_and_report(
     results = {
         "train_images": data.train_images,
         "test_images": len(data.test_set),
-        "n_parameters": count_parameters(state.model),
+        "n_parameters": parameter_count(state.model),
         "total_batch_size": options.total_batch_size,
         "processes": state.world_size,
     }
@@ -172,7 +172,7 @@ def train(
                 row |= {f"test_{name}": value for name, value in test_metrics.items() if name != "images"}
                 better = progress.note_evaluation(test_metrics, epoch)
         saver.end_epoch(epoch)
-        row |= {"epoch": epoch, "n_parameters": count_parameters(state.model)}
+        row |= {"epoch": epoch, "n_parameters": parameter_count(state.model)}
         main_only(log.add, row, {"train_images_per_second": speed})
         for name in better:  # before the numbered one: a run that is killed in between repeats the epoch, and this
             saver.save(name)
@@ -276,11 +276,6 @@ def evaluate_with_ema(options: Options, state: TrainState, loader: DeviceLoader,
         average = evaluate(state.ema.module, loader, state, options.dist_eval)
         metrics |= {f"{name}_ema": value for name, value in average.items() if name != "images"}
     return metrics
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of values in a model's parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def write_results(options: Options, progress: RunProgress, results: dict) -> None:
