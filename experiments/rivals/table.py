@@ -13,12 +13,24 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository's modules
 sys.path.insert(0, str(Path(__file__).parents[1]))  # and the experiments'
 from rivals.arms import ARMS
-from rivals.schedule import EPOCHS, RESULTS, STUDENTS, ablated, finalists, of_student, read_results, tuned, tuning_rows
+from rivals.schedule import EPOCHS, RESULTS, STUDENTS, ablated, finalists, of_student, read_results, tuning_rows
 from weight_selection.arguments import Parser
 from weight_selection.errors import InputError, run_program
 
-HEAD_OF_ABLATIONS = ("first weights", "probe", "val", "seeds")
-HEAD = ("first weights", "probe", "val", "learning rate", "classifier", "test", "CPU seconds before training")
+TITLES = {  # of arms whose names do not say it all
+    "selection": "weight selection (uniform)",
+    "consecutive": "weight selection (consecutive)",
+    "random_consistent": "weight selection (random with consistency)",
+    "random": "random (timm)",
+    "kaiming": "random (Kaiming)",
+    "minitron": "activation-ranked pruning (Minitron's)",
+    "l2": "Torch-Pruning, L2",
+    "taylor": "Torch-Pruning, Taylor",
+    "hessian": "Torch-Pruning, Hessian",
+    "subcloning": "weight subcloning",
+    "front": "FRONT",
+    "teacher": "*the ceiling:* the whole teacher",
+}
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -34,29 +46,42 @@ def tests(rows: list[dict], arm: str, data: str, epochs: int | None = None) -> l
 
 
 def table(rows: list[dict], student: str, data: str, epochs: int) -> list[tuple]:
-    """HEAD's words for each arm, the best on test images first and then on validation images."""
-    lines, own = [], [row for row in rows if row["student"] == student]
-    for arm in ARMS:
-        best, tested = tuned(own, arm), tests(rows, arm, data, epochs)
-        accuracies = [row["accuracy"] for row in tested]
-        if not tested and (best is None or data != "flowers"):  # the tuning is on Flowers-102
+    """A head and a line for each arm: probe, validation accuracies, test accuracy, and the seconds before training.
+
+    The best on test images come first, then the best on validation images. Of these each arm's best is bold; they are
+    of a classifier in closed form at each learning rate, and of a random one. The tuning is on Flowers-102.
+    """
+    own = [row for row in rows if row["student"] == student]
+    tunings = {arm: tuning_rows(own, arm) if data == "flowers" else [] for arm in ARMS}
+    settings = {(row["classifier"], row["lr"]) for found in tunings.values() for row in found}
+    columns = sorted({(kind, lr if kind == "ridge" else None) for kind, lr in settings}, key=lambda one: one[1] or 1)
+    head = ["first weights", "probe", *(f"{lr:g}" if lr else "random classifier" for _, lr in columns)]
+    lines = []
+    for arm, found in tunings.items():
+        tested = tests(rows, arm, data, epochs)
+        if not found and not tested:
             continue
-        of = tested or [best]
-        seconds = spread([statistics.mean(row["seconds_before"] for row in of)], 0)
-        probe, val = spread([row["probe"] for row in of[:1]]), spread([best["accuracy"]] if best else [])
-        words = arm, probe, val, f"{of[0]['lr']:g}", of[0]["classifier"], spread(accuracies), seconds
-        lines.append((statistics.mean(accuracies) if tested else 0, best["accuracy"] if best else 0, words))
-    return [words for *_, words in sorted(lines, key=lambda line: line[:2], reverse=True)]
+        best = max((row["accuracy"] for row in found), default=0)
+        words = [TITLES.get(arm, arm), spread([row["probe"] for row in (found or tested)[:1]])]
+        for kind, lr in columns:
+            cell = [row["accuracy"] for row in found if row["classifier"] == kind and lr in (None, row["lr"])]
+            words.append(f"**{cell[0]:.1f}**" if cell[:1] == [best] else spread(cell[:1]))
+        words.append(spread([row["accuracy"] for row in tested]) + f" ({len(tested)})" * bool(tested))
+        words.append(spread([statistics.mean(row["seconds_before"] for row in tested or found)], 0))
+        lines.append((statistics.mean(row["accuracy"] for row in tested) if tested else 0, best, words))
+    lines.sort(key=lambda line: line[:2], reverse=True)
+    return [[*head, "test (seeds)", "CPU seconds before training"], *(words for *_, words in lines)]
 
 
 def ablations(rows: list[dict], student: str) -> list[tuple]:
-    """HEAD_OF_ABLATIONS' words for each projection, and for each without a part or from other images."""
+    """A head, and a line for each projection, and for each without a part or from other images."""
     found = {arm: [row for row in rows if (row["phase"], row["arm"]) == ("ablate", arm)] for arm in ablated(student)}
-    return [
-        (arm, *(spread([row[figure] for row in own]) for figure in ("probe", "accuracy")), str(len(own)))
+    lines = [
+        (arm, *(spread([row[metric] for row in own]) for metric in ("probe", "accuracy")), str(len(own)))
         for arm, own in found.items()
         if own
     ]
+    return [("first weights", "probe", "val", "seeds"), *lines]
 
 
 def draw(rows: list[dict], data: str):
@@ -98,9 +123,9 @@ def main(argv=None) -> None:
     args = get_args_parser().parse_args(argv)
     rows = of_student(read_results(args.results), args.student)
     if args.ablations:
-        head, lines = HEAD_OF_ABLATIONS, ablations(rows, args.student)
+        head, *lines = ablations(rows, args.student)
     else:
-        head, lines = HEAD, table(rows, args.student, args.data, args.epochs or EPOCHS[args.data])
+        head, *lines = table(rows, args.student, args.data, args.epochs or EPOCHS[args.data])
     if not lines:
         which = f"no finished runs of {args.student} on {args.data}"
         raise InputError(f"--results {args.results}: {which}; experiments/rivals/run.py makes them")

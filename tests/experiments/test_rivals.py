@@ -114,7 +114,12 @@ def test_the_queue_skips_what_is_finished_and_drops_arms_that_are_behind(tmp_pat
     capsys.readouterr()
     table.main(["--results", str(results), "--figure", str(tmp_path / "figure.png")])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| project | 1.0 | 80.0 | 0.0005 | ridge | 80.0 ± 0.0 |") and "l2" in lines[-1]
+    assert lines[0] == (
+        "| first weights | probe | 0.00025 | 0.0005 | 0.001 | 0.002 | 0.004 | random classifier | test (seeds) "
+        "| CPU seconds before training |"
+    )
+    assert lines[2] == "| project | 1.0 | 79.8 | **80.0** | 79.5 | 78.5 |  | **80.0** | 80.0 ± 0.0 (3) | 2 |"
+    assert lines[-1] == "| Torch-Pruning, L2 | 1.0 |  | 59.5 | **60.0** | 59.0 |  |  |  | 2 |"
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
