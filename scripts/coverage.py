@@ -161,7 +161,7 @@ def count(architecture: str, names: list, library: str) -> Coverage:
     return counted
 
 
-def architectures_by_family(library: str = "timm") -> dict:
+def models_by_architecture(library: str = "timm") -> dict:
     """{architecture: names of all of a library's models of it}, the one with most models first."""
     names, create = LIBRARIES[library]
     models = {}
@@ -210,7 +210,7 @@ def with_sections(text: str, new: list) -> str:
 
 def count_library(library: str, chosen: list | None, processes: int) -> list:
     """Count the architectures of a library, or those that are chosen."""
-    models = architectures_by_family(library)
+    models = models_by_architecture(library)
     unknown = [name for name in chosen or () if name not in models]
     if unknown:
         raise InputError(f"--families {unknown[0]}: no such architecture; choose of {', '.join(sorted(models))}")

@@ -45,7 +45,7 @@ def test_all_that_meets_in_a_sum_or_a_product_keeps_the_same_neurons(pair):
 def test_every_planned_pair_of_timms_models_keeps_the_same_neurons(request, method):
     if not request.config.getoption("--all"):
         pytest.skip("only with --all: takes an hour")
-    for names in coverage.architectures_by_family().values():
+    for names in coverage.models_by_architecture().values():
         models = coverage.describe(names)
         neurons = {name: numbered_neurons(name) for _, name, found in models if not isinstance(found, InputError)}
         for (small, student), (large, teacher) in coverage.pairs(models):
