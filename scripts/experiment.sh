@@ -6,8 +6,7 @@
 #
 # Variables before a call change it: teacher=NAME selects from another teacher, init=NAME starts from the selection of
 # that name, distill="logit|feature TEACHER" distills, recipe=SECTION or FILE:SECTION takes another recipe, data_path=DIR
-# names other data, selector="SCRIPT WORD ..." makes the first weights in place of weight_selection.py. A script that sets
-# recipes=DIR takes all its recipes from there.
+# names other data. A script that sets recipes=DIR takes all its recipes from there.
 #
 # From the environment, relative paths from the root of the repository:
 #
@@ -60,7 +59,7 @@ if [ $# -gt 0 ]; then
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-unset teacher init distill recipe recipes data_path selector # the user's environment may have some of these names
+unset teacher init distill recipe recipes data_path # the user's environment may have some of these names
 OUT=${OUT:-results}
 DATA=${DATA:-data}
 SEEDS=${SEEDS:-0}
@@ -160,9 +159,8 @@ select_weights() { # SETTING NAME [options of weight_selection.py]: into $OUT/in
     case $setting in vit*) tiny+=(img_size=32) ;; esac
     smoke_made "$file" --teacher "$teacher" --teacher_kwargs $(smoke_sizes teacher "$teacher")
   fi
-  # shellcheck disable=SC2086  # words
   make_once "$directory/${setting%%_*}.pth" \
-    "$PYTHON" ${selector:-weight_selection.py} --output_dir "$directory" --pretrained_model "$teacher" \
+    "$PYTHON" weight_selection.py --output_dir "$directory" --pretrained_model "$teacher" \
     ${file:+--pretrained_path "$file"} "${student[@]}" "$@" ${tiny[@]+"${tiny[@]}"}
 }
 

@@ -13,7 +13,6 @@ import collect_results
 import paper
 import plot_curves
 import plot_epochs
-import plot_projection
 from helpers import read_results
 from planned import planned_runs
 from runs import read_run
@@ -466,21 +465,3 @@ def test_the_claims_of_figure_4_are_computed(make_run, cli, tmp_path, capsys):
         "pretraining reaches weight selection (81.0) after: 60 epochs, 6.12 times the images of selection "
         "(paper: 60, 6.12)",
     ]
-
-
-def test_the_figure_of_projection_draws_trainings_by_their_length(make_run, cli, tmp_path, capsys):
-    out, png = tmp_path / "out", tmp_path / "figure.png"
-    assert "no finished runs" in cli(plot_projection.main, out, "--output", png)
-    for seed in (0, 1):
-        make_run("vit_half_112/flowers/project", seed, 70 + seed, epochs=20)
-    make_run("vit_half_112/flowers/project_5", 0, 50.0, epochs=5)
-    make_run("vit_half_112/flowers/project_16_images", 0, 1.0, epochs=20)  # another experiment
-    make_run("vit_half_112/flowers/random_80", 0, 40.0, epochs=80)
-    assert cli(plot_projection.main, out, "--output", png) is None
-    assert capsys.readouterr().out.splitlines() == [
-        "random init, 80 epochs: 40.0 (40.0 to 40.0, seeds: 1)",
-        "project, 5 epochs: 50.0 (50.0 to 50.0, seeds: 1)",
-        "project, 20 epochs: 70.5 (70.0 to 71.0, seeds: 2)",
-        f"figure: {png}",
-    ]
-    assert matplotlib.image.imread(png).ndim == 3

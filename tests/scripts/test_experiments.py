@@ -34,12 +34,10 @@ def shell(script, *words, check=True, **environment):
 def commands(script, *words, **environment):
     """The commands that a dry run prints, as lists of words, by program."""
     lines = [shlex.split(line) for line in shell(script, *words, DRY_RUN="1", **environment).stdout.splitlines()]
-    words = {
+    return {
         program: [line[line.index(program) + 1 :] for line in lines if program in line]
-        for program in ("main.py", "weight_selection.py", "experiments/ablate_projection.py")
+        for program in ("main.py", "weight_selection.py")
     }
-    words["weight_selection.py"] += [line[1:] for line in words.pop("experiments/ablate_projection.py")]
-    return words
 
 
 @pytest.fixture(scope="module")
