@@ -78,20 +78,25 @@ class Queue:
         self.args, self.lock, self.taken, self.failed, self.processes = args, Lock(), set(), [], []
         self.making = defaultdict(Lock)  # of what is in a directory, which several runs need
 
+    def wanted(self, rows: list[dict]) -> list[dict]:
+        """The runs of the phase, of which some may be among the finished ones."""
+        args = self.args
+        if args.phase == "tune":
+            return tuning(rows, args.arms, args.student, args.lr)
+        if args.phase == "ablate":
+            return ablating(rows, args.arms, args.student, args.seeds)
+        return testing(rows, args.arms, args.student, args.data, args.epochs or EPOCHS[args.data], args.seeds)
+
+    def finished(self) -> list[dict]:
+        """The finished runs of the student."""
+        return of_student(read_results(self.args.results), self.args.student)
+
     def take(self) -> dict | None:
         """The next run that is neither finished nor taken."""
-        args = self.args
         with self.lock:
-            rows = of_student(read_results(args.results), args.student)
-            if args.phase == "tune":
-                runs = tuning(rows, args.arms, args.student, args.lr)
-            elif args.phase == "ablate":
-                runs = ablating(rows, args.arms, args.student, args.seeds)
-            else:
-                epochs = args.epochs or EPOCHS[args.data]
-                runs = testing(rows, args.arms, args.student, args.data, epochs, args.seeds)
+            rows = self.finished()
             done = self.taken | {key_of(row) for row in rows}
-            run = next((run for run in runs if key_of(run) not in done), None)
+            run = next((run for run in self.wanted(rows) if key_of(run) not in done), None)
             self.taken |= {key_of(run)} if run else set()
             return run
 
@@ -209,6 +214,10 @@ def main(argv=None) -> None:
     for name in ("data_path", "output_dir", "results", "teacher_path"):  # the programs run in the repository
         setattr(args, name, getattr(args, name) and getattr(args, name).absolute())
     queue = Queue(args)
+    if not queue.wanted(queue.finished()):
+        raise InputError(
+            f"--phase {args.phase}: no such arm of --student {args.student} is tuned; run --phase tune first"
+        )
     signal.signal(signal.SIGTERM, queue.stop)
     with ThreadPoolExecutor(args.processes) as pool:
         for thread in [pool.submit(queue.work) for _ in range(args.processes)]:

@@ -128,6 +128,8 @@ def test_ablations_train_at_the_settings_of_the_whole(tmp_path, monkeypatch, cap
     monkeypatch.setattr(run.Queue, "do", fake(lambda row: 50 - abs(row["lr"] - 2e-3) * 1e3 - ("_" in row["arm"])))
     results = tmp_path / "results.jsonl"
     words = f"--data_path {tmp_path} --output_dir {tmp_path} --results {results} --phase".split()
+    with pytest.raises(InputError, match="--phase ablate: no such arm of --student vit_half is tuned"):
+        run.main([*words, "ablate"])
     run.main([*words, "tune", "--arms", "greedy"])  # and not project
     del run.Queue.done[:]
     run.main([*words, "ablate", "--seeds", "2"])
