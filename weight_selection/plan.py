@@ -152,7 +152,7 @@ def _check_options(teacher, student, options):
         raise InputError(f"--exclude {absent[0]}: {architecture.name} has no such component; it has {known}")
     if options.include_head_norm and architecture.head_norm is None:
         name = architecture.name
-        raise InputError(f"--include_head_norm: no normalisation in the head of {name}; leave it out")
+        raise InputError(f"--include_head_norm: no normalisation in the head of {name}; leave the option out")
     classes = [key for key in student.shapes if _is_classes(architecture, key)]
     if options.include_head and not any(key in teacher.shapes for key in classes):
         who = "teacher" if classes else "student"
