@@ -42,7 +42,7 @@ ARMS = {  # name: (module in this directory, function, its further arguments)
 }
 ABLATIONS = {  # project and greedy from other images, or with a part taken out; trained at the settings of the whole
     **{f"project_{count}": ("selected", "select", {"rule": "project", "count": count}) for count in (16, 64, 256)},
-    **{f"{rule}_noise": ("selected", "select_from_noise", {"rule": rule}) for rule in ("project", "greedy")},
+    **{f"{rule}_noise": ("selected", "select", {"rule": rule, "noise": True}) for rule in ("project", "greedy")},
     **{f"{rule}_others": ("selected", "select_from_others", {"rule": rule}) for rule in ("project", "greedy")},
     **{
         f"{rule}_without_{part}": ("selected", "select_without", {"rule": rule, "part": part})

@@ -8,20 +8,16 @@ from rivals.arms import Pair, without_classifier
 from weight_selection import PROJECTION, select_weights
 
 
-def select(pair: Pair, rule: str, layers: str = "first_n", count: int | None = None) -> dict:
+def select(pair: Pair, rule: str, layers: str = "first_n", count: int | None = None, noise: bool = False) -> dict:
     """Weights by a rule of ``--element_selection``, and of a shallower student one of ``--layer_selection``.
 
-    ``count`` is how many images a projection looks at, if not the pair's number.
+    A projection looks at ``count`` images, by default the pair's number: of the pair, or of noise.
     """
     options = {"element_selection": rule, "layer_selection": layers, "seed": pair.seed}
-    if rule in PROJECTION:
+    if noise:
+        options |= {"calibration": "noise", "calibration_images": count or pair.count}
+    elif rule in PROJECTION:
         options["calibration"] = replace(pair, count=count or pair.count).images
-    return select_weights(pair.teacher, pair.student, **options)
-
-
-def select_from_noise(pair: Pair, rule: str) -> dict:
-    """A projection that looks at noise."""
-    options = {"element_selection": rule, "seed": pair.seed, "calibration": "noise", "calibration_images": pair.count}
     return select_weights(pair.teacher, pair.student, **options)
 
 
