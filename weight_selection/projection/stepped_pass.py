@@ -1,10 +1,12 @@
 """A forward pass that stands still at each dense layer and norm until it is told to go on.
 
-So all batches can wait at one dense layer of a student until it has its weights. Each pass runs in a thread of its
+So all batches can wait before one dense layer of a student until it has its weights. Each pass runs in a thread of its
 own, but only one of them runs at a time.
 """
 
-from collections.abc import Mapping
+import weakref
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from queue import SimpleQueue
 from threading import Thread
 from typing import NamedTuple
@@ -22,30 +24,31 @@ class Halt(NamedTuple):
     Attributes:
         key: of the weight of a dense layer, or of the gain of a norm.
         x: what it takes.
-        y: what it gives; None before a dense layer or a batch normalisation runs.
-        behind: key of the dense layer that gave x, if the pass stands before a batch normalisation; else None.
+        behind: key of the dense layer or batch normalisation that gave x; None if none did.
     """
 
     key: str
     x: Tensor
-    y: Tensor | None
     behind: str | None = None
 
 
 class SteppedPass:
-    """A forward pass of one batch.
+    """A forward pass of one batch. It stands before a dense layer or a batch normalisation, and behind another norm.
 
     Args:
-        traced: the model.
+        traced: the model. Parameters of the layer before which the pass stands may be changed.
         batch: on its device.
-        ahead: stand before each dense layer and batch normalisation, so that its parameters may still be changed. If
-            not, stand behind it.
+        outputs: keys of dense layers and batch normalisations, of which we keep what they give.
+
+    Attributes:
+        given: {key of ``outputs``: [copy of what it gave]}, one for each time that it ran.
     """
 
-    def __init__(self, traced: TracedModel, batch: Tensor | Mapping, ahead: bool):
-        self._halts, self._go_on = SimpleQueue(), SimpleQueue()
-        self._late, self._given, self._ended = None, (None, None), False
-        self._thread = Thread(target=self._run, args=(traced, batch, ahead), daemon=True)
+    def __init__(self, traced: TracedModel, batch: Tensor | Mapping, outputs: Collection = ()):
+        self.given = defaultdict(list)
+        self._outputs, self._halts, self._go_on = outputs, SimpleQueue(), SimpleQueue()
+        self._late, self._last, self._ended = None, (None, lambda: None), False
+        self._thread = Thread(target=self._run, args=(traced, batch), daemon=True)
         self._thread.start()
 
     def next(self) -> Halt | None:
@@ -68,14 +71,8 @@ class SteppedPass:
         self._go_on.put(False)
         self._thread.join()
 
-    def _run(self, traced, batch, ahead):
-        tap = ActivationTap(
-            traced,
-            self._pass_on if ahead else self._stand,
-            self._stand,
-            batch_norm=(lambda key, x, y: y) if ahead else self._stand,
-            before=self._stand if ahead else None,
-        )
+    def _run(self, traced, batch):
+        tap = ActivationTap(traced, self._pass_on, self._norm, batch_norm=self._pass_on, before=self._stand)
         try:
             if self._go_on.get():
                 with torch.no_grad(), tap:
@@ -86,17 +83,22 @@ class SteppedPass:
         except BaseException as error:  # of the model: the thread that waits for the next layer raises it
             self._halts.put(error)
 
-    def _stand(self, key, x, y=None):
-        (given, last), self._given = self._given, (None, None)
-        self._halts.put(Halt(key, x, y, given if last is x else None))
+    def _stand(self, key, x):
+        last, y = self._last
+        self._halts.put(Halt(key, x, last if y() is x else None))
         if not self._go_on.get():
             raise _Closed
+
+    def _norm(self, key, x, y):
+        self._stand(key, x)
         return y
 
     def _pass_on(self, key, x, y):
         late, self._late = self._late, None
         y = y if late is None else y + late
-        self._given = key, y
+        if key in self._outputs:
+            self.given[key].append(y.clone())  # the model may change it in place
+        self._last = key, weakref.ref(y)
         return y
 
 

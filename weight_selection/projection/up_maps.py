@@ -7,9 +7,14 @@ before it are final, so we fit this one to what the student really computes:
   for what all layers before it have lost. An activation behind the sum changes nothing about this.               (10)
 - Any other layer restores what the teacher's layer takes, by the up map of (7).
 - A batch normalisation gets the statistics of what it takes, and gives the mean that it should, by (13).
+
+The teacher follows batch by batch, and stands before what it need not run yet. So at most one batch at a time has the
+teacher's hidden units in memory.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,8 +58,20 @@ def fit_up_maps(weights: StudentWeights, skipped: dict, images: Iterable) -> Non
             one.close()
 
 
+class Taught(NamedTuple):
+    """What a layer of the teacher takes and gives; None where no fit needs it."""
+
+    key: str
+    x: Tensor | None
+    y: Tensor | None
+
+
 class _Fit:
-    """Fits a layer when all batches wait before it."""
+    """Fits a layer when all batches wait before it.
+
+    Attributes:
+        takes, gives: keys of the teacher's layers of which we need what they take, or what they give.
+    """
 
     def __init__(self, weights: StudentWeights, sums: dict, skipped: dict):
         self.weights, self.skipped = weights, skipped
@@ -69,8 +86,10 @@ class _Fit:
         self.streams = {one.before: stream_taken(weights.student, one.before) for one in self.sums.values()}
         self.given = {one.before for one in self.sums.values() if one.given}
         self.last = {one.before: key for key, one in self.sums.items()}
-        self.wanted = {self.teacher_keys[key] for key in (*weights.mapped, *self.streams, *self.batch_norms)}
-        self.wanted |= {self.teacher_keys.get(self.sums[key].after) for key in skipped.keys() & self.sums.keys()}
+        takers = self.streams.keys() - self.given | weights.mapped.keys() - self.sums.keys()
+        takers |= {self.sums[key].after for key in skipped.keys() & self.sums.keys()} & self.teacher_keys.keys()
+        self.takes = {self.teacher_keys[key] for key in takers}
+        self.gives = {self.teacher_keys[key] for key in (*self.sums, *self.batch_norms)}
         self._means = {}  # {key of a dense weight that adds to a stream: the mean of what it should give}
         again = (key for key in weights.mapped if self.teacher_keys[key] in weights.stats.again)
         self._again = {key: (Moments(), Moments()) for key in again}
@@ -80,27 +99,29 @@ class _Fit:
         key = halts[0].key
         if not any(key in those for those in (self.streams, self.weights.mapped, self.batch_norms)):
             return False
-        taught = [one.taught(self.teacher_keys[key]) for one in passes]
-        if None in taught:
-            return False  # the teacher's layer did not run, or not as often
+        taught = (one.taught(self.teacher_keys[key]) for one in passes)  # in turn, so that no two hold it
         if key in self.batch_norms:
-            self._fit_batch_norm(key, halts, taught)
-        if key in self.streams:
-            for one, ours, theirs in zip(passes, halts, taught, strict=True):
-                one.streams[key] = self._stream(key, ours, theirs)
-        if key not in self.weights.mapped:
-            return False
+            taught = list(taught)
+            if None not in taught:
+                self._fit_batch_norm(key, halts, taught)
         across, own = self._again.get(key) or (Moments(), Moments())  # of what is wanted with z, and of z alone
         for one, ours, theirs in zip(passes, halts, taught, strict=True):
-            if key in self.sums:
-                z = self.weights.factors(key, ours.x)
-            else:
-                z = self.weights.without_shift(key, rows(self.weights.student, key, ours.x))
-            wanted = self._wanted(key, one, theirs)
-            if len(wanted) != len(z):  # the layer works along another axis than that of its neurons, such as tokens
-                return False
-            across.add(wanted, z)
-            own.add(z, z)
+            if theirs is None:
+                return False  # the teacher's layer did not run, or not as often
+            if key in self.streams:
+                one.streams[key] = self._stream(key, ours, theirs)
+            if key in self.weights.mapped:
+                if key in self.sums:
+                    z = self.weights.factors(key, ours.x)
+                else:
+                    z = self.weights.without_shift(key, rows(self.weights.student, key, ours.x))
+                wanted = self._wanted(key, one, theirs)
+                aligned = len(wanted) == len(z)  # not if the layer works along another axis than that of its neurons
+                if aligned:
+                    across.add(wanted, z)
+                    own.add(z, z)
+        if key not in self.weights.mapped or not aligned:
+            return False
         bias = self.weights.bias_apart(key)
         moments = across.mean[:-1], own.mean
         if key in self.sums:
@@ -140,7 +161,7 @@ class _Fit:
         teacher_key = self.teacher_keys.get(found.after) if key in self.skipped else None
         after = None if teacher_key is None else one.ahead(teacher_key)
         if after is not None:
-            x = rows(self.weights.teacher, after.key, after.x)
+            x = rows(self.weights.teacher, teacher_key, after)
             lost = self.weights.map_stream(self.streams[found.before], x) - is_now - found.constant.to(is_now)
             given = 0
         else:
@@ -160,34 +181,41 @@ class _Pass:
     """
 
     def __init__(self, fit: _Fit, batch: Tensor):
-        self.teacher = SteppedPass(fit.weights.teacher, batch, ahead=False)
-        self.student = SteppedPass(fit.weights.student, batch, ahead=True)
-        self.images = images_in(batch)
-        self.streams, self._wanted, self._kept = {}, fit.wanted, {}
+        self.teacher = SteppedPass(fit.weights.teacher, batch, fit.gives)
+        self.student = SteppedPass(fit.weights.student, batch)
+        self.images, self.streams = images_in(batch), {}
+        self._takes, self._gives = fit.takes, fit.gives
+        self._taken, self._here = defaultdict(list), None  # {key: [what it takes]}; where the teacher stands
 
-    def taught(self, key: str) -> Halt | None:
-        """The next time that the teacher ran this layer; None if it does not do so again."""
-        if self._kept.get(key):
-            return self._kept[key].pop(0)
-        while (halt := self.teacher.next()) is not None:
-            if halt.key == key:
-                return halt
-            self._keep(halt)
-        return None
+    def taught(self, key: str) -> Taught | None:
+        """What the teacher's layer takes and gives the next time that it runs; None if it does not run again."""
+        y = self._next(self.teacher.given, key) if key in self._gives else None
+        x = self._next(self._taken, key) if key in self._takes else None
+        return None if x is None and y is None else Taught(key, x, y)
 
-    def ahead(self, key: str) -> Halt | None:
-        """As ``taught``, but ``taught`` will give the same halt once more."""
-        halt = self.taught(key)
-        if halt is not None:
-            self._keep(halt)
-        return halt
+    def ahead(self, key: str) -> Tensor | None:
+        """What the teacher's layer takes the next time that it runs; ``taught`` will give it once more."""
+        x = self._next(self._taken, key)
+        if x is not None:
+            self._taken[key].insert(0, x)
+        return x
 
     def close(self) -> None:
         """End both passes where they stand."""
         self.teacher.close()
         self.student.close()
 
-    def _keep(self, halt):
-        if halt.key in self._wanted:
-            x, y = (value.clone() for value in (halt.x, halt.y))  # the model may change them in place
-            self._kept.setdefault(halt.key, []).append(Halt(halt.key, x, y))
+    def _next(self, found, key):
+        while not found[key] and self._step():
+            pass
+        return found[key].pop(0) if found[key] else None
+
+    def _step(self):
+        """Let the teacher go on to its next halt. Returns whether there is one."""
+        if waiting := self._taken[self._here]:
+            waiting[-1] = waiting[-1].clone()  # the model may change in place what it showed here
+        halt = self.teacher.next()
+        self._here = None if halt is None else halt.key
+        if self._here in self._takes:
+            self._taken[halt.key].append(halt.x)
+        return halt is not None
