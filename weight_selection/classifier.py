@@ -160,6 +160,9 @@ def fit_classifier(model: nn.Module, batches: Iterable, num_classes: int, classi
         student.load_state_dict(select_weights(teacher, student), strict=False)
         fit_classifier(student, train_loader, num_classes=10)   # images as for testing: no augmentation
 
+    Batch normalisations of selected weights have the teacher's statistics. Before, give them the student's, with
+    PyTorch's ``torch.optim.swa_utils.update_bn(train_loader, student)``.
+
     Args:
         model: any module with a linear classifier; runs in evaluation mode on the device that it is on.
         batches: of (inputs, labels), labels int64 (images,); inputs a tensor, or a dict of keyword arguments. Such a
