@@ -25,15 +25,16 @@ class Layers:
         model: on any device.
         shapes: {key: shape} of its tensors.
         heights: {key of a convolution: height of its output}.
-        patterns: regular expressions of keys that its library knows, as of ``ModelFacts``.
+        patterns, attention_kinds: what its library knows, as of ``ModelFacts``.
 
     Attributes:
         spans: {key: places of the layers' numbers in it, (first character, one after the last)}, outermost first.
         containers: {text before a number, such as "blocks.": {number: {text after it, with a star for the number of
             any layer inside: (shape, height) of the first such tensor}}}.
+        attention: {text before a number: {number: words for the layer's kind of attention}}.
     """
 
-    def __init__(self, model: nn.Module, shapes: dict, heights: dict, patterns: list):
+    def __init__(self, model: nn.Module, shapes: dict, heights: dict, patterns: list, attention_kinds: dict):
         stacks = {f"{name}.{text}".removeprefix(".") for name, text in _stacks(model, bool(patterns))}
         self.spans, self.containers = {}, {}
         for key in shapes:
@@ -44,10 +45,19 @@ class Layers:
                 layers = self.containers.setdefault(key[:start], {})
                 inside = _starred(key, self.spans[key][number + 1 :])[end:]
                 layers.setdefault(int(key[start:end]), {}).setdefault(inside, (shapes[key], heights.get(key)))
+        self.attention = {
+            text: {number: _words(f"{text}{number}", attention_kinds) for number in layers}
+            for text, layers in self.containers.items()
+        }
 
     def starred_key(self, key: str) -> str:
         """A key with a star in place of each layer's number."""
         return _starred(key, self.spans[key])
+
+
+def _words(layer, attention_kinds):
+    """The words for the modules in a layer, in one; "" if there are none."""
+    return "; ".join(word for name, word in attention_kinds.items() if f"{name}.".startswith(f"{layer}."))
 
 
 def _starred(key, spans):
@@ -121,18 +131,22 @@ def teacher_keys(teacher: Layers, student: Layers, method: str, prefixes: tuple 
             teacher_key += key[done:start]
             pair = key[:start], teacher_key
             if pair not in chosen:
-                theirs, ours = teacher.containers.get(teacher_key), student.containers[key[:start]]
-                chosen[pair] = _choose(teacher_key.rstrip("."), theirs, ours, method)
+                chosen[pair] = _choose(teacher, student, teacher_key, key[:start], method)
             teacher_key += str(chosen[pair][int(key[start:end])])
             done = end
         found[key] = teacher_key + key[done:]
     return found
 
 
-def _choose(name, theirs, ours, method):
+def _choose(teacher, student, their_text, our_text, method):
     """{student's layer: teacher's} of one container of layers."""
-    if theirs is None:
+    name, ours = their_text.rstrip("."), student.containers[our_text]
+    if their_text not in teacher.containers:
         raise InputError(f"{name}: the student has layers there, the teacher has none; name a teacher with them")
+    theirs = teacher.containers[their_text]
+    words = teacher.attention[their_text], student.attention[our_text]
+    if set(words[1].values()) <= set(words[0].values()):  # else the student has attention that no layer can stand for
+        theirs, ours = map(_marked, (theirs, ours), words)
     if _pattern(theirs) == _pattern(ours):
         return dict(zip(sorted(ours), sorted(theirs), strict=True))
     large, small = _stages(theirs), _stages(ours)
@@ -150,6 +164,7 @@ def _choose(name, theirs, ours, method):
             needed = _tensors(ours, these[0])
             if len(their_kinds) == len(our_kinds):
                 those = next(left)  # if their tensors differ, the plan says in what
+                those = those if _marks(theirs, those[0]) == _marks(ours, these[0]) else None
             else:
                 fitting = (kind for kind in left if needed <= _tensors(theirs, kind[0]) and len(kind) >= len(these))
                 those = next(fitting, None)
@@ -165,6 +180,15 @@ def _choose(name, theirs, ours, method):
             for index, numbers in zip(layer_indices(method, len(those), len(these)), these, strict=True):
                 chosen.update(zip(numbers, those[index], strict=True))
     return chosen
+
+
+def _marked(layers, words):
+    """Layers whose kind of attention stands among their tensors, with a space before it."""
+    return {number: content | {f" {words[number]}": ((), None)} for number, content in layers.items()}
+
+
+def _marks(layers, numbers):
+    return [rest for number in numbers for rest in layers[number] if rest.startswith(" ")]
 
 
 def _pattern(layers):

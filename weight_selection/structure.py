@@ -100,7 +100,7 @@ def structure_of(
     return ModelStructure(
         facts,
         shapes,
-        Layers(model, shapes, traced.heights, facts.layer_patterns),
+        Layers(model, shapes, traced.heights, facts.layer_patterns, facts.attention_kinds),
         find_groups(traced),
         find_geometry(model, facts.first_convolutions, facts.grid, facts.position_embeddings),
         frozenset(key for key, _ in model.named_parameters(remove_duplicate=False)),

@@ -32,6 +32,8 @@ class ModelFacts:
             one, perhaps on the meta device. None if they are not known.
         layer_patterns: regular expressions of keys, [(pattern, does its number count layers)]. The last bracket of a
             pattern holds the number.
+        attention_kinds: {name of a module: a word for its kind of attention, such as "sliding_attention"}, where the
+            layers of an architecture may differ in it and their tensors do not show it.
         first_convolutions: {key of the weight: convolution}, of those that take the image.
         grid: (height, width) of the grid of patches that position embeddings are of, or None.
         token_heads: names of linear layers whose outputs are tokens, as a language model's head. None: of all linear
@@ -46,6 +48,7 @@ class ModelFacts:
     architecture: Architecture
     inputs: tuple | dict | None = None
     layer_patterns: list = field(default_factory=list)
+    attention_kinds: dict = field(default_factory=dict)
     first_convolutions: dict = field(default_factory=dict)
     grid: tuple | None = None
     token_heads: tuple | None = ()

@@ -20,6 +20,7 @@ from weight_selection.sources.transformers_inputs import example_inputs, image_s
 CLASSIFICATION = r"For(\w*Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)"
 INSIDE_HEADS = r"For((Semantic|Instance|Universal)?Segmentation|ObjectDetection)$"  # whose other modules are selected
 NORM, ATTENTION = r"Norm", r"Attention"  # in the names of classes
+KINDS = ("layer_type", "attention_type", "use_rope")  # attributes of a module that say its kind of attention
 MLP = r"(MLP|Mlp|FFN|FeedForward|Intermediate|Output|LayerFF)$"
 MLP_LAYERS = r"(fc|pwconv|pointwise_conv)\d$"  # in the names of modules; their blocks have no class for the MLP
 POSITIONS = r"(^|\.)(position_embeddings?|embed_positions|wpe)(\.weight)?$"
@@ -45,6 +46,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
             components={component: pattern for component, pattern in components.items() if pattern},
         ),
         inputs=inputs or None,
+        attention_kinds=_attention_kinds(model),
         first_convolutions=first,
         grid=_grid(model.config, convolution) if name else None,
         token_heads=token_heads(model),
@@ -106,6 +108,18 @@ def _components(model):
         elif any(re.search(MLP, cls) for cls in around) or re.search(MLP_LAYERS, name):
             found["mlp"].append(name)
     return {component: keys_inside(names) for component, names in found.items()}
+
+
+def _attention_kinds(model):
+    """{name of a module: its kind of attention}."""
+    found = {}
+    for name, module in model.named_modules():
+        words = [f"{kind} {getattr(module, kind)}" for kind in KINDS if hasattr(module, kind)]
+        if hasattr(module, "sliding_window"):
+            words.append("full" if module.sliding_window is None else "sliding")
+        if words:
+            found[name] = ", ".join(words)
+    return found
 
 
 def _grid(config, convolution):

@@ -92,6 +92,7 @@ MODELS = {
     ),
     "clip": ("CLIPModel", "CLIPConfig", {}, clip, (4, 2), (2, 1), 1),
 }
+KINDS = ["sliding_attention", "full_attention"]
 VARIANTS = {"roberta", "llama_tied", "llama_queries", "gemma", "gemma2"}  # others have all that meets in them
 
 
@@ -131,6 +132,53 @@ def in_double(monkeypatch):
     """Let norms compute in float64. They go to float32 whatever a model's dtype."""
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def decoder(config, layers, **changes):
+    return transformers.AutoModelForCausalLM.from_config(config(**TEXT | llama(2, layers) | changes))
+
+
+def layers_taken(teacher, student, **options):
+    """For each of the student's layers, the number of the teacher's layer that it starts from."""
+    key, weights = "model.layers.{}.mlp.up_proj.weight", select_weights(teacher, student, **options)
+    theirs = [layer.mlp.up_proj.weight for layer in teacher.model.layers]
+    return [
+        next(number for number, weight in enumerate(theirs) if weights[key.format(layer)].equal(weight))
+        for layer in range(student.config.num_hidden_layers)
+    ]
+
+
+@pytest.mark.parametrize("rule", ["first_n", "uniform", "mid_n", "quadratic", "last_n"])
+def test_a_layer_of_sliding_attention_starts_from_its_like_and_so_does_one_of_full_attention(rule):
+    teacher, student = (decoder(transformers.Gemma3TextConfig, layers) for layers in (12, 6))
+    taken = layers_taken(teacher, student, layer_selection=rule)
+    assert [teacher.config.layer_types[number] for number in taken] == student.config.layer_types
+    assert taken[:5] == sorted(set(taken[:5])) and taken[5] in (5, 11), "each sixth layer sees all tokens"
+
+
+def test_a_layer_without_rotations_starts_from_its_like():
+    teacher, student = (decoder(transformers.SmolLM3Config, layers) for layers in (8, 4))  # each fourth is one
+    assert layers_taken(teacher, student, layer_selection="uniform") == [0, 2, 5, 3]
+
+
+def test_attention_that_the_teacher_has_too_rarely_is_refused_and_attention_that_it_has_not_starts_from_any():
+    alternating, full = (decoder(transformers.Gemma2Config, 4, layer_types=t * 2) for t in (KINDS, KINDS[1:] * 2))
+    with pytest.raises(
+        InputError, match=r"teacher's layers are of the kinds 2 \+ 2, student's of 4; give both the sam"
+    ):
+        select_weights(alternating, full)
+    student = decoder(transformers.Gemma2Config, 2)
+    assert layers_taken(full, student, layer_selection="uniform") == [0, 2]
+
+
+def test_kinds_of_attention_in_another_order_are_refused():
+    teacher, student = (
+        decoder(transformers.Gemma2Config, 2 * n, layer_types=KINDS[::s] * n) for n, s in ((2, 1), (1, -1))
+    )
+    with pytest.raises(
+        InputError, match=r"model\.layers: teacher's layers are of the kinds 2 \+ 2, student's of 1 \+ 1"
+    ):
+        select_weights(teacher, student)
 
 
 @pytest.mark.parametrize("name", MODELS)
