@@ -37,7 +37,7 @@ def measure_agreement(teacher: nn.Module, student: nn.Module, images: Tensor | I
         if classes != others:
             raise InputError(f"the teacher has {classes} classes, the student {others}; give both the same")
         same.append(theirs.cpu() == ours.cpu())
-    if not same:
+    if not sum(map(len, same)):
         raise InputError("images: there are none; give some")
     return 100 * torch.cat(same).double().mean().item()
 

@@ -43,6 +43,9 @@ def apply_plan(plan: Plan, weights: Mapping, option: str = "teacher") -> dict:
 
 def checked_weight(key: str, shape: tuple, weight: torch.Tensor | None, option: str) -> torch.Tensor:
     """A teacher's weight; InputError unless it is there, of that shape, of a known kind of numbers and finite."""
+    if weight is not None and (not isinstance(weight, torch.Tensor) or weight.is_meta):
+        kind = "a tensor on the meta device" if isinstance(weight, torch.Tensor) else f"a {type(weight).__name__}"
+        raise InputError(f"{option}: {key} is {kind}; give tensors with values")
     if weight is None or tuple(weight.shape) != shape:
         found = "absent" if weight is None else tuple(weight.shape)
         raise InputError(

@@ -84,7 +84,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 class Kwargs(argparse.Action):
-    """Makes {K: V} of the words ``K=V ...``. V is the Python value that the word is a literal of, or else the text."""
+    """Makes {K: V} of the words ``K=V ...``. V is the Python value that the word is a literal of, or else the text.
+
+    ``true`` and ``false`` are literals too: as texts both would count as true.
+    """
 
     def __call__(self, parser, namespace, values, option_string=None):
         pairs = {}
@@ -93,7 +96,7 @@ class Kwargs(argparse.Action):
             if not equals:
                 parser.error(f"{option_string} {word}: write NAME=VALUE")
             try:
-                pairs[name] = ast.literal_eval(value)
+                pairs[name] = ast.literal_eval(value.title() if value in ("true", "false") else value)
             except (ValueError, SyntaxError):
                 pairs[name] = value
         setattr(namespace, self.dest, pairs)

@@ -187,12 +187,23 @@ def fit_classifier(model: nn.Module, batches: Iterable, num_classes: int, classi
                 raise InputError("batches: one has no labels; give (inputs, labels), or dicts with labels")
             inputs = placed(inputs, like)
             run_forward(model, inputs if isinstance(inputs, dict) else (inputs,))
-            sums.add(caught.pop(), labels.to(like.device))
+            features = caught.pop()
+            _check_labels(labels, len(features), num_classes)
+            sums.add(features, labels.to(like.device))
     if not sums.images:
         raise InputError("batches: no images in them; give a loader of the training images")
     fitted = sums.solve()
     set_classifier(layer, fitted)
     return fitted.summary()
+
+
+def _check_labels(labels, images, classes):
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    if labels.shape != (images,) or not whole or not ((labels >= 0) & (labels < classes)).all():
+        raise InputError(
+            f"batches: labels of {labels.dtype} {tuple(labels.shape)} for {images} images; give each a whole "
+            f"number from 0 to {classes - 1}"
+        )
 
 
 def classifier_layer(model: nn.Module, num_classes: int, name: str | None = None) -> nn.Linear:

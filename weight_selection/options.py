@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from numbers import Integral
 
 from weight_selection.arguments import did_you_mean
 from weight_selection.errors import InputError
@@ -15,6 +16,7 @@ ELEMENT_SELECTION = CONSISTENT + PER_TENSOR
 PROJECTION = ("project", "greedy")  # beyond the paper: weights that are fitted to the teacher's activations
 SEEDED = ("random", "random_inconsistent")  # the rules of ELEMENT_SELECTION that the seed changes
 PARTS, WHOLE = FUSED_QKV = ("parts", "whole")  # of q, k and v: over which uniform selection spreads its indices
+MOST_SEED = 2**63 - 1  # that PyTorch takes
 CALIBRATION_IMAGES = 1024
 HELD_OUT_IMAGES = 64  # drawn beside these, to compare the student with its teacher
 KEEP = "keep"
@@ -74,8 +76,8 @@ class SelectionOptions:
             raise InputError("--include_head_norm: --include_head selects the normalisation too; leave one out")
         if self.include_head and self.classifier is not None:
             raise InputError("--include_head: --classifier says already what is left out; leave one out")
-        if type(self.seed) is not int or self.seed < 0:
-            raise InputError(f"--seed {self.seed}: give a number from 0 up")
+        if not isinstance(self.seed, Integral) or isinstance(self.seed, bool) or not 0 <= self.seed <= MOST_SEED:
+            raise InputError(f"--seed {self.seed}: give a whole number from 0 to {MOST_SEED}")
         self._check_calibration(plan_only)
 
     def _check_calibration(self, plan_only):

@@ -308,5 +308,5 @@ def _check_shapes(teacher, student, key, teacher_key):
     if theirs != ours:
         raise InputError(
             f"--include_head: teacher has {theirs} classes, student {ours} ({key}); give both the same "
-            "(--student_kwargs num_classes=N)"
+            "(--student_kwargs num_classes=N, or num_labels=N of Hugging Face)"
         )

@@ -18,12 +18,12 @@ import torch
 import torch.nn as nn
 
 from weight_selection.apply import apply_plan
-from weight_selection.errors import InputError
+from weight_selection.errors import InputError, printable
 from weight_selection.modules import copy_of, skeleton_of
 from weight_selection.options import SelectionOptions
 from weight_selection.plan import plan_selection
 from weight_selection.sources import names
-from weight_selection.sources.facts import check_classifier, unwrapped
+from weight_selection.sources.facts import check_classifier, library_of, unwrapped
 from weight_selection.sources.teachers import trained_normalization
 from weight_selection.sources.weight_files import under_own_names
 from weight_selection.structure import structure_of
@@ -81,10 +81,11 @@ class Teacher(_Given):
     input_size: int | None = None
 
     def __post_init__(self):
-        if self.weights is not None and not isinstance(self.weights, (Mapping, str, os.PathLike)):
+        named = isinstance(self.weights, Mapping) and all(isinstance(key, str) for key in self.weights)
+        if self.weights is not None and not named and not isinstance(self.weights, (str, os.PathLike)):
             raise InputError(
-                f"{self.weights_option}={self.weights!r:.80}: give a state_dict (names with a tensor each), a file or "
-                "a directory"
+                f"{self.weights_option}={printable(repr(self.weights)):.80}: give a state_dict (names with a tensor "
+                "each), a file or a directory"
             )
         if self.model is None and self.path is not None:
             from weight_selection.sources.timm_names import model_of_checkpoint
@@ -187,7 +188,13 @@ class Selection:
             check_classifier(self.models[1], options.classifier)
         self.student_structure = structure_of(self.skeletons[1], student.called, student.inputs, options.classifier)
         self.teacher_structure = structure_of(self.skeletons[0], teacher.called, teacher.inputs, options.classifier)
-        self.plan = plan_selection(self.teacher_structure, self.student_structure, options)
+        try:
+            self.plan = plan_selection(self.teacher_structure, self.student_structure, options)
+        except InputError as error:
+            libraries = [library_of(model) or "no library that we know" for model in self.models]
+            if libraries[0] == libraries[1]:
+                raise
+            raise InputError(f"{error} (the teacher is of {libraries[0]}, the student of {libraries[1]})") from error
         self.projection = None
         if options.projects:
             from weight_selection.projection.run import Projection
@@ -237,6 +244,8 @@ def _checked_model(model, option):
     """A model without the wrappers that ``unwrapped`` knows."""
     if not isinstance(model, (nn.Module, str)):
         raise InputError(f"{option}={model!r:.80}: give a torch.nn.Module, or the name of a model")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"{option}: is a TorchScript program; give the module that it was made from")
     return model if isinstance(model, str) else unwrapped(model)
 
 

@@ -128,3 +128,8 @@ def test_what_cannot_be_fitted_is_refused(images):
         fit_classifier(net, [(images[0][None], images[1])], CLASSES, classifier="head")
     with pytest.raises(InputError, match="too few"):
         fit_classifier(net, [(images[0][:2], images[1][:2])], CLASSES, classifier="head")
+    for labels in (images[1] + CLASSES, images[1] - 1, images[1].float(), images[1][1:], F.one_hot(images[1])):
+        with pytest.raises(
+            InputError, match=f"^batches: labels of .* give each a whole number from 0 to {CLASSES - 1}"
+        ):
+            fit_classifier(net, [(images[0], labels)], CLASSES, classifier="head")

@@ -102,6 +102,17 @@ def test_weights_that_are_not_the_teachers_are_refused(weights, files):
         select_weights(teacher, student, weights=files["convnext"])
     with pytest.raises(InputError, match="^teacher=nosuch_model: no such model"):
         select_weights("nosuch_model", student)
+    with pytest.raises(InputError, match="^weights: cls_token is a ndarray; give tensors with values"):
+        select_weights(teacher, student, weights={key: value.numpy() for key, value in weights["vit"].items()})
+    with pytest.raises(InputError, match="^weights: cls_token is a tensor on the meta device"):
+        select_weights(teacher, student, weights=teacher.state_dict())
+    with pytest.raises(InputError, match="^weights={0: .*: give a state_dict"):
+        select_weights(teacher, student, weights=dict(enumerate(weights["vit"].values())))
+
+
+def test_a_torchscript_program_is_refused():
+    with pytest.raises(InputError, match="^teacher: is a TorchScript program; give the module that it was made from"):
+        select_weights(torch.jit.trace(mlp(8), torch.zeros(1, 6)), mlp(4))
 
 
 def mlp(width):

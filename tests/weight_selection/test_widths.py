@@ -64,6 +64,12 @@ LLAMA_30B = {  # of its published config.json
             HALF,
             {"embed_dim": 32, "depths": [1, 1, 3, 1], "num_heads": [1, 2, 4, 8]},
         ),
+        (  # OPT and MobileViT
+            {"hidden_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 32, "neck_hidden_sizes": [16, 32]},
+            HALF,
+            None,
+            {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 16, "neck_hidden_sizes": [8, 16]},
+        ),
         ({"d_model": 512, "d_ff": 2048, "num_heads": 8, "d_kv": 64, "n_inner": None}, HALF, None, None),
     ],
 )

@@ -77,13 +77,15 @@ class Projection:
             student.to(next(teacher.parameters()))
             self._fitted = teacher, student = tuple(map(TracedModel.of, (teacher, student), self.structures))
             entries = self.plan.selected | self._classifier
+            rule = self.options.element_selection
             try:
-                return project(entries, teacher, student, self.images, self.options.element_selection, self._classifier)
+                made = project(entries, teacher, student, self.images, rule, self._classifier)
             except torch.OutOfMemoryError as error:
                 raise InputError(
                     f"--calibration: {self.device} has too little memory to hold what all images give in one layer; "
                     f"give fewer images ({error})"
                 ) from error
+        return {key: value.to(weights[entries[key].teacher_key].dtype) for key, value in made.items()}
 
     def agreement(self) -> tuple:
         """How well the student, with its teacher's classifier, agrees with its teacher. Call it after ``weights``.

@@ -9,6 +9,7 @@ import sys
 import warnings
 from dataclasses import is_dataclass
 from functools import partial
+from pathlib import Path
 
 import timm
 import torch
@@ -66,6 +67,10 @@ def check_name(name: str, option: str) -> None:
     known = list(PAPER_MODELS) + timm.list_models()
     near = difflib.get_close_matches(name.split(".")[0], known, n=4, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them all"
+    if Path(name).is_dir():
+        hint = f"write transformers:{name}, or local-dir:{name} of one that timm saved"
+    elif "/" in name:
+        hint = f"write transformers:{name}, or hf-hub:{name} of one that timm saved"
     raise InputError(f"{option} {name}: no such model; {hint}")
 
 

@@ -22,6 +22,7 @@ OLD_NAMES = (
     (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
     (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
 )
+WEIGHTS = ("weights", "weights_backbone")  # arguments of builders that download something
 
 
 def create_model(name: str, *, option: str = "--model", device: str | torch.device = "cpu", **kwargs) -> nn.Module:
@@ -31,7 +32,7 @@ def create_model(name: str, *, option: str = "--model", device: str | torch.devi
         **kwargs: arguments of torchvision's builder.
     """
     builder, weights = _builder(name, option)
-    for key in ("weights", "weights_backbone", "progress"):
+    for key in (*WEIGHTS, "progress"):
         if key in kwargs:
             raise InputError(f"{option} {name}: leave out {key}; name weights as torchvision:NAME.WEIGHTS")
     if weights is not None and "." in name and "num_classes" not in kwargs:
@@ -44,11 +45,12 @@ def create_model(name: str, *, option: str = "--model", device: str | torch.devi
 
 
 def _built(builder, device, kwargs):
+    untrained = {name: None for name in WEIGHTS if name in inspect.signature(builder).parameters}
     try:
         with torch.device(device):
-            return builder(weights=None, **kwargs)
+            return builder(**untrained, **kwargs)
     except NotImplementedError:  # RegNet computes its widths with tensors, which have no values on the meta device
-        return builder(weights=None, **kwargs).to(device)
+        return builder(**untrained, **kwargs).to(device)
 
 
 def arguments_of(name: str, kwargs: dict, option: str) -> dict:

@@ -14,10 +14,13 @@ from weight_selection.errors import InputError
 WIDTHS = {
     "embed_dim", "embed_dims", "dim", "dims", "base_dim", "inner_dim", "hidden_dim", "partial_dim", "channels",
     "widths", "width_list", "init_channels", "initial_chs", "final_chs", "growth_rate", "growth_rates", "d_model",
-    "d_ff", "n_embd", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_size", "hidden_sizes",
-    "intermediate_size", "moe_intermediate_size",
+    "d_ff", "n_embd", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_size", "hidden_sizes",
+    "decoder_hidden_size", "neck_hidden_sizes", "intermediate_size", "moe_intermediate_size",
 }
-ENDS = {"stem_width", "stem_chs", "stem_hidden_dim", "head_widths"}  # scaled with other widths, never alone
+ENDS = {  # scaled with other widths, never alone
+    "stem_width", "stem_chs", "stem_hidden_dim", "head_widths", "embedding_size", "word_embed_proj_dim",
+    "projection_size",
+}
 HEADS = {
     "num_heads", "heads", "num_heads_inner", "num_heads_outer", "attn_pool_num_heads", "num_attention_heads",
     "encoder_attention_heads", "decoder_attention_heads", "n_head", "n_heads",

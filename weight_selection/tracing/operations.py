@@ -73,7 +73,7 @@ def follow(tracer: Tracer, func, out, args: tuple, kwargs: dict) -> None:
     elif name in ALONE or name in TOGETHER:
         dims = (dim + out.ndim - x.ndim for x in tensors for dim in tracer.differs(x))
         tracer.differing[storage(out)] = out, frozenset(dims) & varying(out)
-    if name.endswith("_") and len(tensors) > 1:  # written into
+    if name.endswith("_") and (len(tensors) > 1 or name == "transpose_"):  # written into, or turned
         tracer.uniform.pop(storage(out), None)
         tracer.differing.pop(storage(out), None)
     if not labelled and (name in MOVES or name in KEEP):
@@ -93,6 +93,11 @@ def _tensors(arguments):
 def _move(tracer, func, out, x, *args, **kwargs):
     note_view(tracer, func, out, x)
     return [moved(func, axis, args, kwargs) for axis in tracer.get(x)]
+
+
+def _transpose_in_place(tracer, func, out, x, *dims):
+    """The labels still are those of before."""
+    return [axis.transpose(*dims) for axis in tracer.get(x)]
 
 
 def _keep(tracer, func, out, x, *args, **kwargs):
@@ -257,6 +262,7 @@ def _col2im(tracer, func, out, x, *args):
 RULES = {
     **dict.fromkeys(MOVES, _move),
     **dict.fromkeys(KEEP, _keep),
+    "transpose_": _transpose_in_place,
     **dict.fromkeys(ALONE, _alone),
     **dict.fromkeys((*TOGETHER, "native_layer_norm"), _together),
     **dict.fromkeys(OVER_SPACE, _over_space),

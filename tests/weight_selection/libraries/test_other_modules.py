@@ -65,14 +65,14 @@ class Numbered(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM of two layers; it reads each row of features as a sequence."""
+    """Two layers of an LSTM or a GRU; they read each row of features as a sequence."""
 
-    def __init__(self, width):
+    def __init__(self, kind, width):
         super().__init__()
-        self.lstm, self.head = nn.LSTM(1, width, 2, batch_first=True), nn.Linear(width, 3)
+        self.layers, self.head = kind(1, width, 2, batch_first=True), nn.Linear(width, 3)
 
     def forward(self, x):
-        return self.head(self.lstm(x.unsqueeze(2))[0][:, -1])
+        return self.head(self.layers(x.unsqueeze(2))[0][:, -1])
 
 
 class Causal(nn.Module):
@@ -124,7 +124,8 @@ PAIRS = {  # name: (teacher, student, inputs)
     "mlp": (lambda: MLP(16, 4), lambda: MLP(8, 2), (FEATURES,)),
     "cnn": (lambda: cnn(8), lambda: cnn(4), (SMALL_IMAGES,)),
     "numbered": (lambda: Numbered(16, 3), lambda: Numbered(8, 2), (FEATURES,)),
-    "lstm": (lambda: Recurrent(8), lambda: Recurrent(4), (FEATURES,)),
+    "lstm": (lambda: Recurrent(nn.LSTM, 8), lambda: Recurrent(nn.LSTM, 4), (FEATURES,)),
+    "gru": (lambda: Recurrent(nn.GRU, 8), lambda: Recurrent(nn.GRU, 4), (FEATURES,)),
     "causal": (lambda: Causal(16, 4), lambda: Causal(8, 2), (torch.arange(10).view(2, 5),)),
     "open_clip_tower": (lambda: tower(32, 3), lambda: tower(16, 2), (IMAGES,)),
     "open_clip": (lambda: clip(32, 3), lambda: clip(16, 2), (IMAGES, TOKENS)),

@@ -46,8 +46,9 @@ def test_agreement_is_the_percentage_of_images_of_one_class_in_both():
         measure_agreement(teacher, Scores(0, 1), scores)
     with pytest.raises(InputError, match=r"a Scores gives \(8, 3, 1\), not a score"):
         measure_agreement(teacher, student, [scores[..., None]])
-    with pytest.raises(InputError, match="there are none"):
-        measure_agreement(teacher, student, [])
+    for none in ([], scores[:0]):
+        with pytest.raises(InputError, match="there are none"):
+            measure_agreement(teacher, student, none)
 
 
 def test_agreement_takes_batches_as_loaders_give_them():

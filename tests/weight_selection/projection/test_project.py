@@ -381,6 +381,13 @@ def test_weights_are_the_same_where_the_caller_trains_in_mixed_precision():
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
+def test_weights_have_the_teachers_type():
+    teacher, student = models("vit")
+    for dtype in (torch.bfloat16, torch.float64):
+        made = select_weights(teacher.to(dtype), student, element_selection="project", calibration=images_for(teacher))
+        assert {value.dtype for value in made.values()} == {dtype}
+
+
 def test_a_classifier_that_is_not_there_reads_nothing_and_cannot_be_selected():
     teacher, student = models("vit")
     images = images_for(teacher).float()

@@ -202,6 +202,12 @@ def test_published_weights_of_torchvision_are_named_and_plans_need_none(monkeypa
     }
 
 
+def test_no_weights_of_a_backbone_are_fetched(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    model = names.create_model("torchvision:fcn_resnet50", num_classes=3, device="meta")
+    assert model.classifier[-1].out_channels == 3 and not list(tmp_path.iterdir())
+
+
 def small_densenet():
     return torchvision.models.DenseNet(4, (1, 2), 8, 2, num_classes=3)
 
@@ -256,6 +262,8 @@ def test_weights_of_any_other_module_are_read_under_its_own_names(tmp_path):
             "model.safetensors of the hub's timm/vit_tiny_patch16_224.augreg_in21k (",
         ),
         ("local-dir:nowhere", "no such directory"),
+        ("google/vit", "no such model; write transformers:google/vit, or hf-hub:google/vit of one that timm saved"),
+        ("/", "no such model; write transformers:/, or local-dir:/ of one that timm saved"),
         ("torchvision:resnt34", "torchvision has no such model; did you mean resnet34"),
         ("torchvision:resnet34.V9", "resnet34 has no weights V9; it has IMAGENET1K_V1, DEFAULT"),
     ],
