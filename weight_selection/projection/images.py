@@ -250,8 +250,8 @@ def check_batches(images: Iterable, inputs: tuple | dict, count: int | None, sid
     """Check images, or other inputs, that the caller gives as tensors, and return them in batches.
 
     Args:
-        images: a tensor (n, channels, height, width), or (n, tokens) of ids for a model that takes these; or an
-            iterable, such as a loader, of what ``inputs_in`` takes.
+        images: a tensor (n, channels, height, width), or another for a model that takes only this; or an iterable, such
+            as a loader, of what ``inputs_in`` takes.
         inputs: example inputs of the student.
         count, side: must be None, since all batches are taken as they are.
 
@@ -266,18 +266,20 @@ def check_batches(images: Iterable, inputs: tuple | dict, count: int | None, sid
     if not hasattr(images, "__iter__") or iter(images) is images:
         raise InputError(f"calibration: a {type(images).__name__} cannot be gone through three times; give a list")
     batches = LoadedInputs(images)
-    first = inputs_in(next(iter(images), None), "calibration")
+    if (first := next(iter(images), None)) is None:
+        raise InputError("calibration: holds no batches; give some")
+    first = inputs_in(first, "calibration")
     if isinstance(first, Mapping):
         return batches
     size = image_shape(inputs)
-    if size is None and _are_ids(first, inputs):
+    if size is None and _is_enough(first, inputs):
         return batches
     if size is None:
         named = inputs.items() if isinstance(inputs, dict) else {"NAME": first}.items()
         names = ", ".join(f'"{name}": tensor' for name, value in named if isinstance(value, torch.Tensor))
         raise InputError(
-            "calibration: the model takes more than images; give batches that are dicts, with the names of its "
-            f"forward's arguments: {{{names}}}"
+            f"calibration: the model takes more than a tensor like {tuple(first.shape)}; give batches that are dicts, "
+            f"with the names of its forward's arguments: {{{names}}}"
         )
     channels = size[1]
     if not first.is_floating_point() or first.ndim != 4 or not len(first):
@@ -288,10 +290,10 @@ def check_batches(images: Iterable, inputs: tuple | dict, count: int | None, sid
     return batches
 
 
-def _are_ids(batch, inputs):
-    """Whether a batch is of ids, and a model takes ids and no more: others of its inputs have names, and a default."""
-    count = len(_tensors_in(inputs)) if isinstance(inputs, tuple) else 1
-    return count == 1 and not batch.is_floating_point() and place_of(inputs, batch) is not None
+def _is_enough(batch, inputs):
+    """Whether a model needs no more than a batch: beside ids, inputs that have names have defaults too."""
+    alone = len(_tensors_in(inputs)) == 1 or isinstance(inputs, dict) and not batch.is_floating_point()
+    return alone and place_of(inputs, batch) is not None
 
 
 def _alike(batch, other):

@@ -311,7 +311,7 @@ def test_without_a_count_all_images_of_a_small_directory_are_taken(cli, command,
         ),
         (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), "not torch.uint8"),
         ([(torch.zeros(4, 3, 32, 32), 0)], "not tuple"),
-        ([], "not NoneType"),
+        ([], "holds no batches; give some"),
         (torch.zeros(4, 3, 20, 20), "the student cannot take 20 x 20 pixels"),
         (iter([torch.zeros(4, 3, 32, 32)]), "a list_iterator cannot be gone through three times; give a list"),
     ],
@@ -351,23 +351,41 @@ def test_batches_are_taken_as_loaders_give_them():
         greedy(calibration=[{"text": ["a"]}])
 
 
-def test_inputs_other_than_images_are_given_by_name():
-    layers = [torch.nn.Sequential(torch.nn.Linear(6, width), torch.nn.Linear(width, 3)) for width in (8, 4)]
-    greedy = partial(select_weights, *layers, element_selection="greedy", example_inputs=torch.zeros(1, 6))
-    with pytest.raises(InputError, match=r"takes more than images; give .* the names of its forward's arguments"):
-        greedy(calibration=torch.randn(16, 6))
-    assert "1.weight" in greedy(calibration=[{"input": torch.randn(16, 6)}])
+class Sum(torch.nn.Module):
+    """It takes two tensors."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(6, width), torch.nn.Linear(width, 3)
+
+    def forward(self, x, y):
+        return self.last(self.first(x + y))
 
 
-def test_ids_need_no_name_where_the_model_takes_nothing_else():
+def test_several_inputs_are_given_by_name():
+    x = torch.randn(16, 6)
+    greedy = partial(select_weights, Sum(8), Sum(4), element_selection="greedy", example_inputs=(x[:1], x[:1]))
+    with pytest.raises(
+        InputError, match=r"more than a tensor like \(16, 6\); give .* names of its forward's arguments"
+    ):
+        greedy(calibration=x)
+    assert "last.weight" in greedy(calibration=[{"x": x, "y": x}])
+
+
+@pytest.mark.parametrize("first", [partial(torch.nn.Embedding, 9), partial(torch.nn.Linear, 4)])
+def test_an_input_needs_no_name_where_the_model_takes_nothing_else(first):
     ids = torch.randint(0, 9, (16, 4))
-    layers = [torch.nn.Sequential(torch.nn.Embedding(9, width), torch.nn.Linear(width, 3)) for width in (8, 4)]
-    greedy = partial(select_weights, *layers, element_selection="greedy", example_inputs=ids[:1])
-    expected = greedy(calibration=[{"input": ids}])
-    for batches in ([ids], [(ids, torch.arange(16))], ids):
+    inputs = ids if first.func is torch.nn.Embedding else ids.float()
+    layers = [torch.nn.Sequential(first(width), torch.nn.Linear(width, 3)) for width in (8, 4)]
+    greedy = partial(select_weights, *layers, element_selection="greedy", example_inputs=inputs[:1])
+    expected = greedy(calibration=[{"input": inputs}])
+    for batches in ([inputs], [(inputs, torch.arange(16))], inputs):
         assert_same(greedy(calibration=batches), expected)
-    with pytest.raises(InputError, match=r"the student cannot take batches of \(16, 4\); give what its forward takes"):
-        greedy(calibration=ids + 9)
+    if inputs is ids:
+        with pytest.raises(
+            InputError, match=r"the student cannot take batches of \(16, 4\); give what its forward takes"
+        ):
+            greedy(calibration=ids + 9)
 
 
 def test_an_image_that_cannot_be_read_is_named(cli, command, tmp_path):
