@@ -146,7 +146,8 @@ def restore(options: Options, state: TrainState, content: dict, origin: str, tra
     In an evaluation the optimiser and the loss scaler stay as they are, and ``train_images`` is None.
 
     Raises:
-        InputError: the checkpoint belongs to another model, optimiser, number of epochs or number of images.
+        InputError: the checkpoint belongs to another model, optimiser, number of epochs or number of images, or was
+            written within an epoch of another total batch.
     """
     progress = RunProgress.from_checkpoint(content, origin)
     if not -1 <= progress.epoch < options.epochs and not options.eval:
@@ -162,12 +163,14 @@ def restore(options: Options, state: TrainState, content: dict, origin: str, tra
         if state.scaler.is_enabled() and content["scaler"]:
             _load_scaler(state.scaler, content["scaler"], origin)
     if progress.partial is not None:
-        progress.partial = _restore_partial(options, state, progress, train_images, origin)
+        progress.partial = _restore_partial(options, state, progress, train_images, content["args"], origin)
+    if state.ema is None:
+        progress.last_ema = progress.best_ema = None  # of weights that do not train on
     progress.train_images = train_images
     return progress
 
 
-def _restore_partial(options, state, progress, train_images, origin) -> EpochSums:
+def _restore_partial(options, state, progress, train_images, args, origin) -> EpochSums:
     """Check that this run can go on within the epoch, and load this process's statistics of the moving average."""
     partial = progress.partial
     if progress.train_images != train_images and not options.eval:
@@ -175,6 +178,9 @@ def _restore_partial(options, state, progress, train_images, origin) -> EpochSum
             f"{origin}: written within an epoch of {progress.train_images} images, now there are "
             f"{train_images}; restore them, or start anew"
         )
+    total = options.total_batch_size
+    if args.get("total_batch_size", total) != total and not options.eval:
+        raise refusal(origin, f"written within an epoch of --total_batch_size {args['total_batch_size']}, not {total}")
     if not 0 < partial.step <= state.steps_per_epoch and not options.eval:
         raise refusal(origin, f"written after {partial.step} of {state.steps_per_epoch} steps")
     if state.ema is not None and len(partial.statistics) == state.world_size:

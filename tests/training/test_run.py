@@ -448,6 +448,11 @@ def test_checkpoint_is_continued_in_a_directory_of_its_own(train, interrupted, t
     assert read_results(tmp_path / "second")["last"] == read_results(tmp_path / "first")["last"]
 
 
+def test_moving_average_that_is_not_kept_on_has_no_results(finished, train, tmp_path):
+    train(f"--epochs 5 --resume {finished}/run/checkpoint-3.pth --output_dir {tmp_path}")
+    assert read_results(tmp_path).keys() & {"best", "last", "best_ema", "last_ema"} == {"best", "last"}
+
+
 def test_checkpoint_of_one_run_is_not_continued_into_the_log_of_another(train, tmp_path):
     for name, lr in (("first", "1e-3"), ("second", "2e-3")):
         train(f"--lr {lr} --output_dir", tmp_path / name)
