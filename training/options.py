@@ -242,13 +242,13 @@ TABLE = {  # the rows, by their group in --help
         Option("cache_images", bool, False, "decode all images at the start and keep them in memory", **NEUTRAL),
         Option("pin_mem", bool, True, "load batches into memory that a GPU copies from faster", **NEUTRAL),
         Option("skip_bad_images", int, 0, "replace up to N damaged training images", metavar="N", ranges=FROM_0,
-               **FREE),
+               needs=(TRAINING,), **FREE),
     ),
     "run": (
         Option("output_dir", str, None,
                "directory of the run, or with --eval of the report; without it nothing is written", metavar="DIR",
                **NEUTRAL),
-        Option("log_dir", str, None, "directory of a TensorBoard log", metavar="DIR", **NEUTRAL),
+        Option("log_dir", str, None, "directory of a TensorBoard log", metavar="DIR", needs=(TRAINING,), **NEUTRAL),
         Option("device", str, None, "where to compute; when not given, cuda if there is one", choices=("cuda", "cpu"),
                **FREE),
         Option("seed", int, 0, "seed of all random numbers", ranges=FROM_0),
@@ -274,14 +274,15 @@ TABLE = {  # the rows, by their group in --help
         Option("auto_resume", bool, True, "continue the run that --output_dir holds", **NEUTRAL),
         Option("overwrite", bool, False, "replace the run, or with --eval the report, that --output_dir holds",
                needs=(OUTPUT,), **NEUTRAL),
-        Option("save_ckpt", bool, True, "write checkpoints", needs=(OUTPUT,), **NEUTRAL),
+        Option("save_ckpt", bool, True, "write checkpoints", needs=(TRAINING, OUTPUT), **NEUTRAL),
         Option("save_ckpt_freq", int, 1, "epochs from one checkpoint to the next", metavar="EPOCHS", ranges=FROM_1,
-               needs=(OUTPUT, CHECKPOINTS), **NEUTRAL),
+               needs=(TRAINING, OUTPUT, CHECKPOINTS), **NEUTRAL),
         Option("save_ckpt_steps", int, None, "checkpoints within an epoch too, every so many steps", metavar="STEPS",
-               ranges=ABOVE_0, needs=(OUTPUT, CHECKPOINTS), **NEUTRAL),
+               ranges=ABOVE_0, needs=(TRAINING, OUTPUT, CHECKPOINTS), **NEUTRAL),
         Option("save_ckpt_num", int, 3, "checkpoints to keep, of those after an epoch and likewise of those within one",
-               ranges=FROM_1, needs=(OUTPUT, CHECKPOINTS), **NEUTRAL),
-        Option("start_epoch", int, 0, "first epoch, counted from 0; a checkpoint sets its own", ranges=FROM_0, **FREE),
+               ranges=FROM_1, needs=(TRAINING, OUTPUT, CHECKPOINTS), **NEUTRAL),
+        Option("start_epoch", int, 0, "first epoch, counted from 0; a checkpoint sets its own", ranges=FROM_0,
+               needs=(TRAINING,), **FREE),
         Option("enable_wandb", bool, False, "log to Weights & Biases", **NEUTRAL),
         Option("project", str, "weight-selection", "project of Weights & Biases", needs=(WANDB,), **NEUTRAL),
         Option("wandb_ckpt", bool, False, "upload the last checkpoint to Weights & Biases",
@@ -468,6 +469,8 @@ def check_together(args: Options) -> None:
         raise InputError(f"--warmup_epochs {args.warmup_epochs}: longer than --epochs {args.epochs}; lower it")
     if args.start_epoch >= args.epochs:
         raise InputError(f"--start_epoch {args.start_epoch}: must be less than --epochs {args.epochs}")
+    if args.min_lr > args.lr:
+        raise InputError(f"--min_lr {args.min_lr}: above --lr {args.lr}, where the cosine begins; lower it")
     if args.cutmix_minmax is not None:
         low, high = (int(args.input_size * share) for share in args.cutmix_minmax)
         if low == high:  # timm draws a whole number of pixels from low to high - 1

@@ -46,7 +46,7 @@ def run(options: Options, launch: Launch, device: torch.device, default_warmup: 
     new_directories = without_empty_directories(options.output_dir, options.log_dir)
     with StopCoordinator(options.timeout) as stop_coordinator, new_directories:
         data = open_data(options)
-        if options.log_dir:
+        if options.log_dir and not options.eval:
             check_writable(options.log_dir, "--log_dir")
         if options.enable_wandb and not options.eval:
             main_only(check_wandb)

@@ -7,7 +7,7 @@ from helpers import read_checkpoint, read_results
 
 
 def test_training_starts_from_the_fitted_classifier_and_records_it(train, interrupted, tmp_path, capsys):
-    words = "--classifier_init ridge --model_ema true --lr 1e-9 --mixup 0 --cutmix 0"
+    words = "--classifier_init ridge --model_ema true --lr 1e-9 --min_lr 0 --mixup 0 --cutmix 0"
     train(words, f"--output_dir {tmp_path / 'whole'}")
     assert "classifier fitted to the training images: ridge" in capsys.readouterr().out
     results = read_results(tmp_path / "whole")
@@ -30,7 +30,7 @@ def test_the_classifier_suits_batch_normalisations_in_training(train, tmp_path):
             value.copy_(torch.rand_like(value).mul(6).sub(3).exp())
     torch.save(state, tmp_path / "first.pth")
     model = f"--model test_resnet --model_kwargs in_chans=3 --finetune {tmp_path / 'first.pth'} --classifier_init ridge"
-    words = "--epochs 1 --lr 1e-9 --mixup 0 --cutmix 0 --model_ema true --model_ema_eval true"
+    words = "--epochs 1 --lr 1e-9 --min_lr 0 --mixup 0 --cutmix 0 --model_ema true --model_ema_eval true"
     train(model, words, f"--output_dir {tmp_path / 'run'}")
     results = read_results(tmp_path / "run")
     assert results["last"]["acc1"] > 80 and results["last_ema"]["acc1"] > 80

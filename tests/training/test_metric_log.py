@@ -44,7 +44,9 @@ def test_class_acc_is_the_share_of_training_images_that_are_right(train, image_f
             f" --teacher vit_tiny --teacher_path {tmp_path}/teacher.pth --teacher_kwargs {' '.join(words(size))}"
         )
     same_images += f" --distillation {distillation}"
-    train(f"{same_images} {folders} --epochs 1 --lr 0 --batch_size 8 --update_freq 2 --output_dir {tmp_path}")
+    train(
+        f"{same_images} {folders} --epochs 1 --lr 0 --min_lr 0 --batch_size 8 --update_freq 2 --output_dir {tmp_path}"
+    )
     (row,) = read_log(tmp_path)
     assert 0 < row["train_class_acc"] < 1
     assert 100 * row["train_class_acc"] == pytest.approx(row["test_acc1"])

@@ -51,7 +51,9 @@ def test_defaults_are_accepted_and_are_those_of_the_parser():
 UNMET = [
     ("", "--model_ema false", "model_ema_decay model_ema_force_cpu model_ema_eval"),
     ("", "--use_amp false", "amp_dtype"),
-    ("--eval true --finetune x", "--eval true", "compile classifier_init"),
+    ("--eval true --finetune x", "--eval true",
+     "compile classifier_init log_dir skip_bad_images start_epoch save_ckpt save_ckpt_freq save_ckpt_steps "
+     "save_ckpt_num"),
     ("--weight_decay 0", "--weight_decay 0", "weight_decay_end"),
     ("--mixup 0 --cutmix 0", "--mixup 0 --cutmix 0", "mixup_prob mixup_switch_prob mixup_mode"),
     ("--cutmix_minmax 0.2 0.8", "--cutmix_minmax", "cutmix"),

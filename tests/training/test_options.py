@@ -220,6 +220,7 @@ def test_option_without_effect_is_refused(refused, option):
         ("--eval true", "--eval true"),
         ("--eval true --resume a.pth --initialize b.pth", "--initialize b.pth: give it or --resume"),
         ("--overwrite true --output_dir x --resume y.pth", "--overwrite true"),
+        ("--lr 1e-3 --min_lr 2e-3", "--min_lr 0.002: above --lr 0.001"),
     ],
 )
 def test_options_that_contradict_each_other(refused, options, named):

@@ -35,7 +35,7 @@ def completed(*options):
 def test_directory_of_a_run_is_its_best_checkpoint_and_images_may_lie_a_level_higher(train, image_folder, tmp_path):
     train("--epochs 1 --output_dir", tmp_path / "first")
     below = ["--data_path", image_folder / "train", "--output_dir", tmp_path / "b"]
-    train("--epochs 1 --lr 0 --finetune", tmp_path / "first", *below)
+    train("--epochs 1 --lr 0 --min_lr 0 --finetune", tmp_path / "first", *below)
     best = tmp_path / "first" / "checkpoint-best.pth"
     assert read_results(tmp_path / "b")["args"]["finetune"] == str(best)
 
