@@ -31,6 +31,8 @@ def create_optimizer(
         info = get_optimizer_info(args.opt)
     except ValueError as error:
         raise InputError(f"--opt {args.opt}: timm has no such optimiser; try adamw, sgd, lamb, lars") from error
+    if info.second_order:
+        raise InputError(f"--opt {args.opt}: needs second derivatives, which main.py does not compute; try adamw")
     kwargs = {"momentum": args.momentum} if info.has_momentum else {}
     if info.has_eps and args.opt_eps is not None:
         kwargs["eps"] = args.opt_eps
@@ -47,7 +49,7 @@ def create_optimizer(
         rates["layer_decay"] = args.layer_decay
     try:
         optimizer = create_optimizer_v2(parameters, args.opt, **rates, **kwargs)
-    except ValueError as error:  # such as Nesterov's momentum of 0
+    except (ValueError, AssertionError) as error:  # such as Nesterov's momentum of 0, or no GPU
         raise InputError(f"--opt {args.opt}: cannot be made with {describe(kwargs)}: {error}") from error
     if projector is not None:
         for group in param_groups_weight_decay(projector, args.weight_decay):

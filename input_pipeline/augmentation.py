@@ -144,11 +144,13 @@ class Augmentation:
 
     def _random_frame(self, height, width):
         """Training: a random box, resized to the whole result. Returns a ``resizing.Crop`` up to its ``cubic``."""
-        box = self._crop.get_params(_BLANK.expand(height, width), self._crop.scale, self._crop.ratio)
+        top, left, *box = self._crop.get_params(_BLANK.expand(height, width), self._crop.scale, self._crop.ratio)
+        tall, wide = (max(1, side) for side in box)  # of small images timm may draw boxes of no pixel
         kernel = self._crop.interpolation
         if isinstance(kernel, tuple):
             kernel = random.choice(kernel)
-        return *box, self.size, self.size, 0, 0, kernel is InterpolationMode.BICUBIC
+        place = min(top, height - 1), min(left, width - 1)
+        return *place, tall, wide, self.size, self.size, 0, 0, kernel is InterpolationMode.BICUBIC
 
     def _central_frame(self, height, width):
         """The test: the whole image, resized, and the centre of that. Returns the same."""

@@ -74,6 +74,8 @@ def test_an_optimiser_that_cannot_be_made_is_refused():
     model = create_model("vit_tiny", device="meta")
     with pytest.raises(InputError, match="--opt sgd: cannot be made with momentum 0: Nesterov"):
         create_optimizer(model, parse_args(["--opt", "sgd", "--momentum", "0"]))
+    with pytest.raises(InputError, match="--opt adahessian: needs second derivatives"):
+        create_optimizer(model, parse_args(["--opt", "adahessian"]))
 
 
 def small_state(family, words):

@@ -1,5 +1,6 @@
 """What a run needs before it trains: complete options, the device, the images, the model and the state of training."""
 
+import copy
 import inspect
 import os
 from dataclasses import dataclass
@@ -180,11 +181,12 @@ def build_model(options: Options, classes: int) -> nn.Module:
             f"--layer_scale_init_value: is ConvNeXt's; for {options.model} use --model_kwargs init_values=VALUE"
         )
     model = create_model(options.model, input_size=options.input_size, **kwargs)
-    check_input_size(model, options.input_size, options.model)
+    check_input_size(model, options.input_size, f"--model {options.model}")
     initialize(model, options.init)
     if options.head_init_scale != 1:
+        classifier = model.get_classifier()  # a distilled DeiT has two
         with torch.no_grad():
-            for parameter in model.get_classifier().parameters():
+            for parameter in nn.ModuleList(classifier if isinstance(classifier, tuple) else [classifier]).parameters():
                 parameter.mul_(options.head_init_scale)
     if options.initialize:
         keys = NESTED if options.model_key == OPTIONS["model_key"].default else options.model_key.split("|")
@@ -196,7 +198,21 @@ def build_model(options: Options, classes: int) -> nn.Module:
         print_main(f"fine-tuning {options.finetune}; random: {', '.join(kept) or 'nothing'}")
     if options.linear_probe:
         make_linear_probe(model, options.model)
+    if options.batch_size == 1 and not options.eval:
+        _check_single_image(model, options)
     return model
+
+
+def _check_single_image(model, options):
+    """Refuse a micro-batch of one image, if a batch normalisation cannot train on it."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(model).train()(torch.zeros(1, 3, options.input_size, options.input_size))
+    except ValueError as error:
+        raise InputError(
+            f"--batch_size 1: {options.model} has a batch normalisation, which cannot train on one image; "
+            "give 2 or more, and a --total_batch_size that this divides"
+        ) from error
 
 
 def _takes(model, name):

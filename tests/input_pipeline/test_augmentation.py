@@ -199,6 +199,12 @@ EVAL = [
 ]
 
 
+def test_a_random_box_has_a_pixel_at_least():
+    augmentation = Augmentation(transform_of("--input_size 16 --scale 0.0001 0.0001"))
+    for top, left, height, width, *_ in (augmentation.draw(8, 8).crop for _ in range(50)):
+        assert height == width == 1 and top < 8 and left < 8
+
+
 def states():
     return random.getstate(), [str(part) for part in np.random.get_state()]
 

@@ -120,6 +120,13 @@ def test_a_model_without_drop_path_trains_unless_the_option_asks_for_it():
         build_model(parse_args([*words, "0.1"]), classes=3)
 
 
+def test_both_classifiers_of_a_distilled_model_are_scaled():
+    words = "--model deit_tiny_distilled_patch16_224 --model_kwargs embed_dim=24 depth=1 num_heads=2 --head_init_scale"
+    whole, tenth = (build_model(parse_args([*words.split(), scale]), classes=3) for scale in ("1", "0.1"))
+    for head in ("head", "head_dist"):
+        assert torch.equal(tenth.get_submodule(head).weight, 0.1 * whole.get_submodule(head).weight)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Initialisations
 

@@ -112,6 +112,17 @@ def test_model_kwargs_that_timm_does_not_take_are_refused(refused):
     assert refused("--model_kwargs embed_dimension=32").startswith("--model vit_tiny: timm cannot build it")
 
 
+def test_model_that_gives_no_vector_for_an_image_is_refused(refused):
+    words = "--model_kwargs embed_dim=32 depth=1 num_heads=2 patch_size=4 global_pool="
+    assert refused(words) == "--model vit_tiny: does not give one vector for an image; change its arguments"
+
+
+@pytest.mark.parametrize("options", ["--linear_probe true", "--model test_resnet --model_kwargs in_chans=3"])
+def test_batch_normalisation_of_single_images_is_refused(refused, options):
+    message = refused(f"{options} --batch_size 1 --total_batch_size 16 --mixup 0 --cutmix 0")
+    assert message.startswith("--batch_size 1: ") and "has a batch normalisation" in message
+
+
 def test_input_size_that_leaves_nothing_for_the_last_stage_is_refused(refused):
     assert "--input_size 16" in refused("--model convnext_femto --model_kwargs dims=(8,8,8,8) --input_size 16")
 

@@ -239,12 +239,17 @@ class _Unfilled(TorchFunctionMode):
 
 
 def check_input_size(model: nn.Module, input_size: int, name: str) -> None:
-    """Raise InputError unless a model, then in evaluation mode, takes square images of that side in pixels."""
+    """Raise InputError unless a model takes square images of that side in pixels, and gives a vector for each.
+
+    It is in evaluation mode then. ``name`` begins with the option that names it.
+    """
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, input_size, input_size))
+            outputs = model.eval()(torch.zeros(1, 3, input_size, input_size))
     except (RuntimeError, AssertionError, ValueError) as error:  # too small for the last stage, no multiple of a patch
         raise InputError(f"--input_size {input_size}: {name} cannot take it: {error}") from error
+    if getattr(outputs, "ndim", None) != 2:
+        raise InputError(f"{name}: does not give one vector for an image; change its arguments")
 
 
 # ---------------------------------------------------------------------------------------------------------
