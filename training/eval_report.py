@@ -66,14 +66,22 @@ class EvalReport:
             metrics: of ``engine.evaluate``.
 
         Raises:
-            InputError: the disk is full.
+            InputError: the disk is full; no part of the report is left.
         """
         mine = [torch.cat(values) for values in zip(*self.batches, strict=True)] if self.batches else None
         if self.options.dist_eval:
             parts = [part for part in self.state.stop_coordinator.gather_objects(mine) if part is not None]
         else:
             parts = [mine]
-        main_only(self._write, metrics, parts)
+        main_only(self._write_all_or_nothing, metrics, parts)
+
+    def _write_all_or_nothing(self, metrics, parts):
+        try:
+            self._write(metrics, parts)
+        except InputError:
+            for name in FILES:  # or the same command would find a report
+                (self.directory / name).unlink(missing_ok=True)
+            raise
 
     def _write(self, metrics, parts):
         processes = len(parts)

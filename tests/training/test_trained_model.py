@@ -2,6 +2,7 @@
 
 import csv
 import json
+import resource
 import shutil
 
 import numpy as np
@@ -151,6 +152,17 @@ def test_a_report_agrees_with_the_evaluation(run, report, cli):
         Image.open(directory / name).verify()
     words = ["--eval", "true", "--resume", run, "--output_dir", directory, "--num_workers", "0"]
     assert "holds a report (report.json)" in cli(main.main, *words)
+
+
+def test_a_report_that_a_full_disk_ends_leaves_no_part_of_itself(run, tmp_path, cli):
+    words = ["--eval", "true", "--resume", run, "--output_dir", tmp_path, "--num_workers", "0", "--device", "cpu"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # as much as tables need, and figures do not fit in
+    try:
+        message = cli(main.main, *words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert message.startswith(f"cannot write {tmp_path}/confusion.png: ") and not list(tmp_path.iterdir())
 
 
 def test_predictions_are_those_of_the_evaluation(run, report, capsys, image_folder):
