@@ -260,9 +260,9 @@ def _open_class_folders(args, data_set, train):
     roots = [Path(args.data_path) / "train", Path(args.data_path) / "val"]
     if args.eval_data_path is not None:
         roots = [Path(args.data_path), Path(args.eval_data_path)]
-    root = roots[not train]
+    root, option = roots[not train], "--data_path" if train or args.eval_data_path is None else "--eval_data_path"
     if args.eval_data_path is not None:
-        check_directory(root, "--data_path" if train else "--eval_data_path", "name the one that holds CLASS/IMAGE")
+        check_directory(root, option, "name the one that holds CLASS/IMAGE")
     if not root.is_dir():
         raise InputError(
             f"--data_path: no directory {root}; {args.data_set} needs {data_set.layout}, or --eval_data_path"
@@ -270,7 +270,7 @@ def _open_class_folders(args, data_set, train):
     try:
         dataset = data_set.build(root, None, to_pixels, None)
     except FileNotFoundError as error:  # torchvision raises it if there are no class folders, or empty ones
-        raise InputError(f"--data_path: {root} must hold class folders with images in them: {error}") from error
+        raise InputError(f"{option}: {root} must hold class folders with images in them: {error}") from error
     if train and len(dataset.classes) == 1:
         raise InputError(
             f"--data_path {args.data_path}: {root} has one class folder only, {dataset.classes[0]}; give two or more"
@@ -278,9 +278,8 @@ def _open_class_folders(args, data_set, train):
     if not train and not args.eval:
         training_classes = [path.name for path in roots[0].iterdir() if path.is_dir()]
         if odd := sorted({*dataset.classes} ^ {*training_classes}):
-            raise InputError(
-                f"--data_path {args.data_path}: class folder {odd[0]} is in only one of {roots[0]} and {roots[1]}"
-            )
+            given = args.eval_data_path or args.data_path
+            raise InputError(f"{option} {given}: class folder {odd[0]} is in only one of {roots[0]} and {roots[1]}")
     return dataset
 
 

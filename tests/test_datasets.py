@@ -292,6 +292,17 @@ def test_eval_data_path_that_is_not_there_is_named(folders):
         build_dataset(args, train=True)
 
 
+def test_classes_of_eval_data_path_that_do_not_fit_are_refused_by_its_name(folders):
+    args = options(f"--data_set image_folder --eval_data_path {folders}/val", folders / "train")
+    for path in (folders / "val" / "green").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match=f"^--eval_data_path: {folders}/val must hold class folders"):
+        build_dataset(args, train=False)
+    (folders / "val" / "green").rmdir()
+    with pytest.raises(InputError, match=f"^--eval_data_path {folders}/val: class folder green is in only one"):
+        build_dataset(args, train=False)
+
+
 def test_a_single_class_folder_is_refused(folders):
     for part in ("train", "val"):
         for name in ("green", "red"):

@@ -11,6 +11,7 @@ from training.options import Options
 from training.setup import RunData
 from utils import describe, print_main
 from weight_selection.classifier import RidgeSums, classifier_layer, features_of, set_classifier
+from weight_selection.errors import InputError
 from weight_selection.modules import evaluating
 
 SETTLING_IMAGES = 1024
@@ -29,7 +30,11 @@ def fit_first_classifier(options: Options, state: TrainState, data: RunData) -> 
         InputError: the classifier is not a single linear layer.
         RunError: an image cannot be read.
     """
-    layer = classifier_layer(state.model, data.classes)
+    try:
+        layer = classifier_layer(state.model, data.classes)
+    except InputError as error:
+        named = f"--classifier_init ridge: the classifier of {options.model} is not a single linear layer"
+        raise InputError(f"{named}; leave it out") from error
     share = state.rank, state.world_size
     sums, bad_images = RidgeSums(data.classes, *share), BadImages(options.skip_bad_images, state.stop_coordinator)
 

@@ -1,9 +1,11 @@
 """``main.py --classifier_init ridge``: a run starts from a classifier that suits the features of its training."""
 
+import pytest
 import timm
 import torch
 
 from helpers import read_checkpoint, read_results
+from weight_selection.errors import InputError
 
 
 def test_training_starts_from_the_fitted_classifier_and_records_it(train, interrupted, tmp_path, capsys):
@@ -19,6 +21,14 @@ def test_training_starts_from_the_fitted_classifier_and_records_it(train, interr
     ours, theirs = (read_checkpoint(tmp_path / name, "best") for name in ("halted", "whole"))
     assert torch.equal(ours["model"]["head.weight"], theirs["model"]["head.weight"])
     torch.testing.assert_close(ours["model_ema"]["head.weight"], ours["model"]["head.weight"], atol=1e-5, rtol=1e-3)
+
+
+def test_a_model_with_two_classifiers_is_refused(train, tmp_path):
+    model = "--model deit_tiny_distilled_patch16_224 --model_kwargs embed_dim=32 depth=1 num_heads=2 patch_size=4"
+    with pytest.raises(
+        InputError, match="^--classifier_init ridge: the classifier of deit_tiny_dist.* not a single lin"
+    ):
+        train(model, f"--classifier_init ridge --output_dir {tmp_path}")
 
 
 def test_the_classifier_suits_batch_normalisations_in_training(train, tmp_path):
