@@ -196,6 +196,9 @@ def build_model(options: Options, classes: int) -> nn.Module:
     elif options.finetune:
         kept = load_finetune(model, options.finetune, "--finetune", options.model_key.split("|"))
         print_main(f"fine-tuning {options.finetune}; random: {', '.join(kept) or 'nothing'}")
+    weights = options.initialize or options.finetune
+    if weights and not kept and options.head_init_scale != 1 and not options.eval:
+        raise InputError(f"--head_init_scale {options.head_init_scale}: {weights} has the classifier too; leave it out")
     if options.linear_probe:
         make_linear_probe(model, options.model)
     if options.batch_size == 1 and not options.eval:

@@ -344,6 +344,8 @@ def test_finetuning_on_other_classes_replaces_only_the_classifier(finished, trai
 def test_finetuning_on_the_same_classes_keeps_the_classifier(finished, train, tmp_path):
     train(f"{STAND_STILL} --finetune {finished}/run/checkpoint-3.pth --output_dir {tmp_path}")
     assert_same(read_checkpoint(tmp_path, 0)["model"], read_checkpoint(finished / "run", 3)["model"])
+    with pytest.raises(InputError, match="--head_init_scale 2.0: .*checkpoint-3.pth has the classifier too"):
+        train(f"--head_init_scale 2 --finetune {finished}/run/checkpoint-3.pth")
 
 
 def test_xavier_draws_linear_weights_between_its_bounds(train, tmp_path):
