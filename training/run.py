@@ -259,7 +259,10 @@ def train_rest_of_epoch(
 
 
 def average_batch_statistics(state: TrainState) -> None:
-    """Give all processes the mean of their running statistics, which each process has from its own images."""
+    """Give all processes the mean of their running statistics.
+
+    Before each step, DDP gives all processes those of the first, so the model's differ by the last step's images.
+    """
     if state.world_size > 1:
         distribute_bn(state.model, state.world_size, reduce=True)
         if state.ema is not None:
