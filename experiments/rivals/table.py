@@ -31,6 +31,11 @@ TITLES = {  # of arms whose names do not say it all
     "front": "FRONT",
     "teacher": "*the ceiling:* the whole teacher",
 }
+TITLES |= {  # without these words, the first layers are kept
+    f"{arm}_{rule}": f"{TITLES.get(arm, arm)}, {words} layers"
+    for arm in ("project", "greedy", "selection")
+    for rule, words in {"uniform": "evenly spaced", "quadratic": "quadratic"}.items()
+}
 
 
 def spread(values: list[float], digits: int = 1) -> str:

@@ -354,7 +354,7 @@ def test_a_damaged_result_is_named(make_run, cli, tmp_path, damage, reason):
 def test_tables_are_well_formed(name):
     table = TABLES[name]
     assert set(table) <= {"title", "script", "columns", "rows", "notes", "recipe"}
-    assert re.fullmatch(rf"scripts/{name}\.sh|experiments/(evidence|projection|other_families)\.sh", table["script"])
+    assert re.fullmatch(rf"scripts/{name}\.sh|experiments/(evidence|other_families)\.sh", table["script"])
     for row in table["rows"]:
         assert set(row) <= {"row", "run", "paper", "statistic"}
         own = "each of q, k and v" in row["row"]  # beside the release's way, which the paper measured

@@ -18,7 +18,7 @@ from weight_selection.sources.timm_models import check_name
 ROOT = Path(__file__).parents[2]
 TABLES = sorted(path.stem for path in (ROOT / "scripts").glob("table*.sh") if path.stem != "table01")
 FIGURES = ["figure03", "figure04"]
-OWN = ["evidence", "other_families", "projection"]
+OWN = ["evidence", "other_families"]
 EVIDENCE = [name for name in paper.contents()["tables"] if name.startswith("evidence")]
 
 
@@ -87,13 +87,6 @@ def test_a_table_runs_its_cells_and_no_others(dry, script):
 def test_the_evidence_runs_the_cells_of_its_tables(dry):
     cells = {cell.run for name in EVIDENCE for cell in paper.read_table(name).cells}
     runs = {"/".join(run_of(parse_args(words))[:3]) for words in dry["evidence"]["main.py"]}
-    assert runs == cells
-
-
-def test_projection_runs_the_cells_of_its_tables(dry):
-    names = [name for name in paper.contents()["tables"] if name.startswith("projection")]
-    cells = {cell.run for name in names for cell in paper.read_table(name).cells}
-    runs = {"/".join(run_of(parse_args(words))[:3]) for words in dry["projection"]["main.py"]}
     assert runs == cells
 
 
