@@ -9,9 +9,10 @@ classifier in closed form it tries at least four learning rates, and goes on bey
 or the smallest; then it tries the best one with a random classifier. An arm 10 points behind the best at the first two
 learning rates stops there, unless it is one of FINAL or the best of the others. With --lr it tries only those.
 
-``test`` trains FINAL, the best of the others and the ceiling at their best settings, with three seeds, and evaluates
-on the test images. ``ablate`` trains project and greedy without their parts, and from other images, at the settings of
-the whole, and evaluates on the validation images. ``--student`` takes another student than the ViT (schedule.py).
+``test`` trains arms at their best settings, with three seeds, and evaluates on the test images: those of --arms, or
+else FINAL, the best of the others and the ceiling. ``ablate`` trains project and greedy without their parts, and from
+other images, at the settings of the whole, and evaluates on the validation images. ``--student`` takes another student
+than the ViT (schedule.py).
 
 What follows -- goes to main.py. DATA holds flowers-102/ and, for --data cifar100 and ablations, cifar100_50/
 (experiments/cifar100_folders.py). A run that stands in results.jsonl is skipped, so the queue goes on where it stopped;
@@ -82,9 +83,9 @@ class Queue:
         """The runs of the phase, of which some may be among the finished ones."""
         args = self.args
         if args.phase == "tune":
-            return tuning(rows, args.arms, args.student, args.lr)
+            return tuning(rows, args.arms or STUDENTS[args.student].arms, args.student, args.lr)
         if args.phase == "ablate":
-            return ablating(rows, args.arms, args.student, args.seeds)
+            return ablating(rows, args.arms or ablated(args.student), args.student, args.seeds)
         return testing(rows, args.arms, args.student, args.data, args.epochs or EPOCHS[args.data], args.seeds)
 
     def finished(self) -> list[dict]:
@@ -191,7 +192,7 @@ def get_args_parser() -> Parser:
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of the test (default: %(default)s)")
     arms = [*ARMS, *ABLATIONS]
-    parser.add_argument("--arms", nargs="+", choices=arms, metavar="ARM", help="default: all of the phase and student")
+    parser.add_argument("--arms", nargs="+", choices=arms, metavar="ARM", help="default: all of the phase")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time, each on one thread")
     parser.add_argument("main_args", nargs="*", metavar="OPTION", help="further options of main.py, after --")
     return parser
@@ -205,8 +206,7 @@ def main(argv=None) -> None:
     if args.lr and args.phase != "tune":
         raise InputError(f"--lr {args.lr[0]:g}: has no effect with --phase {args.phase}; leave it out")
     can = ablated(args.student) if args.phase == "ablate" else STUDENTS[args.student].arms
-    args.arms = args.arms or can
-    if others := [arm for arm in args.arms if arm not in can]:
+    if others := [arm for arm in args.arms or () if arm not in can]:
         where = f"--phase {args.phase} of --student {args.student}"
         raise InputError(f"--arms {others[0]}: is not in {where}; choose from {', '.join(can)}")
     if args.phase == "tune" and (tuned_as := STUDENTS[args.student].tuned_as):

@@ -144,8 +144,9 @@ def ablating(rows: list[dict], arms: list[str], student: str, seeds: int) -> lis
     ]
 
 
-def testing(rows: list[dict], arms: list[str], student: str, data: str, epochs: int, seeds: int) -> list[dict]:
-    """The runs on test images at the settings of the tuning, first all arms' with seed 0."""
-    best = [row for arm in finalists(rows) if arm in arms and (row := tuned(rows, arm))]
+def testing(rows: list[dict], arms: list[str] | None, student: str, data: str, epochs: int, seeds: int) -> list[dict]:
+    """The runs of arms, by default the finalists, on test images at the settings of the tuning; seed 0 comes first."""
+    arms = arms or [arm for arm in finalists(rows) if arm in STUDENTS[student].arms]
+    best = [row for arm in arms if (row := tuned(rows, arm))]
     changes = {"student": student, "data": data, "epochs": epochs, "phase": "test"}
     return [{name: row[name] for name in KEY} | changes | {"seed": seed} for seed in range(seeds) for row in best]

@@ -105,9 +105,12 @@ def test_the_queue_skips_what_is_finished_and_drops_arms_that_are_behind(tmp_pat
     with pytest.raises(InputError, match="--lr 0.002: has no effect with --phase test"):
         run.main([*words, "test", "--lr", "2e-3"])
     del done[:]
-    run.main([*words, "test", "--seeds", "1"])
+    test = [*words[:-6], "--phase", "test"]
+    run.main([*test, "--seeds", "1"])
     assert {key[6] for key in done} == {0} and len(done) == 3
-    run.main([*words, "test"])
+    run.main([*test, "--arms", "l2", "--seeds", "1"])
+    assert done.pop()[2] == "l2" and len(done) == 3
+    run.main(test)
     assert {(key[2], key[4], key[6]) for key in done} == {
         (name, best_rate.get(name, 1e-3), seed) for name in ("project", "taylor", "random") for seed in (0, 1, 2)
     }
@@ -119,7 +122,7 @@ def test_the_queue_skips_what_is_finished_and_drops_arms_that_are_behind(tmp_pat
         "| CPU seconds before training |"
     )
     assert lines[2] == "| project | 1.0 | 79.8 | **80.0** | 79.5 | 78.5 |  | **80.0** | 80.0 ± 0.0 (3) | 2 |"
-    assert lines[-1] == "| Torch-Pruning, L2 | 1.0 |  | 59.5 | **60.0** | 59.0 |  |  |  | 2 |"
+    assert lines[4] == "| Torch-Pruning, L2 | 1.0 |  | 59.5 | **60.0** | 59.0 |  |  | 60.0 (1) | 2 |"
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
