@@ -37,7 +37,7 @@ CHECK_IMAGES = 4
 
 def load_teacher(
     teacher: nn.Module, structure: ModelStructure, weights: Mapping, option: str, include_head: bool = False
-) -> None:
+) -> dict:
     """Load all of a teacher's weights, in single or double precision.
 
     Args:
@@ -46,6 +46,9 @@ def load_teacher(
         weights: {key: tensor}.
         option: where the weights came from, for errors.
         include_head: the classifier is selected. If not, it may be missing or have other classes; then it is zero.
+
+    Returns:
+        {key: type of the given weight}.
 
     Raises:
         InputError: as ``checked_weight``.
@@ -62,6 +65,7 @@ def load_teacher(
     if all(value.dtype != torch.float64 for value in state.values()):
         teacher.float()
     teacher.load_state_dict({**teacher.state_dict(), **state})
+    return {key: value.dtype for key, value in state.items()}
 
 
 def match_geometry(teacher: nn.Module, student: nn.Module) -> None:

@@ -72,7 +72,7 @@ class Projection:
         """
         with torch.autocast(torch.device(self.device).type, enabled=False):  # the caller may train in mixed precision
             teacher, student = (who.own().to(self.device).eval() for who in (self.teacher, self.student))
-            load_teacher(teacher, self.structures[0], weights, origin, self.options.selects_all)
+            types = load_teacher(teacher, self.structures[0], weights, origin, self.options.selects_all)
             match_geometry(teacher, student)
             student.to(next(teacher.parameters()))
             self._fitted = teacher, student = tuple(map(TracedModel.of, (teacher, student), self.structures))
@@ -85,7 +85,7 @@ class Projection:
                     f"--calibration: {self.device} has too little memory to hold what all images give in one layer; "
                     f"give fewer images ({error})"
                 ) from error
-        return {key: value.to(weights[entries[key].teacher_key].dtype) for key, value in made.items()}
+        return {key: value.to(types[entries[key].teacher_key]) for key, value in made.items()}
 
     def agreement(self) -> tuple:
         """How well the student, with its teacher's classifier, agrees with its teacher. Call it after ``weights``.

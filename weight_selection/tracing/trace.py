@@ -66,8 +66,6 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         Untraceable: the model does something that neurons cannot be followed through.
         RefusedInputs: its forward pass fails on the inputs.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise Untraceable("it is a TorchScript program; give the module that it was made from")
     for key, value in tensors_of(model).items():
         if is_lazy(value):
             raise Untraceable(f"{key} has no shape yet; run the model once on example inputs")

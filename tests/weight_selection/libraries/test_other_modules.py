@@ -340,6 +340,9 @@ def quantised(model):
     return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
 
 
+SCRIPT = torch.jit.trace(MLP(8, 1), FEATURES.float())
+
+
 @pytest.mark.parametrize(
     ("teacher", "student", "options", "message"),
     [
@@ -363,7 +366,8 @@ def quantised(model):
         (MLP(8, 1), MLP(4, 1), {"classifier": ("tail",)}, "the student has no such module; its named_modules"),
         (MLP(8, 1), MLP(4, 2), {}, "layers: teacher has 1 layers, student 2"),
         (nn.LazyLinear(3), MLP(4, 1), {}, "weight has no shape yet; run the model once on example inputs"),
-        (torch.jit.trace(MLP(8, 1), FEATURES.float()), MLP(4, 1), {}, "a TorchScript program; give the module that it"),
+        (SCRIPT, MLP(4, 1), {}, "teacher: is a TorchScript program; give the module that it was made from"),
+        (SCRIPT, MLP(4, 1), {"example_inputs": None}, "teacher: is a TorchScript program; give the module that it was"),
         (Valued(8, 1), MLP(4, 1), {}, "its forward pass looks at the values of tensors.*[)]$"),
         (Keeping(8, threading.Lock()), Keeping(4), {}, "a Keeping cannot be copied .*lock"),
         (Keeping(8, Silent()), Keeping(4), {}, "a Keeping cannot be copied .TypeError.; give one without"),
