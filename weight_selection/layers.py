@@ -144,9 +144,9 @@ def _choose(teacher, student, their_text, our_text, method):
     if their_text not in teacher.containers:
         raise InputError(f"{name}: the student has layers there, the teacher has none; name a teacher with them")
     theirs = teacher.containers[their_text]
-    words = teacher.attention[their_text], student.attention[our_text]
-    if set(words[1].values()) <= set(words[0].values()):  # else the student has attention that no layer can stand for
-        theirs, ours = map(_marked, (theirs, ours), words)
+    attention = teacher.attention[their_text], student.attention[our_text]
+    if set(attention[1].values()) <= set(attention[0].values()):  # else no layer of the teacher's is of such a kind
+        theirs, ours = map(_marked, (theirs, ours), attention)
     if _pattern(theirs) == _pattern(ours):
         return dict(zip(sorted(ours), sorted(theirs), strict=True))
     large, small = _stages(theirs), _stages(ours)
@@ -182,12 +182,13 @@ def _choose(teacher, student, their_text, our_text, method):
     return chosen
 
 
-def _marked(layers, words):
+def _marked(layers, attention):
     """Layers whose kind of attention stands among their tensors, with a space before it."""
-    return {number: content | {f" {words[number]}": ((), None)} for number, content in layers.items()}
+    return {number: content | {f" {attention[number]}": ((), None)} for number, content in layers.items()}
 
 
 def _marks(layers, numbers):
+    """The kinds of attention that ``_marked`` has put into a layer."""
     return [rest for number in numbers for rest in layers[number] if rest.startswith(" ")]
 
 

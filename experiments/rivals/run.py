@@ -83,9 +83,9 @@ class Queue:
         """The runs of the phase, of which some may be among the finished ones."""
         args = self.args
         if args.phase == "tune":
-            return tuning(rows, args.arms or STUDENTS[args.student].arms, args.student, args.lr)
+            return tuning(rows, args.arms, args.student, args.lr)
         if args.phase == "ablate":
-            return ablating(rows, args.arms or ablated(args.student), args.student, args.seeds)
+            return ablating(rows, args.arms, args.student, args.seeds)
         return testing(rows, args.arms, args.student, args.data, args.epochs or EPOCHS[args.data], args.seeds)
 
     def finished(self) -> list[dict]:
@@ -206,6 +206,8 @@ def main(argv=None) -> None:
     if args.lr and args.phase != "tune":
         raise InputError(f"--lr {args.lr[0]:g}: has no effect with --phase {args.phase}; leave it out")
     can = ablated(args.student) if args.phase == "ablate" else STUDENTS[args.student].arms
+    if args.phase != "test":  # that has other arms by default, as the finished runs say
+        args.arms = args.arms or can
     if others := [arm for arm in args.arms or () if arm not in can]:
         where = f"--phase {args.phase} of --student {args.student}"
         raise InputError(f"--arms {others[0]}: is not in {where}; choose from {', '.join(can)}")

@@ -64,13 +64,13 @@ def check_name(name: str, option: str) -> None:
         return
     if name in PAPER_MODELS or is_model(name):
         return
-    known = list(PAPER_MODELS) + timm.list_models()
-    near = difflib.get_close_matches(name.split(".")[0], known, n=4, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them all"
-    if Path(name).is_dir():
-        hint = f"write transformers:{name}, or local-dir:{name} of one that timm saved"
-    elif "/" in name:
-        hint = f"write transformers:{name}, or hf-hub:{name} of one that timm saved"
+    if Path(name).is_dir() or "/" in name:
+        timms = "local-dir" if Path(name).is_dir() else "hf-hub"
+        hint = f"write transformers:{name}, or {timms}:{name} of one that timm saved"
+    else:
+        known = list(PAPER_MODELS) + timm.list_models()
+        near = difflib.get_close_matches(name.split(".")[0], known, n=4, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them all"
     raise InputError(f"{option} {name}: no such model; {hint}")
 
 

@@ -20,6 +20,7 @@ MOVES = _names("""
     view _unsafe_view t permute transpose expand unbind select slice unsqueeze squeeze split split_with_sizes
     unsafe_split repeat roll flip unfold
 """)  # they move data: the operation itself moves the labels
+TURNS = _names("transpose_")  # they do so in place
 KEEP = _names("alias clone detach as_strided_")  # they leave every element where it is
 ALONE = _names("""
     gelu relu relu_ silu silu_ sigmoid sigmoid_ hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ elu
@@ -73,7 +74,7 @@ def follow(tracer: Tracer, func, out, args: tuple, kwargs: dict) -> None:
     elif name in ALONE or name in TOGETHER:
         dims = (dim + out.ndim - x.ndim for x in tensors for dim in tracer.differs(x))
         tracer.differing[storage(out)] = out, frozenset(dims) & varying(out)
-    if name.endswith("_") and (len(tensors) > 1 or name == "transpose_"):  # written into, or turned
+    if name.endswith("_") and (len(tensors) > 1 or name in TURNS):  # written into, or turned
         tracer.uniform.pop(storage(out), None)
         tracer.differing.pop(storage(out), None)
     if not labelled and (name in MOVES or name in KEEP):
@@ -95,9 +96,10 @@ def _move(tracer, func, out, x, *args, **kwargs):
     return [moved(func, axis, args, kwargs) for axis in tracer.get(x)]
 
 
-def _transpose_in_place(tracer, func, out, x, *dims):
-    """The labels still are those of before."""
-    return [axis.transpose(*dims) for axis in tracer.get(x)]
+def _turn(tracer, func, out, x, *args):
+    """The tensor is turned already, and its labels are those of before; other tensors may share them."""
+    move = getattr(aten, func.overloadpacket.__name__.removesuffix("_"))
+    return [move(axis, *args) for axis in tracer.get(x)]
 
 
 def _keep(tracer, func, out, x, *args, **kwargs):
@@ -262,7 +264,7 @@ def _col2im(tracer, func, out, x, *args):
 RULES = {
     **dict.fromkeys(MOVES, _move),
     **dict.fromkeys(KEEP, _keep),
-    "transpose_": _transpose_in_place,
+    **dict.fromkeys(TURNS, _turn),
     **dict.fromkeys(ALONE, _alone),
     **dict.fromkeys((*TOGETHER, "native_layer_norm"), _together),
     **dict.fromkeys(OVER_SPACE, _over_space),
