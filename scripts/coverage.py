@@ -46,7 +46,7 @@ REASONS = {
     "another vocabulary or number of positions": r"never subsampled",
     "kernels or positions of other sizes": r"positions, not neurons|positions overlap|can be adapted|are no weights",
     "sizes that must be the same": r"must be the same",
-    "neurons in other parts or blocks": r"made of|blocks|elsewhere in the student|neurons in the teacher",
+    "neurons in other parts or blocks": r"made of|blocks|elsewhere in the student",
     "a tensor that is not used": r"does not use it",
     "another kind of tensor": r"not the same kind",
 }

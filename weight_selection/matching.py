@@ -15,11 +15,12 @@ class SlicePair:
     """A slice of a student's dimension and the teacher's slice that it comes from.
 
     Attributes:
-        group: number of the student's neuron group.
+        group, teacher_group: numbers of the neuron groups.
         teacher, student: indices along the dimension, int64, of the group's block shape in each model.
     """
 
     group: int
+    teacher_group: int
     teacher: np.ndarray
     student: np.ndarray
 
@@ -59,7 +60,7 @@ class Matching:
             InputError: the teacher has fewer of some neurons, or they are built in another way.
         """
         where = f"{key}, dimension {dim}: teacher's size {t}"
-        ours, theirs = self.student.slices[key][dim], self.teacher.slices[teacher_key][dim]
+        ours, theirs = self.student.slices_of(key, dim), self.teacher.slices_of(teacher_key, dim)
         if len(ours) != len(theirs):
             theirs = self._of_chosen_layers(ours, self._of_chosen_queries(ours, theirs))
         if len(ours) != len(theirs):
@@ -76,14 +77,14 @@ class Matching:
             if indices is None:
                 sizes = f"{_words(large)} in the teacher, {_words(small)} in the student"
                 raise _refusal(where, t, s, sizes + self._key_heads())
-            pairs.append(SlicePair(our.group, *indices))
-        for pair, their in zip(pairs, theirs, strict=True):
-            large, small = self.teacher.groups[their.group], self.student.groups[pair.group]
+            pairs.append(SlicePair(our.group, their.group, *indices))
+        for pair in pairs:
+            large, small = self.teacher.groups[pair.teacher_group], self.student.groups[pair.group]
             _check_blocks(pair, large, small, where, t, s, self._key_heads())
             if pair.group not in self.groups:
                 kept = self._kept(pair.teacher.shape, pair.student.shape)
                 self.groups[pair.group] = PlannedGroup(large, small, kept)
-                self.teacher_groups[pair.group] = their.group
+                self.teacher_groups[pair.group] = pair.teacher_group
             keys = self.groups[pair.group].keys
             if key not in keys[-1:]:
                 keys.append(key)
@@ -108,7 +109,7 @@ class Matching:
         if not any(group.shared for group in self.student.groups):
             return ""
         return (
-            "; give the student at most as many queries for each key as the teacher has, and more than one key head "
+            "; give the student at most as many queries for each key as the teacher has "
             "(--student_kwargs num_key_value_heads=N)"
         )
 
@@ -127,13 +128,15 @@ class Matching:
     def _of_chosen_queries(self, ours, theirs):
         """The teacher's slices of as many queries for each key as the student has.
 
-        Slices of one query stand together: two, if rotary embeddings turn its neurons in pairs.
+        Slices of one query stand together: two, if rotary embeddings turn its neurons in pairs, and one more if they
+        leave some as they are.
         """
-        rule, seed, number = self.options.element_selection, self.options.seed, theirs[0].group
-        if len({their.group for their in theirs}) > 1 or not self.teacher.groups[number].shared:
+        rule, seed, groups = self.options.element_selection, self.options.seed, {their.group for their in theirs}
+        if not all(self.teacher.groups[number].shared for number in groups):
             return theirs
-        each = self.teacher.fewest_slices(number)
-        if each != self.student.fewest_slices(ours[0].group) or not len(theirs) > len(ours) or len(ours) % each:
+        each = self.teacher.fewest_slices(groups)
+        fits = each == self.student.fewest_slices({our.group for our in ours}) and len(theirs) > len(ours)
+        if not fits or len(ours) % each:
             return theirs
         kept = kept_indices(rule if rule in CONSISTENT else "uniform", len(theirs) // each, len(ours) // each, seed)
         return tuple(part for query in kept.tolist() for part in theirs[query * each : (query + 1) * each])
@@ -164,9 +167,14 @@ def _check_blocks(pair, large, small, where, t, s, remedy):
         if n < m:
             raise InputError(f"{sizes}: a teacher must be at least as large in both")
         if n != m and len(large.fixed) == theirs.ndim and large.fixed[number]:
-            raise InputError(
-                f"{sizes}: {n} and {m} are positions, constants or image channels, not neurons, and must be the same"
-            )
+            reason = f"{n} and {m} are positions, constants or image channels, not neurons, and must be the same"
+            if theirs.ndim == 1:
+                reason = (
+                    "the forward pass combines these with numbers that are no weights, such as sinusoids of positions; "
+                    "keep these in a persistent buffer (register_buffer), which is selected too, or give the student "
+                    "the teacher's size"
+                )
+            raise InputError(f"{sizes}: {reason}")
 
 
 def _refusal(where, t, s, reason):

@@ -262,31 +262,20 @@ def _selected(teacher, student, matching, key, teacher_key, allow_unused):
     _check_shapes(teacher, student, key, teacher_key)
     ours, theirs = student.neurons.slices[key], teacher.neurons.slices[teacher_key]
     common = range(min(len(shape), len(teacher_shape)))
-    positions = [dim for dim in common if ours[dim] is None or theirs[dim] is None]
-    different = [dim for dim in positions if teacher_shape[dim] != shape[dim]]
+    neurons = [dim for dim in common if ours[dim] is not None and theirs[dim] is not None]
+    different = [dim for dim in common if dim not in neurons and teacher_shape[dim] != shape[dim]]
     if different and key not in student.parameters:
         return PlanEntry(key, shape, "constant")
-    neurons = [dim for dim in common if dim not in positions]
-    slices = {dim: matching.pairs(key, teacher_key, dim, teacher_shape[dim], shape[dim]) for dim in neurons}
+    both = (student.neurons, key), (teacher.neurons, teacher_key)
+    constants = [dim for dim in different if all(one.slices_of(name, dim) for one, name in both)]
+    slices = {dim: matching.pairs(key, teacher_key, dim, teacher_shape[dim], shape[dim]) for dim in neurons + constants}
+    different = [dim for dim in different if dim not in constants]
     if 0 in different and key in student.tables - student.geometry.embeddings:
         raise InputError(
             f"{key}, dimension 0: teacher's size {teacher_shape[0]}, student's {shape[0]}: its rows are tokens, "
             "positions or outputs, which are never subsampled; give the student the teacher's number of them (such as "
             "vocab_size or max_position_embeddings)"
         )
-    for dim in different:
-        if theirs[dim] is None and (key, dim) in student.neurons.constants:
-            raise InputError(
-                f"{key}, dimension {dim}: teacher's size {teacher_shape[dim]}, student's {shape[dim]}: the forward "
-                "pass combines these with numbers that are no weights, such as sinusoids of positions; keep these in a "
-                "persistent buffer (register_buffer), which is selected too, or give the student the teacher's size"
-            )
-        if theirs[dim] is not None and teacher_shape[dim] > shape[dim]:  # the keys of one head, from those of several
-            raise InputError(
-                f"{key}, dimension {dim}: teacher's size {teacher_shape[dim]}, student's {shape[dim]}: neurons in the "
-                "teacher, but positions or constants in the student; give it more than one such head or group, or the "
-                "teacher's size"
-            )
     shapes = teacher_shape, shape
     change = resampling(teacher.geometry, student.geometry, teacher_key, key, shapes, different, allow_unused)
     return PlanEntry(key, shape, "selected", teacher_key, teacher_shape, slices, change)

@@ -48,7 +48,7 @@ def choose_down_maps(entries: dict, student: TracedModel, stats: ActivationStats
         theirs = _attention_behind(ours, entries, teacher)
         if theirs is not None and {theirs.queries[0], theirs.keys[0], theirs.out} <= stats.moments.keys():
             _map_heads(maps, theirs, ours, student, stats)
-    for our, their in paired_groups(entries, teacher.structure, student.structure).items():
+    for our, their in paired_groups(entries).items():
         if our in maps.of or (our, 0) in maps.of:
             continue
         treatment, count = teacher.symmetries.treatment(their, rotate), student.size(our)

@@ -162,7 +162,7 @@ def describer(
         words = [] if entry.resampling is None else [entry.resampling.words]
         for dim in entry.slices:
             if not (entry.key in up_mapped and dim == takes[entry.teacher_key]):
-                groups = [part.group for part in student.neurons.slices[entry.key][dim]]
+                groups = [pair.group for pair in entry.slices[dim]]
                 words += [treatments[group] for group in groups if group in treatments]
         words += ["least-squares up map"] * (entry.key in up_mapped)
         if entry.key in skipped:

@@ -47,7 +47,7 @@ class Projection:
             check_streams(self.symmetries, name)
         self._treatments = {
             our: self.symmetries.treatment(their, rotate)
-            for our, their in paired_groups(plan.selected, *structures).items()
+            for our, their in paired_groups(plan.selected).items()
             if structures[0].neurons.groups[their].size != structures[1].neurons.groups[our].size
         }
         self.images = None

@@ -215,8 +215,7 @@ class StudentWeights:
         if dim not in entry.slices:
             return x
         out = x.new_zeros(*x.shape[:axis], entry.shape[dim], *x.shape[axis + 1 :])
-        pairs = zip(self.student.slices(entry.key, dim), self.teacher.slices(entry.teacher_key, dim), strict=True)
-        for (group, nth, ours), (_, _, theirs) in pairs:
+        for group, nth, ours, theirs in self._slices(entry, dim):
             down = self._norms.map_before(entry, group)
             down = self.maps.get(group, nth) if down is None else down
             taken = x.index_select(axis, theirs)
@@ -227,6 +226,11 @@ class StudentWeights:
             out.index_copy_(axis, ours, taken)
         return out
 
+    def _slices(self, entry, dim):
+        """The student's slices of a dimension, as of ``TracedModel.slices``, each with the teacher's indices (n,)."""
+        for ours, pair in zip(self.student.slices(entry.key, dim), entry.slices[dim], strict=True):
+            yield *ours, torch.from_numpy(pair.teacher.reshape(-1)).to(self.teacher.device)
+
     def _prior(self, entry):
         """The up map (B_0, c_0), (D, d + 1), that we would use without images.
 
@@ -235,8 +239,7 @@ class StudentWeights:
         """
         sizes = self.mapped[entry.key].shape[1], self._by_outputs(entry.key).shape[1] + 1
         prior = torch.zeros(sizes, dtype=torch.float64, device=self.teacher.device)
-        pairs = zip(self.student.inputs(entry.key), self.teacher.inputs(entry.teacher_key), strict=True)
-        for (group, nth, ours), (_, _, theirs) in pairs:
+        for group, nth, ours, theirs in self._slices(entry, self.student.symmetries.dense[entry.key]):
             down = self.maps.get(group, nth)
             if down.ndim == 1:
                 prior[theirs[down], ours] = 1

@@ -87,8 +87,8 @@ class Symmetries:
                 self.dense[f"{name}.weight".lstrip(".")] = 1
         self.uses = {}
         for key, dims in neurons.slices.items():
-            for dim, slices in enumerate(dims):
-                for number, part in enumerate(slices or ()):
+            for dim in range(len(dims)):
+                for number, part in enumerate(self.slices(key, dim)):
                     self.uses.setdefault(part.group, []).append((key, dim, number))
         tied = tied_keys(model)
         self.tied = {*tied, *tied.values()}
@@ -103,7 +103,7 @@ class Symmetries:
 
     def slices(self, key: str, dim: int) -> tuple:
         """The slices of a dimension of a tensor; none if it holds positions."""
-        return self.neurons.slices[key][dim] or ()
+        return self.neurons.slices_of(key, dim) or ()
 
     def output_dim(self, key: str) -> int:
         """The dimension of the outputs in the weight of a linear layer or convolution, dense or not."""
@@ -195,6 +195,8 @@ class Symmetries:
 
     def why_not_rotatable(self, group: int) -> str | None:
         """The reason why a stream's coordinates cannot be rotated; None if they can."""
+        if self.neurons.groups[group].fixed == (True,):
+            return "numbers that are no weights are added to it, such as sinusoids of positions"
         if not self.norms(group):
             return "no layer normalisation takes it"
         if len({self.kind(key) for key in self.norms(group)}) > 1:
@@ -202,7 +204,7 @@ class Symmetries:
         for key, dim, _ in self.uses[group]:
             module = self.module_of(key)
             if self.is_norm(key):
-                if len(self.neurons.slices[key][dim]) > 1:
+                if len(self.slices(key, dim)) > 1:
                     return f"{key} normalises it together with others"
             elif self.dense.get(key) == dim and not self._takes_constants(key):
                 return f"{key} has no bias to take over what the layer normalisation before it shifts"
@@ -219,8 +221,6 @@ class Symmetries:
 
     def why_none_rotatable(self) -> str:
         """The reason why the stream that most layers take cannot be rotated."""
-        if any(self.is_norm(key) for key, _ in self.neurons.constants):
-            return "numbers that are no weights are added to it, such as sinusoids of positions"
         return self.why_not_rotatable(sorted(self.uses, key=lambda group: len(self.takers(group)))[-1])
 
     def leave_heads(self, kind: type) -> None:

@@ -63,7 +63,7 @@ def _is_unchanged(stats, batch, streams, attentions):
     teacher = stats.teacher
     entries = plan_selection(teacher.structure, teacher.structure, SelectionOptions()).selected
     mixed = TracedModel(copy_of(teacher.model), teacher.structure, teacher.symmetries)
-    maps = random_down_maps(teacher, paired_groups(entries, teacher.structure, teacher.structure), streams, attentions)
+    maps = random_down_maps(teacher, paired_groups(entries), streams, attentions)
     weights = StudentWeights(entries, mixed, stats, maps)
     comparison = _Comparison(weights)
     with ActivationTap(teacher, comparison.record, comparison.record):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from weight_selection.errors import InputError
 from weight_selection.modules import run_forward
 from weight_selection.projection.images import inputs_with, placed
 from weight_selection.projection.symmetries import Symmetries, weight_of
@@ -42,7 +41,7 @@ class TracedModel:
         seen, found = {}, []
         outputs = self.symmetries.output_dim(key) if key == weight_of(key) else 0
         first = 0 if dim == outputs and self.symmetries.gives_keys(key) else -1
-        for part in self.structure.neurons.slices[key][dim]:
+        for part in self.structure.neurons.slices_of(key, dim):
             nth = seen[part.group] = seen.get(part.group, first) + 1
             found.append((part.group, nth, torch.from_numpy(part.indices.reshape(-1)).to(self.device)))
         return found
@@ -85,24 +84,11 @@ class TracedModel:
         return next(self.model.parameters()).device
 
 
-def paired_groups(entries: dict, teacher: ModelStructure, student: ModelStructure) -> dict:
+def paired_groups(entries: dict) -> dict:
     """{number of a student's neuron group: number of the teacher's group that it is made from}.
 
     Args:
         entries: {student's key: its entry of the plan}, of the selected tensors.
-
-    Raises:
-        InputError: a group occurs in a tensor more often in one model than in the other.
     """
-    pairs = {}
-    for key, entry in entries.items():
-        for dim in entry.slices:
-            ours, theirs = student.neurons.slices[key][dim], teacher.neurons.slices[entry.teacher_key][dim]
-            if len(ours) != len(theirs):
-                raise InputError(
-                    f"{key}: the student has other numbers of queries for each key than the teacher; give it the same "
-                    "(--student_kwargs num_key_value_heads=N), or select by another rule"
-                )
-            for our, their in zip(ours, theirs, strict=True):
-                pairs.setdefault(our.group, their.group)
-    return pairs
+    pairs = [pair for entry in entries.values() for pairs in entry.slices.values() for pair in pairs]
+    return {pair.group: pair.teacher_group for pair in reversed(pairs)}  # the first pair of a group counts

@@ -61,7 +61,8 @@ class ModelGroups:
     Attributes:
         groups: list of ``NeuronGroup``.
         slices: {key: for each dimension a tuple of ``GroupSlice``, or None if the dimension holds positions}.
-        constants: {(key, dimension)} of positions that meet another number each which is no weight, such as a sinusoid.
+        constants: {(key, dimension): its slices}, of positions that meet another number each which is no weight, such
+            as a sinusoid, or the rotary embedding of a single key head.
         unused: keys of tensors that the forward pass does not use; nothing is known about their dimensions.
         attentions: [(number of the group of queries and keys, number of the group of values, heads, keys of the tensors
             that only its keys come from)].
@@ -71,16 +72,20 @@ class ModelGroups:
 
     groups: list
     slices: dict
-    constants: frozenset
+    constants: dict
     unused: frozenset
     attentions: list
     multiplied: frozenset
     sums: dict
 
-    def fewest_slices(self, number: int) -> int:
-        """The number of slices in the dimension that has fewest, of the dimensions made of this group alone."""
-        dims = (dim for dims in self.slices.values() for dim in dims if dim)
-        return min((len(dim) for dim in dims if {part.group for part in dim} == {number}), default=0)
+    def slices_of(self, key: str, dim: int) -> tuple | None:
+        """The slices of a dimension, also if it holds constants."""
+        return self.slices[key][dim] or self.constants.get((key, dim))
+
+    def fewest_slices(self, numbers: set) -> int:
+        """The number of slices in the dimension that has fewest, of the dimensions made of just these groups."""
+        dims = (*(dim for dims in self.slices.values() for dim in dims if dim), *self.constants.values())
+        return min((len(dim) for dim in dims if {part.group for part in dim} == numbers), default=0)
 
 
 def find_groups(trace: Trace) -> ModelGroups:
@@ -96,15 +101,18 @@ def find_groups(trace: Trace) -> ModelGroups:
     groups = []
     for some, blocks in zip(members, _blocks(trace, list(map(len, members)), group, rank, position), strict=True):
         groups.append(_group(len(some), blocks, bool(position[some].all()), bool(shared[some].all())))
-    known, slices = {}, {}
+    found = {dim.tobytes(): dim for key in trace.met for dim in roots[key]}
+    found = {
+        content: _slices(dim, group, rank, groups)
+        for content, dim in found.items()
+        if not position[dim].all() or constant[dim].all()
+    }
+    slices, constants = {}, {}
     for key, dims in roots.items():
-        for dim in dims:
-            if dim.tobytes() not in known:
-                known[dim.tobytes()] = None if position[dim].all() else _slices(dim, group, rank, groups)
-        slices[key] = tuple(known[dim.tobytes()] if key in trace.met else None for dim in dims)
-    constants = frozenset(
-        (key, number) for key, dims in roots.items() for number, dim in enumerate(dims) if constant[dim].all()
-    )
+        parts = [found.get(dim.tobytes()) if key in trace.met else None for dim in dims]
+        fixed = [position[dim].all() for dim in dims]
+        slices[key] = tuple(None if fixed[number] else part for number, part in enumerate(parts))
+        constants |= {(key, number): part for number, part in enumerate(parts) if part and fixed[number]}
     attentions = _attentions(trace, group, rank, groups)
     multiplied = {int(number) for some in trace.multiplied for number in np.unique(group[find(some).numpy()])} - {-1}
     return ModelGroups(
@@ -214,12 +222,14 @@ def _blocks(trace, sizes, group, rank, position):
     found = [_Blocks() for _ in sizes]
     for constraint in trace.constraints:
         fixed = constraint.labels is None
+        matrix = trace.labels.find(constraint.matrix).numpy()
         if constraint.labels is not None:
             roots = trace.labels.find(constraint.labels).numpy()
+            if (matrix == roots[:, None]).all():
+                continue  # they are these neurons themselves, as of a key that all queries share
             fixed = bool(position[roots].any())
             if not (constraint.always or fixed or (group[roots] >= 0).any()):
                 continue  # no parameter has a number for each of these heads
-        matrix = trace.labels.find(constraint.matrix).numpy()
         for number in np.unique(group[matrix]).tolist():
             if number < 0:
                 continue
@@ -250,13 +260,15 @@ def _block_length(ranks, size):
 
 def _group(size, blocks, position, shared):
     """A group whose block shape follows from blocks inside blocks."""
+    if position:
+        return NeuronGroup((size,), (True,), False, shared)
     block_shape, fixed, inner = [], [], 1
     for length in sorted({*blocks.lengths, size}):
         if length % inner:
-            return NeuronGroup((size,), (position,), True, shared)
+            return NeuronGroup((size,), (False,), True, shared)
         block_shape.append(length // inner)
         within, beyond = (cut >= length for cut in blocks.as_long), (cut < length for cut in blocks.as_many)
-        fixed.append(position or any(within) or any(beyond))
+        fixed.append(any(within) or any(beyond))
         inner = length
     return NeuronGroup(tuple(reversed(block_shape)), tuple(reversed(fixed)), blocks.crossing, shared)
 

@@ -92,6 +92,7 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
             message = f"its forward pass looks at the values of tensors, which a trace does not have ({reason})"
             raise Untraceable(modules.where() + message) from error
         raise RefusedInputs(f"{modules.where()}its forward pass of {_shapes(inputs)} fails ({reason})") from error
+    _share_single_keys(tracer)
     return Trace(
         dims={key: labelled[id(value)] for key, value in state.items()},
         labels=tracer.labels,
@@ -103,6 +104,16 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         multiplied=tracer.multiplied,
         sums={key: tracer.sums[id(value)] for key, value in state.items() if id(value) in tracer.sums},
     )
+
+
+def _share_single_keys(tracer):
+    """Where all queries of an attention share one key, their neurons are the same, as where it has several keys."""
+    find = tracer.labels.find
+    own = {find(queries).numpy().tobytes() for queries, _, keys in tracer.attentions if len(keys) == len(queries)}
+    for queries, values, keys in tracer.attentions:
+        if values is not None and len(keys) == 1 and find(queries).numpy().tobytes() not in own:
+            tracer.labels.join(queries, keys)
+            tracer.labels.shared.append(keys.flatten())
 
 
 def _on_meta(tensor):

@@ -139,9 +139,10 @@ class Tracer:
         met = (dims & full).difference(*parts)
         if met and met == dims:
             self.positions(axis)
-            if not others:
-                self.labels.constants.append(core(axis).flatten())
-            return []
+            if others:
+                return []
+            self.labels.constants.append(core(axis).flatten())
+            return [axis]
         if met:
             self.constrain(axis, met)
         return [axis]

@@ -103,10 +103,15 @@ def gpt2(width, heads, tied=False):
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, tie_word_embeddings=tied))
 
 
-def llama(width, heads, tied=False):
-    sizes = {"hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": heads // 2, "vocab_size": 50}
+def llama(width, heads, tied=False, keys=None):
+    sizes = {"hidden_size": width, "num_attention_heads": heads, "vocab_size": 50}
+    sizes["num_key_value_heads"] = keys or heads // 2
     config = transformers.LlamaConfig(intermediate_size=width, num_hidden_layers=2, tie_word_embeddings=tied, **sizes)
     return transformers.LlamaForCausalLM(config)
+
+
+def llama_of_two_keys(width, heads):
+    return llama(width, heads, keys=2)
 
 
 def dinov3(width, heads, tied=False):
@@ -127,7 +132,14 @@ def nearness(teacher, student, first, batch):
 
 
 @pytest.mark.parametrize(
-    ("build", "large", "small"), [(gpt2, (32, 4), (16, 2)), (llama, (64, 8), (32, 4)), (dinov3, (64, 4), (32, 2))]
+    ("build", "large", "small"),
+    [
+        (gpt2, (32, 4), (16, 2)),
+        (llama, (64, 8), (32, 4)),
+        (llama, (64, 4), (32, 2)),  # one key of two
+        (llama_of_two_keys, (64, 8), (32, 4)),  # two queries of four for each
+        (dinov3, (64, 4), (32, 2)),
+    ],
 )
 def test_projected_weights_are_nearer_to_the_teacher_than_selected_ones(build, large, small):
     teacher, student = lively(build(*large)), build(*small)
