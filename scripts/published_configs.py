@@ -53,6 +53,10 @@ def llama(width: int, hidden: int, layers: int, heads: int, groups: int, **other
     return vit(width, layers, heads, hidden, num_key_value_heads=groups) | others
 
 
+def mamba(width: int, layers: int) -> dict:
+    return {"hidden_size": width, "num_hidden_layers": layers, "time_step_rank": width // 16}
+
+
 def t5(width: int, hidden: int, layers: int, heads: int, head: int = 64, **others) -> dict:
     return {"d_model": width, "d_ff": hidden, "num_layers": layers, "num_heads": heads, "d_kv": head} | others
 
@@ -71,6 +75,16 @@ GATED = {"use_swiglu_ffn": True}
 CLIP_B, CLIP_L, CLIP_H = (512, 12, 8, 512), (768, 12, 12, 768), (1024, 24, 16, 1024)
 LLAMA3 = {"vocab_size": 128256}
 V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+DEBERTA_V3 = {
+    "vocab_size": 128100,
+    "type_vocab_size": 0,
+    "position_biased_input": False,
+    "relative_attention": True,
+    "position_buckets": 256,
+    "pos_att_type": ["p2c", "c2p"],
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+}
 QWEN3 = {"head_dim": 128}
 
 CONFIGS = {
@@ -161,6 +175,12 @@ CONFIGS = {
     "distilroberta-base": ("roberta", vit(768, 6, 12, max_position_embeddings=514, type_vocab_size=1)),
     "roberta-base": ("roberta", vit(768, 12, 12, max_position_embeddings=514, type_vocab_size=1)),
     "roberta-large": ("roberta", vit(1024, 24, 16, max_position_embeddings=514, type_vocab_size=1)),
+    "deberta-v3-xsmall": ("deberta-v2", vit(384, 12, 6, **DEBERTA_V3)),
+    "deberta-v3-small": ("deberta-v2", vit(768, 6, 12, **DEBERTA_V3)),
+    "deberta-v3-base": ("deberta-v2", vit(768, 12, 12, **DEBERTA_V3)),
+    "deberta-v3-large": ("deberta-v2", vit(1024, 24, 16, **DEBERTA_V3)),
+    "ModernBERT-base": ("modernbert", {}),
+    "ModernBERT-large": ("modernbert", vit(1024, 28, 16, 2624)),
     "distilgpt2": ("gpt2", gpt2(768, 6, 12)),
     "gpt2": ("gpt2", gpt2(768, 12, 12)),
     "gpt2-medium": ("gpt2", gpt2(1024, 24, 16)),
@@ -176,12 +196,30 @@ CONFIGS = {
     "Meta-Llama-3-70B": ("llama", llama(8192, 28672, 80, 64, 8, **LLAMA3)),
     "Llama-3.2-1B": ("llama", llama(2048, 8192, 16, 32, 8, tie_word_embeddings=True, **LLAMA3)),
     "Llama-3.2-3B": ("llama", llama(3072, 8192, 28, 24, 8, tie_word_embeddings=True, **LLAMA3)),
+    "Qwen2.5-0.5B": ("qwen2", llama(896, 4864, 24, 14, 2, tie_word_embeddings=True)),
+    "Qwen2.5-1.5B": ("qwen2", llama(1536, 8960, 28, 12, 2, tie_word_embeddings=True)),
+    "Qwen2.5-3B": ("qwen2", llama(2048, 11008, 36, 16, 2, tie_word_embeddings=True)),
+    "Qwen2.5-7B": ("qwen2", llama(3584, 18944, 28, 28, 4, vocab_size=152064)),
+    "Qwen2.5-14B": ("qwen2", llama(5120, 13824, 48, 40, 8, vocab_size=152064)),
+    "Qwen2.5-32B": ("qwen2", llama(5120, 27648, 64, 40, 8, vocab_size=152064)),
+    "Qwen2.5-72B": ("qwen2", llama(8192, 29568, 80, 64, 8, vocab_size=152064)),
     "Qwen3-0.6B": ("qwen3", llama(1024, 3072, 28, 16, 8, tie_word_embeddings=True, **QWEN3)),
     "Qwen3-1.7B": ("qwen3", llama(2048, 6144, 28, 16, 8, tie_word_embeddings=True, **QWEN3)),
     "Qwen3-4B": ("qwen3", llama(2560, 9728, 36, 32, 8, tie_word_embeddings=True, **QWEN3)),
     "Qwen3-8B": ("qwen3", llama(4096, 12288, 36, 32, 8, **QWEN3)),
     "Qwen3-14B": ("qwen3", llama(5120, 17408, 40, 40, 8, **QWEN3)),
     "Qwen3-32B": ("qwen3", llama(5120, 25600, 64, 64, 8, **QWEN3)),
+    "Qwen3-30B-A3B": ("qwen3_moe", llama(2048, 6144, 48, 32, 4, moe_intermediate_size=768, **QWEN3)),
+    "Qwen3-235B-A22B": ("qwen3_moe", llama(4096, 12288, 94, 64, 4, moe_intermediate_size=1536, **QWEN3)),
+    "Mixtral-8x7B": ("mixtral", llama(4096, 14336, 32, 32, 8)),
+    "Mixtral-8x22B": ("mixtral", llama(6144, 16384, 56, 48, 8, vocab_size=32768)),
+    "gpt-oss-20b": ("gpt_oss", llama(2880, 2880, 24, 64, 8, head_dim=64, num_local_experts=32)),
+    "gpt-oss-120b": ("gpt_oss", llama(2880, 2880, 36, 64, 8, head_dim=64, num_local_experts=128)),
+    "mamba-130m": ("mamba", mamba(768, 24)),
+    "mamba-370m": ("mamba", mamba(1024, 48)),
+    "mamba-790m": ("mamba", mamba(1536, 48)),
+    "mamba-1.4b": ("mamba", mamba(2048, 48)),
+    "mamba-2.8b": ("mamba", mamba(2560, 64)),
     "gemma-2b": ("gemma", llama(2048, 16384, 18, 8, 1, head_dim=256)),
     "gemma-7b": ("gemma", llama(3072, 24576, 28, 16, 16, head_dim=256)),
     "t5-small": ("t5", t5(512, 2048, 6, 8)),

@@ -123,6 +123,10 @@ def reads(model, key):
     module = model.get_submodule(path)
     if type(module).__name__ == "Conv1D" and name == "weight":  # transformers': (inputs, outputs)
         return 0
+    if hasattr(module, "num_experts") and name in ("gate_up_proj", "down_proj"):  # transformers': one matrix per expert
+        return 1 if module.is_transposed else 2
+    if type(module).__name__.endswith("Router") and name == "weight":
+        return 1
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and name.startswith(("in_proj_weight", "weight_")):
         return 1
     return 1 if name == "weight" and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) else None

@@ -46,8 +46,8 @@ def module_around(names: list) -> str:
 def skeleton_of(model: nn.Module) -> nn.Module:
     """A copy on the meta device, which shares no weight and takes no memory.
 
-    Where its config lets a model choose, the copy computes attention from matrix products: fused kernels do not run on
-    the meta device, and masks for them are made by looking at values.
+    Where its config lets a model choose, the copy computes attention and experts from matrix products: fused kernels do
+    not run on the meta device, masks for them are made by looking at values, and so are batches of tokens for experts.
 
     Raises:
         InputError: as ``copy_of``.
@@ -58,8 +58,11 @@ def skeleton_of(model: nn.Module) -> nn.Module:
         memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
     skeleton = copy_of(model, memo)
     for module in skeleton.modules():
-        if hasattr(getattr(module, "config", None), "_attn_implementation"):  # Hugging Face's
-            module.config._attn_implementation = "eager"
+        config = getattr(module, "config", None)  # of Hugging Face
+        if hasattr(config, "_attn_implementation"):
+            config._attn_implementation = "eager"
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "batched_mm"
     return skeleton
 
 

@@ -20,8 +20,7 @@ def example_inputs(model: torch.nn.Module) -> dict:
 
     Returns:
         {name: tensor}, of as many of ``pixel_values``, ``input_values``, ``input_features``, ``input_ids`` and
-        ``decoder_input_ids`` as the forward takes, with a mask where one is needed, and ``use_cache=False`` where it is
-        taken.
+        ``decoder_input_ids`` as the forward takes, with their masks, and ``use_cache=False`` where it is taken.
     """
     config, takes = model.config, inspect.signature(model.forward).parameters
     inputs = {}
@@ -34,9 +33,9 @@ def example_inputs(model: torch.nn.Module) -> dict:
         length = 2 * config.max_source_positions  # Whisper's convolutions halve it to the positions of its encoder
         inputs["input_features"] = torch.empty(1, config.num_mel_bins, length, device="meta")
     if "input_ids" in takes:
-        inputs |= _tokens(takes, "", _is_causal(model) and not config.is_encoder_decoder)
+        inputs |= _tokens(takes, "")
     if "decoder_input_ids" in takes and config.is_encoder_decoder:
-        inputs |= _tokens(takes, "decoder_", _is_causal(model))
+        inputs |= _tokens(takes, "decoder_")
     if inputs and "use_cache" in takes:  # of keys and values of earlier tokens
         inputs["use_cache"] = False
     return inputs
@@ -56,18 +55,8 @@ def image_shape(config) -> tuple:
     return getattr(config, "num_channels", 3), height, width
 
 
-def _tokens(takes, prefix, masked):
-    """A sequence, and a mask that lets every token be seen.
-
-    Whether it needs a causal mask alone, a model finds out from the values of positions, which the meta device does not
-    have, unless it is given another mask. Of models that are not causal the opposite is true.
-    """
-    inputs = {f"{prefix}input_ids": torch.zeros(1, TOKENS, dtype=torch.int64)}
-    if masked and f"{prefix}attention_mask" in takes:
-        inputs[f"{prefix}attention_mask"] = torch.ones(1, TOKENS, dtype=torch.int64)
-    return inputs
-
-
-def _is_causal(model):
-    """Whether tokens see only those before them."""
-    return any(getattr(module, "is_causal", False) for module in model.modules())
+def _tokens(takes, prefix):
+    """A sequence, and a mask that lets every token be seen."""
+    tokens = {f"{prefix}input_ids": torch.zeros(1, TOKENS, dtype=torch.int64)}
+    mask = {f"{prefix}attention_mask": torch.ones(1, TOKENS, dtype=torch.int64)}
+    return tokens | {name: value for name, value in mask.items() if name in takes}

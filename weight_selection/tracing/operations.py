@@ -1,5 +1,6 @@
 """The rules of operations: what each does to the labels of its arguments. One without a rule is refused by name."""
 
+from collections.abc import Iterable
 from itertools import chain, zip_longest
 
 import torch
@@ -41,23 +42,28 @@ OVER_SPACE = _names("""
 """)  # they change height and width, or the length of a line
 REDUCTIONS = _names("mean sum amax amin max min linalg_vector_norm var all any")
 # They give one value everywhere.
-UNIFORM = _names("empty zeros ones full scalar_tensor new_zeros zeros_like ones_like empty_like")
+UNIFORM = _names("""
+    empty zeros ones full scalar_tensor empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full
+""")
 CONSTANTS = UNIFORM | _names("arange linspace eye lift_fresh _assert_async")
 
 
-def follow(tracer: Tracer, func, out, args: tuple, kwargs: dict) -> None:
+def follow(tracer: Tracer, func, out, tensors: list, args: tuple, kwargs: dict) -> None:
     """Give what an operation of ``torch.ops.aten`` gave its labels; of constants, note where their values differ.
+
+    Args:
+        out: what it gave.
+        tensors: those among its arguments.
 
     Raises:
         Untraceable: there are labels, and no rule says what becomes of them.
     """
     name = func.overloadpacket.__name__
-    out = out[0] if isinstance(out, tuple) else out  # besides come places, or statistics
+    out, *others = out if isinstance(out, tuple) else (out,)  # besides come places, or statistics
     if name in CONSTANTS:
         if name in UNIFORM:
             tracer.uniform[storage(out)] = out
         return
-    tensors = _tensors(chain(args, kwargs.values()))
     tracer.met.update(map(id, tensors))
     labelled = any(map(tracer.get, tensors))
     if labelled:
@@ -69,6 +75,8 @@ def follow(tracer: Tracer, func, out, args: tuple, kwargs: dict) -> None:
         else:  # several tensors, and of each axis a part for each
             for tensor, *parts in zip(out, *axes, strict=True):
                 tracer.put(tensor, parts)
+        if name == "topk":
+            _note_places(tracer, others[0], *args)
     elif (name in ALONE or name in KEEP) and tracer.is_uniform(args[0]):
         tracer.uniform[storage(out)] = out
     elif name in ALONE or name in TOGETHER:
@@ -85,7 +93,7 @@ def follow(tracer: Tracer, func, out, args: tuple, kwargs: dict) -> None:
         tracer.repetitions.forget(out)
 
 
-def _tensors(arguments):
+def tensors_among(arguments: Iterable) -> list:
     """The tensors among arguments, also in lists."""
     items = chain(*(value if isinstance(value, (list, tuple)) else (value,) for value in arguments))
     return [item for item in items if isinstance(item, torch.Tensor)]
@@ -114,7 +122,7 @@ def _alone(tracer, func, out, x, *args, **kwargs):
 
 
 def _together(tracer, func, out, *args, **kwargs):
-    return tracer.meet([tensor for tensor in _tensors(args) if tensor.ndim], out.shape)
+    return tracer.meet([tensor for tensor in tensors_among(args) if tensor.ndim], out.shape)
 
 
 def _copy(tracer, func, out, into, source, *args):
@@ -188,12 +196,49 @@ def _aligned(pieces, dim):
 
 
 def _index(tracer, func, out, x, indices, *args, **kwargs):
-    """Indices, whose numbers are no neurons, pick from positions."""
+    """Indices, whose numbers are no neurons, pick from positions; or from neurons, if they say which are largest."""
     tracer.positions(*chain(*map(tracer.get, indices)))
     picked = {dim for dim, index in enumerate(indices) if index is not None}
-    first = [slice(None) if index is None else torch.zeros(index.shape, dtype=torch.int64) for index in indices]
-    tracer.positions(*(axis for axis in tracer.get(x) if varying(axis) & picked))
-    return [axis[tuple(first)] for axis in tracer.get(x) if not varying(axis) & picked]
+    first = tuple(
+        slice(None) if index is None else torch.zeros([1] * index.ndim, dtype=torch.int64) for index in indices
+    )
+    for axis in tracer.get(x):
+        if not varying(axis) & picked:
+            yield core(axis)[first].expand(out.shape)
+        else:
+            _pick(tracer, axis, *(index for index in indices if index is not None))
+
+
+def _gather(tracer, func, out, x, dim, index, *args, **kwargs):
+    """Along one dimension it picks elements."""
+    for axis in tracer.get(x):
+        if dim % x.ndim not in varying(axis):
+            yield fit(axis.narrow(dim, 0, 1), out.shape)
+        else:
+            _pick(tracer, axis, index)
+
+
+def _pick(tracer, axis, *indices):
+    """Note what indices pick along an axis: the neurons, such as experts, that they are numbers of, or positions."""
+    places = tracer.places.get(storage(indices[0])) if len(indices) == 1 and len(varying(axis)) == 1 else None
+    if places is None:
+        tracer.positions(axis)
+    else:
+        tracer.labels.join(core(axis).flatten(), places)
+
+
+def _topk(tracer, func, out, x, count, dim=-1, *args, **kwargs):
+    """The largest numbers may be those of any neurons."""
+    for axis in tracer.get(x):
+        for rest in tracer.heads(axis, {dim % x.ndim}) if dim % x.ndim in varying(axis) else [axis]:
+            yield fit(rest.narrow(dim, 0, 1), out.shape)
+
+
+def _note_places(tracer, places, x, count, dim=-1, *args, **kwargs):
+    """Note of which neurons the largest numbers are."""
+    axes = [axis for axis in tracer.get(x) if varying(axis) == {dim % x.ndim}]
+    if len(axes) == 1:
+        tracer.places[storage(places)] = core(axes[0]).flatten()
 
 
 def _embedding(tracer, func, out, weight, indices, *args):
@@ -201,6 +246,17 @@ def _embedding(tracer, func, out, weight, indices, *args):
     tracer.positions(*tracer.get(indices))
     tracer.positions(*(axis for axis in tracer.get(weight) if 0 in varying(axis)))
     return [axis[:1].expand(out.shape) for axis in tracer.get(weight) if 0 not in varying(axis)]
+
+
+def _as_complex(tracer, func, out, x):
+    """Two neurons become one number, which rotary embeddings turn: they stay together."""
+    for axis in map(core, tracer.get(x)):
+        tracer.labels.join(axis[..., 0], axis[..., -1])
+        yield axis[..., 0].expand(out.shape)
+
+
+def _as_real(tracer, func, out, x):
+    return [axis[..., None].expand(out.shape) for axis in tracer.get(x)]
 
 
 def _pixel_shuffle(tracer, func, out, x, factor):
@@ -226,7 +282,7 @@ def _reduce(tracer, func, out, x, *args, **kwargs):
 def _norm_of_channels(tracer, func, out, x, *args):
     """Its weight, bias, mean and variance have a number for each channel."""
     result, full = tracer.get(x), frozenset(dim for dim, size in enumerate(x.shape) if size > 1)
-    for parameter in _tensors(args):
+    for parameter in tensors_among(args):
         axes = [along(1, core(axis), x.shape) for axis in tracer.get(parameter)]
         result = tracer.match(result, axes, full, frozenset({1}))
     if func is aten.native_group_norm.default and 1 < (groups := args[5]) < x.shape[1]:
@@ -278,6 +334,10 @@ RULES = {
     "im2col": _im2col,
     "col2im": _col2im,
     "index": _index,
+    "view_as_complex": _as_complex,
+    "view_as_real": _as_real,
+    "gather": _gather,
+    "topk": _topk,
     "pixel_shuffle": _pixel_shuffle,
     "embedding": _embedding,
     "glu": _glu,

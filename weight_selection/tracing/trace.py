@@ -8,6 +8,7 @@ the rules in operations.py, and where tensors meet, their labels become the same
 import re
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn as nn
@@ -17,9 +18,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from weight_selection.errors import first_line
 from weight_selection.modules import run_forward, skeleton_of, tensors_of
+from weight_selection.tracing.known_values import BY_VALUES, UNKNOWN
 from weight_selection.tracing.labels import Labels, storage
 from weight_selection.tracing.meta_results import MetaResults
-from weight_selection.tracing.operations import follow
+from weight_selection.tracing.operations import follow, tensors_among
 from weight_selection.tracing.tracer import Tracer, Untraceable
 
 # In PyTorch's complaints that a tensor has no values.
@@ -73,7 +75,7 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
             raise Untraceable(f"{key} is no tensor, as in quantised models; give the model as it was before")
     skeleton = skeleton_of(model).float().eval()
     tracer, modules = Tracer(), _Modules(skeleton)
-    inputs = tree_map_only(torch.Tensor, _on_meta, inputs)
+    inputs = tree_map_only(torch.Tensor, partial(_on_meta, tracer.known), inputs)
     for images in filter(_is_images, tree_leaves(inputs)):
         tracer.label_channels(images)
     state = tensors_of(skeleton, keep_vars=True)
@@ -116,8 +118,13 @@ def _share_single_keys(tracer):
             tracer.labels.shared.append(keys.flatten())
 
 
-def _on_meta(tensor):
-    return tensor.detach().to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+def _on_meta(known, tensor):
+    """A tensor without values on the meta device; those that it had are noted."""
+    tensor = tensor.detach().to(torch.float32 if tensor.is_floating_point() else tensor.dtype)
+    bare = tensor.to("meta")
+    if not tensor.is_meta:
+        known.put(bare, tensor.cpu())
+    return bare
 
 
 def _is_images(value):
@@ -139,8 +146,16 @@ class _Following(TorchDispatchMode):
         self.tracer, self.results = tracer, MetaResults()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = self.results.run(func, args, kwargs or {})
-        follow(self.tracer, func, out, args, kwargs or {})
+        kwargs = kwargs or {}
+        tensors, known = tensors_among(chain(args, kwargs.values())), self.tracer.known
+        values = known.compute(func, tensors, args, kwargs)
+        if values is not UNKNOWN and BY_VALUES & set(func.tags):
+            out = tree_map_only(torch.Tensor, partial(torch.empty_like, device="meta"), values)
+        else:
+            out = self.results.run(func, args, kwargs)
+        if values is not UNKNOWN:
+            known.note(out, values)
+        follow(self.tracer, func, out, tensors, args, kwargs)
         return out
 
 
@@ -163,7 +178,7 @@ class _Modules:
 
     def _end(self, name, module, args, output):
         self.running.pop()
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and isinstance(output, torch.Tensor):
             size = module.out_features if isinstance(module, nn.Linear) else module.out_channels
             self.given.append((output, name, size))
 

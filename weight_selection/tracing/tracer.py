@@ -9,6 +9,7 @@ from collections.abc import Collection, Set
 
 import torch
 
+from weight_selection.tracing.known_values import KnownValues
 from weight_selection.tracing.labels import BlockConstraint, Labels, along, compact, core, storage, unique_rows, varying
 from weight_selection.tracing.repetitions import Repetitions
 
@@ -32,7 +33,9 @@ class Tracer:
         resized: {storage of a tensor: storage of the images that it was interpolated or pooled from}.
         uniform: {storage of a tensor that has one value everywhere: the tensor}.
         differing: {storage of a tensor without labels: (it, the dimensions along which its values differ)}.
+        places: {storage of integers that say which neurons of an axis were taken: the labels (n,) of that axis}.
         repetitions: where else tensors without labels have equal values.
+        known: the values of tensors that depend on no weight.
     """
 
     def __init__(self):
@@ -40,8 +43,8 @@ class Tracer:
         self.constraints, self.attentions, self.multiplied = [], [], []
         self.heights, self.sums, self.views, self.resized = {}, {}, {}, {}
         self.met = set()
-        self.uniform, self.differing = {}, {}
-        self.repetitions = Repetitions(self.differs)
+        self.uniform, self.differing, self.places = {}, {}, {}
+        self.repetitions, self.known = Repetitions(self.differs), KnownValues()
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
 
     def get(self, tensor: object) -> list:

@@ -321,7 +321,8 @@ class Sorted(nn.Module):
 
 class Valued(MLP):
     def forward(self, x):
-        return super().forward(x) if x.sum() > 0 else x
+        features = super().forward(x)
+        return features if features.sum() > 0 else -features
 
 
 class Masked(MLP):

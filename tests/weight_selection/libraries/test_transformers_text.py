@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 import transformers
 
+from helpers import assert_same
 from proofs import check_consistent, check_hidden, structures
 from weight_selection import InputError, select_weights
 from weight_selection.cost import multiply_adds
@@ -40,6 +41,14 @@ def llama_of_more_queries(heads, layers):  # the teacher has four for each key, 
 
 def gemma_of_one_key(heads, layers):
     return llama(heads, layers) | {"num_key_value_heads": 1}
+
+
+def qwen3_moe(heads, layers):
+    return llama(heads, layers) | {"moe_intermediate_size": 8 * heads}
+
+
+def mamba(heads, layers):
+    return {"hidden_size": 8 * heads, "num_hidden_layers": layers, "state_size": 4, "time_step_rank": 2}
 
 
 def t5(heads, layers):
@@ -85,6 +94,27 @@ MODELS = {
     "phi_to_one_key": ("PhiForCausalLM", "PhiConfig", TEXT, llama, (2, 2), (1, 1), 1),  # rotates half of each head
     "phi3_to_one_key": ("Phi3ForCausalLM", "Phi3Config", TEXT, llama, (2, 2), (1, 1), 1),  # queries, keys, values fused
     "qwen3_to_one_key": ("Qwen3ForCausalLM", "Qwen3Config", TEXT, llama, (4, 2), (1, 1), 1),  # keys are normalised
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", TEXT | {"num_local_experts": 4}, llama, (4, 2), (2, 1), 1),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        TEXT | {"num_experts": 4, "num_experts_per_tok": 2},
+        qwen3_moe,
+        (4, 2),
+        (2, 1),
+        1,
+    ),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", TEXT | {"num_local_experts": 4}, llama, (4, 2), (2, 1), 1),
+    "deberta": (
+        "DebertaV2ForMaskedLM",
+        "DebertaV2Config",
+        TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        bert,
+        (4, 1),
+        (2, 1),
+        2,
+    ),
+    "mamba": ("MambaForCausalLM", "MambaConfig", WORDS, mamba, (4, 2), (2, 1), 2),
     "t5": ("T5ForConditionalGeneration", "T5Config", WORDS, t5, (4, 2), (2, 1), 2**0.5),  # its logits are / sqrt(width)
     "whisper": (
         "WhisperForConditionalGeneration",
@@ -107,6 +137,7 @@ def build(name, both, sizes=None, **changes):
     model, config, values, of, *_ = MODELS[name]
     torch.manual_seed(0)
     config = getattr(transformers, config)(**values | (sizes or of)(*both) | changes)
+    config._experts_implementation = "eager"  # other products of experts do not take float64
     return getattr(transformers, model)(config).eval()
 
 
@@ -275,8 +306,17 @@ def test_other_vocabularies_positions_and_heads_are_refused(name, changes, named
         plan_of(teacher, student)
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_model_may_look_at_the_values_of_its_mask(name):
+    teacher, student = pair(name)
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    assert_same(select_weights(teacher, student, example_inputs=inputs), select_weights(teacher, student))
+
+
 def test_inputs_that_a_trace_cannot_follow_are_not_needed_where_the_library_knows_others():
-    ids = torch.zeros(1, 4, dtype=torch.int64)
+    ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")  # without values
     with pytest.raises(InputError, match="looks at the values .*; leave example_inputs out"):
         select_weights(*pair("bert"), example_inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
@@ -328,6 +368,17 @@ def test_query_heads_are_those_whose_results_are_read(method):
     assert len(rows.unique()) == len(columns.unique()) == 8
     if method != "l1":  # which chooses in every tensor by itself
         assert torch.equal(rows[:, 0, 0], columns[0, :, 0])
+
+
+@pytest.mark.parametrize("method", ["uniform", "random"])
+def test_experts_are_those_that_their_router_sends_tokens_to(method):
+    teacher, student = (build("mixtral", (heads, 1), num_local_experts=count) for heads, count in ((4, 6), (2, 3)))
+    for value in teacher.model.layers[0].mlp.parameters():  # every value says of which expert it is
+        value.data.copy_(torch.arange(6.0).view(6, *[1] * (value.ndim - 1)).expand_as(value))
+    weights = select_weights(teacher, student, element_selection=method)
+    found = {key: value for key, value in weights.items() if ".mlp." in key}
+    assert len(found) == 3 and len({tuple(value.flatten(1).mean(1).tolist()) for value in found.values()}) == 1
+    assert all(len(value.unique()) == 3 for value in found.values())
 
 
 @pytest.mark.parametrize("heads", [{"num_attention_heads": 8}, {"num_key_value_heads": 1}])
