@@ -128,18 +128,25 @@ class Matching:
     def _of_chosen_queries(self, ours, theirs):
         """The teacher's slices of as many queries for each key as the student has.
 
-        Slices of one query stand together: two, if rotary embeddings turn its neurons in pairs, and one more if they
-        leave some as they are.
+        Slices of one query stand together: two of a group, if rotary embeddings turn its neurons in pairs.
         """
-        rule, seed, groups = self.options.element_selection, self.options.seed, {their.group for their in theirs}
-        if not all(self.teacher.groups[number].shared for number in groups):
-            return theirs
-        each = self.teacher.fewest_slices(groups)
-        fits = each == self.student.fewest_slices({our.group for our in ours}) and len(theirs) > len(ours)
-        if not fits or len(ours) % each:
-            return theirs
-        kept = kept_indices(rule if rule in CONSISTENT else "uniform", len(theirs) // each, len(ours) // each, seed)
-        return tuple(part for query in kept.tolist() for part in theirs[query * each : (query + 1) * each])
+        chosen = {}  # {number of the student's group: the slices that it comes from}
+        for number, group in zip(
+            *(dict.fromkeys(part.group for part in parts) for parts in (ours, theirs)), strict=False
+        ):
+            parts, count = [part for part in theirs if part.group == group], sum(part.group == number for part in ours)
+            each = self.teacher.fewest_slices(group)
+            if len(parts) != count:
+                shared = self.teacher.groups[group].shared and each == self.student.fewest_slices(number)
+                if not shared or count > len(parts) or count % each:
+                    return theirs
+                rule = self.options.element_selection if self.options.element_selection in CONSISTENT else "uniform"
+                kept = kept_indices(rule, len(parts) // each, count // each, self.options.seed).tolist()
+                parts = [part for query in kept for part in parts[query * each : (query + 1) * each]]
+            chosen[number] = iter(parts)
+        return (
+            tuple(next(chosen[our.group]) for our in ours) if chosen.keys() >= {our.group for our in ours} else theirs
+        )
 
     def _kept(self, large, small):
         """Places in the teacher's group: for each block size the rule's indices, and all their combinations."""

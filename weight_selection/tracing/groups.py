@@ -82,10 +82,10 @@ class ModelGroups:
         """The slices of a dimension, also if it holds constants."""
         return self.slices[key][dim] or self.constants.get((key, dim))
 
-    def fewest_slices(self, numbers: set) -> int:
-        """The number of slices in the dimension that has fewest, of the dimensions made of just these groups."""
+    def fewest_slices(self, number: int) -> int:
+        """How many slices of a group are in the dimension that has fewest of them, and has some."""
         dims = (*(dim for dims in self.slices.values() for dim in dims if dim), *self.constants.values())
-        return min((len(dim) for dim in dims if {part.group for part in dim} == numbers), default=0)
+        return min(filter(None, (sum(part.group == number for part in dim) for dim in dims)))
 
 
 def find_groups(trace: Trace) -> ModelGroups:

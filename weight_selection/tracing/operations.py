@@ -127,9 +127,10 @@ def _together(tracer, func, out, *args, **kwargs):
 
 def _copy(tracer, func, out, into, source, *args):
     """The values before it do not count."""
+    axes = tracer.meet([source], out.shape)
     if out.untyped_storage().nbytes() != out.numel() * out.itemsize:
-        raise Untraceable("a part of a tensor is written over")
-    return tracer.meet([source], out.shape)
+        tracer.put_part(out, axes)
+    return axes
 
 
 def _over_space(tracer, func, out, x, *args, **kwargs):

@@ -34,6 +34,7 @@ class Tracer:
         uniform: {storage of a tensor that has one value everywhere: the tensor}.
         differing: {storage of a tensor without labels: (it, the dimensions along which its values differ)}.
         places: {storage of integers that say which neurons of an axis were taken: the labels (n,) of that axis}.
+        assembled: {storage of a new tensor that is written part by part: (the tensor, the labels of its elements)}.
         repetitions: where else tensors without labels have equal values.
         known: the values of tensors that depend on no weight.
     """
@@ -43,7 +44,7 @@ class Tracer:
         self.constraints, self.attentions, self.multiplied = [], [], []
         self.heights, self.sums, self.views, self.resized = {}, {}, {}, {}
         self.met = set()
-        self.uniform, self.differing, self.places = {}, {}, {}
+        self.uniform, self.differing, self.places, self.assembled = {}, {}, {}, {}
         self.repetitions, self.known = Repetitions(self.differs), KnownValues()
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
 
@@ -54,6 +55,17 @@ class Tracer:
     def put(self, tensor: torch.Tensor, axes: list) -> None:
         """Give a tensor its ``AxisLabels``; those that do not vary say nothing."""
         self._axes[id(tensor)] = tensor, [axis for axis in map(compact, axes) if varying(axis)]
+
+    def put_part(self, part: torch.Tensor, axes: list) -> None:
+        """Give a part of a new tensor its labels; elements that nothing was written to are neurons of no parameter."""
+        place = storage(part)
+        whole, labels = self.assembled.get(place, (self.uniform.get(place), None))
+        if whole is None or len(axes) != 1 or not whole.is_contiguous():
+            raise Untraceable("a part of a tensor is written over")
+        labels = self.labels.new(whole.numel()) if labels is None else labels
+        labels.as_strided(part.shape, part.stride(), part.storage_offset()).copy_(self.labels.find(axes[0]))
+        self.assembled[place] = whole, labels
+        self.put(whole, [labels.view(whole.shape)])
 
     def label(self, tensor: torch.Tensor) -> tuple:
         """Give every dimension of a parameter new labels; returns them, (size,) for each dimension."""
@@ -176,8 +188,8 @@ class Tracer:
     def note_shared(self, labels: torch.Tensor) -> None:
         """Note labels (heads, ..., head_dim) that are the same for several heads."""
         rows = labels.flatten(0, -2) if labels.ndim > 1 else labels[None]
-        if len(unique_rows(rows)[0]) < len(rows):
-            self.labels.shared.append(labels)
+        ordered = rows.sort(dim=0).values
+        self.labels.shared.append(rows[:, (ordered[1:] == ordered[:-1]).any(dim=0)])
 
 
 def as_rows(axis: torch.Tensor, dims: Collection) -> torch.Tensor:

@@ -47,6 +47,11 @@ def qwen3_moe(heads, layers):
     return llama(heads, layers) | {"moe_intermediate_size": 8 * heads}
 
 
+def deepseek(heads, layers):  # every head has neurons of its own, and some that rotate and that keys share
+    sizes = {"kv_lora_rank": 4 * heads, "q_lora_rank": 8 * heads, "num_attention_heads": heads}
+    return qwen3_moe(heads, layers) | sizes | {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+
+
 def mamba(heads, layers):
     return {"hidden_size": 8 * heads, "num_hidden_layers": layers, "state_size": 4, "time_step_rank": 2}
 
@@ -100,6 +105,15 @@ MODELS = {
         "Qwen3MoeConfig",
         TEXT | {"num_experts": 4, "num_experts_per_tok": 2},
         qwen3_moe,
+        (4, 2),
+        (2, 1),
+        1,
+    ),
+    "deepseek": (
+        "DeepseekV2ForCausalLM",
+        "DeepseekV2Config",
+        TEXT | {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 0},
+        deepseek,
         (4, 2),
         (2, 1),
         1,
