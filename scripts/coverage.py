@@ -39,7 +39,7 @@ from weight_selection.structure import ModelStructure, structure_of
 REASONS = {
     "the student has other tensors": r"the teacher has no|the student has layers there",
     "the teacher has other tensors": r"the student has no such tensor",
-    "the student is wider": r"< student's|as large in both",
+    "the student is wider": r"at least as wide|as large in both",
     "the student is deeper": r"at least as deep",
     "layers of other kinds": r"layers are of",
     "another number of prefix tokens": r"prefix tokens",

@@ -130,23 +130,29 @@ class Matching:
 
         Slices of one query stand together: two of a group, if rotary embeddings turn its neurons in pairs.
         """
+        groups = [list(dict.fromkeys(part.group for part in parts)) for parts in (ours, theirs)]
+        if len(groups[0]) != len(groups[1]):
+            return theirs
         chosen = {}  # {number of the student's group: the slices that it comes from}
-        for number, group in zip(
-            *(dict.fromkeys(part.group for part in parts) for parts in (ours, theirs)), strict=False
-        ):
-            parts, count = [part for part in theirs if part.group == group], sum(part.group == number for part in ours)
-            each = self.teacher.fewest_slices(group)
-            if len(parts) != count:
-                shared = self.teacher.groups[group].shared and each == self.student.fewest_slices(number)
-                if not shared or count > len(parts) or count % each:
-                    return theirs
-                rule = self.options.element_selection if self.options.element_selection in CONSISTENT else "uniform"
-                kept = kept_indices(rule, len(parts) // each, count // each, self.options.seed).tolist()
-                parts = [part for query in kept for part in parts[query * each : (query + 1) * each]]
-            chosen[number] = iter(parts)
-        return (
-            tuple(next(chosen[our.group]) for our in ours) if chosen.keys() >= {our.group for our in ours} else theirs
-        )
+        for our, their in zip(*groups, strict=True):
+            parts, count = [part for part in theirs if part.group == their], sum(part.group == our for part in ours)
+            kept = self._kept_slices(our, their, len(parts), count)
+            if kept is None:
+                return theirs
+            chosen[our] = iter([parts[place] for place in kept])
+        return tuple(next(chosen[part.group]) for part in ours)
+
+    def _kept_slices(self, our, their, many, few):
+        """Which of ``many`` slices of a teacher's group ``few`` of a student's group come from; None if none do."""
+        if many == few:
+            return range(many)
+        each = self.teacher.fewest_slices(their)
+        fits = many > few and few % each == 0 and each == self.student.fewest_slices(our)
+        if not fits or not self.teacher.groups[their].shared:
+            return None
+        rule = self.options.element_selection if self.options.element_selection in CONSISTENT else "uniform"
+        queries = kept_indices(rule, many // each, few // each, self.options.seed).tolist()
+        return [query * each + place for query in queries for place in range(each)]
 
     def _kept(self, large, small):
         """Places in the teacher's group: for each block size the rule's indices, and all their combinations."""

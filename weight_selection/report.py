@@ -152,7 +152,7 @@ def _rule_words(plan, group):
     if group.kept is None:
         return f"{plan.element_selection}, per tensor"
     steps = np.unique(np.diff(group.kept))
-    if plan.element_selection == "uniform" and len(steps) == 1:
+    if plan.element_selection == "uniform" and len(steps) == 1 and steps[0] > 1:  # 1 where a single head is kept
         return f"every {steps[0]}{'nd' if steps[0] == 2 else 'rd' if steps[0] == 3 else 'th'}"
     return plan.element_selection
 

@@ -16,6 +16,7 @@ WIDTHS = {
     "widths", "width_list", "init_channels", "initial_chs", "final_chs", "growth_rate", "growth_rates", "d_model",
     "d_ff", "n_embd", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_size", "hidden_sizes",
     "decoder_hidden_size", "neck_hidden_sizes", "intermediate_size", "moe_intermediate_size",
+    "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank",
 }
 ENDS = {  # scaled with other widths, never alone
     "stem_width", "stem_chs", "stem_hidden_dim", "head_widths", "embedding_size", "word_embed_proj_dim",

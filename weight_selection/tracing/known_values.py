@@ -4,6 +4,10 @@ Tensors on the meta device have no values, but a model may look at some: does th
 longest sequence? What depends on no weight is therefore computed on the CPU as well, beside the trace.
 """
 
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain
+
 import torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -20,33 +24,52 @@ class KnownValues:
     def __init__(self):
         self._known = {}  # id of a tensor: (the tensor, its values)
 
-    def put(self, tensor: torch.Tensor, values: torch.Tensor) -> None:
-        """Note the values of a tensor."""
+    def on_meta(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor's like on the meta device; its values, if it has some, are noted."""
+        like = tensor.detach().to("meta")
+        if not tensor.is_meta:
+            self._put(like, tensor.detach().cpu())
+        return like
+
+    def run(self, func: Callable, args: tuple, kwargs: dict, run: Callable) -> object:
+        """What an operation of ``torch.ops`` gives: a number, if one is asked for that is known, or tensors.
+
+        Args:
+            run: (func, args, kwargs) -> what the operation gives on the meta device.
+        """
+        values = self._values(func, args, kwargs)
+        if values is UNKNOWN:
+            return run(func, args, kwargs)
+        if BY_VALUES.isdisjoint(func.tags):
+            out = run(func, args, kwargs)
+        else:
+            out = tree_map_only(torch.Tensor, partial(torch.empty_like, device="meta"), values)
+        for tensor, value in zip(tree_leaves(out), tree_leaves(values), strict=True):
+            if isinstance(tensor, torch.Tensor):
+                self._put(tensor, value)
+        return out
+
+    def _put(self, tensor, values):
         if values.numel() <= MOST:
             self._known[id(tensor)] = tensor, values
 
-    def get(self, tensor: torch.Tensor) -> torch.Tensor | None:
+    def _get(self, tensor):
         """The values of a tensor, or None. A tensor on another device than meta has its own."""
         return self._known.get(id(tensor), (None, None))[1] if tensor.is_meta else tensor
 
-    def compute(self, func, tensors: list, args: tuple, kwargs: dict):
-        """What an operation of ``torch.ops`` gives for the values of its arguments, of which ``tensors`` are tensors.
+    def _values(self, func, args, kwargs):
+        """What an operation gives for the values of its arguments.
 
         UNKNOWN if a value is not known, if it is drawn at random, or if the operation does not run on the meta device.
         """
+        tensors = tensors_among(chain(args, kwargs.values()))
         on_meta = any(tensor.is_meta for tensor in tensors) or kwargs.get("device") == torch.device("meta")
-        known = not any(self.get(tensor) is None for tensor in tensors)
+        known = all(self._get(tensor) is not None for tensor in tensors)
         if not on_meta or not known or torch.Tag.nondeterministic_seeded in func.tags:
             self._forget_written(func, args)
             return UNKNOWN
-        args, kwargs = tree_map_only(torch.Tensor, self.get, (args, kwargs))
+        args, kwargs = tree_map_only(torch.Tensor, self._get, (args, kwargs))
         return func(*args, **tree_map(_on_cpu, kwargs))
-
-    def note(self, out, values) -> None:
-        """Note the values that ``compute`` gave for the tensors that an operation gave on the meta device."""
-        for tensor, value in zip(tree_leaves(out), tree_leaves(values), strict=True):
-            if isinstance(tensor, torch.Tensor):
-                self.put(tensor, value)
 
     def _forget_written(self, func, args):
         """An operation wrote unknown values into a tensor, and so into all that share its memory."""
@@ -56,6 +79,12 @@ class KnownValues:
             ]
             places = {storage(value) for value in written if isinstance(value, torch.Tensor)}
             self._known = {key: pair for key, pair in self._known.items() if storage(pair[0]) not in places}
+
+
+def tensors_among(arguments: Iterable) -> list:
+    """The tensors among arguments, also in lists."""
+    items = chain(*(value if isinstance(value, (list, tuple)) else (value,) for value in arguments))
+    return [item for item in items if isinstance(item, torch.Tensor)]
 
 
 def _on_cpu(option):

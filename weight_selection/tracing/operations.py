@@ -1,10 +1,10 @@
 """The rules of operations: what each does to the labels of its arguments. One without a rule is refused by name."""
 
-from collections.abc import Iterable
 from itertools import chain, zip_longest
 
 import torch
 
+from weight_selection.tracing.known_values import tensors_among
 from weight_selection.tracing.labels import BlockConstraint, along, core, fit, moved, storage, varying
 from weight_selection.tracing.products import convolution, note_view, product
 from weight_selection.tracing.tracer import Tracer, Untraceable
@@ -48,12 +48,8 @@ UNIFORM = _names("""
 CONSTANTS = UNIFORM | _names("arange linspace eye lift_fresh _assert_async")
 
 
-def follow(tracer: Tracer, func, out, tensors: list, args: tuple, kwargs: dict) -> None:
+def follow(tracer: Tracer, func, out, args: tuple, kwargs: dict) -> None:
     """Give what an operation of ``torch.ops.aten`` gave its labels; of constants, note where their values differ.
-
-    Args:
-        out: what it gave.
-        tensors: those among its arguments.
 
     Raises:
         Untraceable: there are labels, and no rule says what becomes of them.
@@ -64,6 +60,7 @@ def follow(tracer: Tracer, func, out, tensors: list, args: tuple, kwargs: dict) 
         if name in UNIFORM:
             tracer.uniform[storage(out)] = out
         return
+    tensors = tensors_among(chain(args, kwargs.values()))
     tracer.met.update(map(id, tensors))
     labelled = any(map(tracer.get, tensors))
     if labelled:
@@ -91,12 +88,6 @@ def follow(tracer: Tracer, func, out, tensors: list, args: tuple, kwargs: dict) 
         tracer.repetitions.note_elementwise(out, tensors)
     elif name.endswith("_"):
         tracer.repetitions.forget(out)
-
-
-def tensors_among(arguments: Iterable) -> list:
-    """The tensors among arguments, also in lists."""
-    items = chain(*(value if isinstance(value, (list, tuple)) else (value,) for value in arguments))
-    return [item for item in items if isinstance(item, torch.Tensor)]
 
 
 def _move(tracer, func, out, x, *args, **kwargs):
@@ -221,11 +212,11 @@ def _gather(tracer, func, out, x, dim, index, *args, **kwargs):
 
 def _pick(tracer, axis, *indices):
     """Note what indices pick along an axis: the neurons, such as experts, that they are numbers of, or positions."""
-    places = tracer.places.get(storage(indices[0])) if len(indices) == 1 and len(varying(axis)) == 1 else None
-    if places is None:
-        tracer.positions(axis)
+    _, taken = tracer.places.get(storage(indices[0]), (None, ())) if len(indices) == 1 else (None, ())
+    if len(varying(axis)) == 1 and core(axis).numel() == len(taken):
+        tracer.labels.join(core(axis).flatten(), taken)
     else:
-        tracer.labels.join(core(axis).flatten(), places)
+        tracer.positions(axis)
 
 
 def _topk(tracer, func, out, x, count, dim=-1, *args, **kwargs):
@@ -239,7 +230,7 @@ def _note_places(tracer, places, x, count, dim=-1, *args, **kwargs):
     """Note of which neurons the largest numbers are."""
     axes = [axis for axis in tracer.get(x) if varying(axis) == {dim % x.ndim}]
     if len(axes) == 1:
-        tracer.places[storage(places)] = core(axes[0]).flatten()
+        tracer.places[storage(places)] = places, core(axes[0]).flatten()
 
 
 def _embedding(tracer, func, out, weight, indices, *args):

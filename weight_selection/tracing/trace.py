@@ -8,7 +8,6 @@ the rules in operations.py, and where tensors meet, their labels become the same
 import re
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import torch
 import torch.nn as nn
@@ -18,10 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from weight_selection.errors import first_line
 from weight_selection.modules import run_forward, skeleton_of, tensors_of
-from weight_selection.tracing.known_values import BY_VALUES, UNKNOWN
+from weight_selection.tracing.known_values import KnownValues
 from weight_selection.tracing.labels import Labels, storage
 from weight_selection.tracing.meta_results import MetaResults
-from weight_selection.tracing.operations import follow, tensors_among
+from weight_selection.tracing.operations import follow
 from weight_selection.tracing.tracer import Tracer, Untraceable
 
 # In PyTorch's complaints that a tensor has no values.
@@ -74,8 +73,8 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         if not isinstance(value, torch.Tensor):
             raise Untraceable(f"{key} is no tensor, as in quantised models; give the model as it was before")
     skeleton = skeleton_of(model).float().eval()
-    tracer, modules = Tracer(), _Modules(skeleton)
-    inputs = tree_map_only(torch.Tensor, partial(_on_meta, tracer.known), inputs)
+    tracer, known, modules = Tracer(), KnownValues(), _Modules(skeleton)
+    inputs = tree_map_only(torch.Tensor, lambda tensor: known.on_meta(_in_single(tensor)), inputs)
     for images in filter(_is_images, tree_leaves(inputs)):
         tracer.label_channels(images)
     state = tensors_of(skeleton, keep_vars=True)
@@ -84,7 +83,7 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
         if id(value) not in labelled:
             labelled[id(value)] = tracer.label(value)
     try:
-        with torch.no_grad(), _Following(tracer):
+        with torch.no_grad(), _Following(tracer, known):
             output = run_forward(skeleton, inputs)
     except Untraceable as reason:
         raise Untraceable(modules.where() + str(reason)) from reason
@@ -118,13 +117,8 @@ def _share_single_keys(tracer):
             tracer.labels.shared.append(keys.flatten())
 
 
-def _on_meta(known, tensor):
-    """A tensor without values on the meta device; those that it had are noted."""
-    tensor = tensor.detach().to(torch.float32 if tensor.is_floating_point() else tensor.dtype)
-    bare = tensor.to("meta")
-    if not tensor.is_meta:
-        known.put(bare, tensor.cpu())
-    return bare
+def _in_single(tensor):
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _is_images(value):
@@ -141,21 +135,13 @@ def _shapes(inputs):
 class _Following(TorchDispatchMode):
     """Runs the operations under it, and lets the rules follow the labels through each."""
 
-    def __init__(self, tracer):
+    def __init__(self, tracer, known):
         super().__init__()
-        self.tracer, self.results = tracer, MetaResults()
+        self.tracer, self.known, self.results = tracer, known, MetaResults()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        tensors, known = tensors_among(chain(args, kwargs.values())), self.tracer.known
-        values = known.compute(func, tensors, args, kwargs)
-        if values is not UNKNOWN and BY_VALUES & set(func.tags):
-            out = tree_map_only(torch.Tensor, partial(torch.empty_like, device="meta"), values)
-        else:
-            out = self.results.run(func, args, kwargs)
-        if values is not UNKNOWN:
-            known.note(out, values)
-        follow(self.tracer, func, out, tensors, args, kwargs)
+        out = self.known.run(func, args, kwargs or {}, self.results.run)
+        follow(self.tracer, func, out, args, kwargs or {})
         return out
 
 

@@ -9,7 +9,6 @@ from collections.abc import Collection, Set
 
 import torch
 
-from weight_selection.tracing.known_values import KnownValues
 from weight_selection.tracing.labels import BlockConstraint, Labels, along, compact, core, storage, unique_rows, varying
 from weight_selection.tracing.repetitions import Repetitions
 
@@ -33,10 +32,9 @@ class Tracer:
         resized: {storage of a tensor: storage of the images that it was interpolated or pooled from}.
         uniform: {storage of a tensor that has one value everywhere: the tensor}.
         differing: {storage of a tensor without labels: (it, the dimensions along which its values differ)}.
-        places: {storage of integers that say which neurons of an axis were taken: the labels (n,) of that axis}.
+        places: {storage of integers that say which neurons of an axis are largest: (they, labels (n,) of the axis)}.
         assembled: {storage of a new tensor that is written part by part: (the tensor, the labels of its elements)}.
         repetitions: where else tensors without labels have equal values.
-        known: the values of tensors that depend on no weight.
     """
 
     def __init__(self):
@@ -45,7 +43,7 @@ class Tracer:
         self.heights, self.sums, self.views, self.resized = {}, {}, {}, {}
         self.met = set()
         self.uniform, self.differing, self.places, self.assembled = {}, {}, {}, {}
-        self.repetitions, self.known = Repetitions(self.differs), KnownValues()
+        self.repetitions = Repetitions(self.differs)
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)
 
     def get(self, tensor: object) -> list:

@@ -15,6 +15,14 @@ from weight_selection.sources.transformers_inputs import TOKENS, example_inputs
 from weight_selection.tracing.trace import trace
 
 WORDS = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
+MODERN = {
+    "vocab_size": 40,
+    "pad_token_id": 0,
+    "cls_token_id": 0,
+    "sep_token_id": 3,
+    "bos_token_id": 0,
+    "eos_token_id": 3,
+}
 TEXT = WORDS | {"max_position_embeddings": 16}
 
 
@@ -50,6 +58,14 @@ def qwen3_moe(heads, layers):
 def deepseek(heads, layers):  # every head has neurons of its own, and some that rotate and that keys share
     sizes = {"kv_lora_rank": 4 * heads, "q_lora_rank": 8 * heads, "num_attention_heads": heads}
     return qwen3_moe(heads, layers) | sizes | {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+
+
+def rwkv(heads, layers):
+    return {"hidden_size": 8 * heads, "num_hidden_layers": layers, "attention_hidden_size": 8 * heads}
+
+
+def lfm2(heads, layers):
+    return llama(heads, layers) | {"layer_types": ["conv", "full_attention"] * (layers // 2)}
 
 
 def mamba(heads, layers):
@@ -129,6 +145,9 @@ MODELS = {
         2,
     ),
     "mamba": ("MambaForCausalLM", "MambaConfig", WORDS, mamba, (4, 2), (2, 1), 2),
+    "modernbert": ("ModernBertForMaskedLM", "ModernBertConfig", MODERN, bert, (4, 2), (2, 2), 2),
+    "rwkv": ("RwkvForCausalLM", "RwkvConfig", WORDS | {"context_length": 16}, rwkv, (4, 2), (2, 2), 1),
+    "lfm2": ("Lfm2ForCausalLM", "Lfm2Config", TEXT, lfm2, (4, 2), (2, 2), 2),
     "t5": ("T5ForConditionalGeneration", "T5Config", WORDS, t5, (4, 2), (2, 1), 2**0.5),  # its logits are / sqrt(width)
     "whisper": (
         "WhisperForConditionalGeneration",
@@ -257,6 +276,14 @@ def test_what_a_causal_model_costs_is_counted_without_running_it():
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     products = 2 * 4 * 8 * TOKENS  # queries with keys and attention with values: 4 heads of 8
     assert multiply_adds(model, example_inputs(model)) == TOKENS * (linear + products)
+
+
+def test_experts_cost_as_much_as_those_that_a_token_is_sent_to():
+    model = build("mixtral", (2, 1))
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    router, experts = 16 * 4, 2 * 3 * 16 * 32  # four experts, two for each token, of three matrices
+    products = 2 * 4 * 8 * TOKENS
+    assert multiply_adds(model, example_inputs(model)) == TOKENS * (linear + products + router + experts)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -50,6 +50,19 @@ def written_over(model, x, y):
     return x + torch.empty_like(x).copy_(y)
 
 
+def written_row_by_row(model, x, y):
+    out = torch.empty_like(x)
+    for row in range(x.shape[2]):
+        out[:, :, row] = y[:, :, row]
+    return x + out
+
+
+def written_in_halves(model, x, y):
+    out = x.new_empty(len(x), 2 * CHANNELS, *x.shape[2:])
+    out[:, :CHANNELS], out[:, CHANNELS:] = x, y
+    return out[:, :CHANNELS] + out[:, CHANNELS:]
+
+
 @pytest.mark.parametrize(
     "operation",
     [
@@ -64,6 +77,8 @@ def written_over(model, x, y):
         lambda model, x, y: torch.where(x > 0, x, y),
         into_zeros,
         written_over,
+        written_row_by_row,
+        written_in_halves,
     ],
 )
 def test_what_meets_is_the_same(operation):
