@@ -147,7 +147,7 @@ def restore(options: Options, state: TrainState, content: dict, origin: str, tra
 
     Raises:
         InputError: the checkpoint belongs to another model, optimiser, number of epochs or number of images, or was
-            written within an epoch of another total batch.
+            written within an epoch of another total batch or seed.
     """
     progress = RunProgress.from_checkpoint(content, origin)
     if not -1 <= progress.epoch < options.epochs and not options.eval:
@@ -178,9 +178,11 @@ def _restore_partial(options, state, progress, train_images, args, origin) -> Ep
             f"{origin}: written within an epoch of {progress.train_images} images, now there are "
             f"{train_images}; restore them, or start anew"
         )
-    total = options.total_batch_size
-    if args.get("total_batch_size", total) != total and not options.eval:
-        raise refusal(origin, f"written within an epoch of --total_batch_size {args['total_batch_size']}, not {total}")
+    for name in ("total_batch_size", "seed"):  # they decide which images are left
+        ours = getattr(options, name)
+        theirs = args.get(name, ours)
+        if theirs != ours and not options.eval:
+            raise refusal(origin, f"written within an epoch of --{name} {theirs}, not {ours}")
     if not 0 < partial.step <= state.steps_per_epoch and not options.eval:
         raise refusal(origin, f"written after {partial.step} of {state.steps_per_epoch} steps")
     if state.ema is not None and len(partial.statistics) == state.world_size:

@@ -431,13 +431,15 @@ def test_damaged_log_is_named_by_its_line(train, stopped):
         train("--epochs 3 --output_dir run")
 
 
-def test_other_number_of_images_or_total_batch_cannot_take_over_within_an_epoch(train, at_call, image_folder, tmp_path):
+def test_other_images_total_batch_or_seed_cannot_take_over_within_an_epoch(train, at_call, image_folder, tmp_path):
     data = shutil.copytree(image_folder, tmp_path / "data")
     at_call(engine.TrainState, "update", 2, send(signal.SIGTERM))
     with pytest.raises(Stopped):
         train(f"--data_path {data} --output_dir run")
     with pytest.raises(InputError, match="written within an epoch of --total_batch_size 16, not 8; name another"):
         train(f"--data_path {data} --batch_size 8 --resume run --output_dir other")
+    with pytest.raises(InputError, match="written within an epoch of --seed 0, not 1; name another"):
+        train(f"--data_path {data} --seed 1 --resume run --output_dir other")
     (data / "train" / "red" / "2.png").unlink()
     with pytest.raises(InputError, match="within an epoch of 48 images, now there are 47"):
         train(f"--data_path {data} --output_dir run")
