@@ -109,8 +109,8 @@ class Matching:
         if not any(group.shared for group in self.student.groups):
             return ""
         return (
-            "; give the student at most as many queries for each key as the teacher has "
-            "(--student_kwargs num_key_value_heads=N)"
+            "; give the student as many queries for each key as the teacher has, or fewer if these have a tensor of "
+            "their own (--student_kwargs num_key_value_heads=N)"
         )
 
     def _of_chosen_layers(self, ours, theirs):

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from weight_selection.tracing.labels import storage
 
 MOST = 1 << 16  # elements of a tensor whose values are kept
-UNKNOWN = object()
 BY_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # what comes out cannot be told without
 
 
@@ -27,8 +26,8 @@ class KnownValues:
     def on_meta(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor's like on the meta device; its values, if it has some, are noted."""
         like = tensor.detach().to("meta")
-        if not tensor.is_meta:
-            self._put(like, tensor.detach().cpu())
+        if not tensor.is_meta and tensor.numel() <= MOST:
+            self._known[id(like)] = like, tensor.detach().cpu().clone()  # the model may write into it
         return like
 
     def run(self, func: Callable, args: tuple, kwargs: dict, run: Callable) -> object:
@@ -37,37 +36,35 @@ class KnownValues:
         Args:
             run: (func, args, kwargs) -> what the operation gives on the meta device.
         """
-        values = self._values(func, args, kwargs)
-        if values is UNKNOWN:
+        if not self._can_compute(func, args, kwargs):
+            self._forget_written(func, args)
             return run(func, args, kwargs)
-        if BY_VALUES.isdisjoint(func.tags):
-            out = run(func, args, kwargs)
-        else:
+        if not BY_VALUES.isdisjoint(func.tags):
+            values = self._compute(func, args, kwargs)
             out = tree_map_only(torch.Tensor, partial(torch.empty_like, device="meta"), values)
+        else:
+            out = run(func, args, kwargs)
+            if any(tensor.numel() > MOST for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)):
+                self._forget_written(func, args)
+                return out
+            values = self._compute(func, args, kwargs)
         for tensor, value in zip(tree_leaves(out), tree_leaves(values), strict=True):
             if isinstance(tensor, torch.Tensor):
-                self._put(tensor, value)
+                self._known[id(tensor)] = tensor, value
         return out
-
-    def _put(self, tensor, values):
-        if values.numel() <= MOST:
-            self._known[id(tensor)] = tensor, values
 
     def _get(self, tensor):
         """The values of a tensor, or None. A tensor on another device than meta has its own."""
         return self._known.get(id(tensor), (None, None))[1] if tensor.is_meta else tensor
 
-    def _values(self, func, args, kwargs):
-        """What an operation gives for the values of its arguments.
-
-        UNKNOWN if a value is not known, if it is drawn at random, or if the operation does not run on the meta device.
-        """
+    def _can_compute(self, func, args, kwargs):
+        """Whether an operation runs on the meta device, and its values are known and not drawn at random."""
         tensors = tensors_among(chain(args, kwargs.values()))
         on_meta = any(tensor.is_meta for tensor in tensors) or kwargs.get("device") == torch.device("meta")
         known = all(self._get(tensor) is not None for tensor in tensors)
-        if not on_meta or not known or torch.Tag.nondeterministic_seeded in func.tags:
-            self._forget_written(func, args)
-            return UNKNOWN
+        return on_meta and known and torch.Tag.nondeterministic_seeded not in func.tags
+
+    def _compute(self, func, args, kwargs):
         args, kwargs = tree_map_only(torch.Tensor, self._get, (args, kwargs))
         return func(*args, **tree_map(_on_cpu, kwargs))
 

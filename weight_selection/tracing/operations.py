@@ -64,7 +64,7 @@ def follow(tracer: Tracer, func, out, args: tuple, kwargs: dict) -> None:
     tracer.met.update(map(id, tensors))
     labelled = any(map(tracer.get, tensors))
     if labelled:
-        if name not in RULES:
+        if name not in RULES or "out" in kwargs:
             raise Untraceable(f"{func} is no operation that neurons can be followed through")
         axes = RULES[name](tracer, func, out, *args, **kwargs)
         if isinstance(out, torch.Tensor):
@@ -79,6 +79,8 @@ def follow(tracer: Tracer, func, out, args: tuple, kwargs: dict) -> None:
     elif name in ALONE or name in TOGETHER:
         dims = (dim + out.ndim - x.ndim for x in tensors for dim in tracer.differs(x))
         tracer.differing[storage(out)] = out, frozenset(dims) & varying(out)
+    if name.endswith("_"):
+        tracer.places.pop(storage(out), None)
     if name.endswith("_") and (len(tensors) > 1 or name in TURNS):  # written into, or turned
         tracer.uniform.pop(storage(out), None)
         tracer.differing.pop(storage(out), None)
@@ -121,6 +123,8 @@ def _copy(tracer, func, out, into, source, *args):
     axes = tracer.meet([source], out.shape)
     if out.untyped_storage().nbytes() != out.numel() * out.itemsize:
         tracer.put_part(out, axes)
+    else:
+        tracer.assembled.pop(storage(out), None)
     return axes
 
 
@@ -215,6 +219,7 @@ def _pick(tracer, axis, *indices):
     _, taken = tracer.places.get(storage(indices[0]), (None, ())) if len(indices) == 1 else (None, ())
     if len(varying(axis)) == 1 and core(axis).numel() == len(taken):
         tracer.labels.join(core(axis).flatten(), taken)
+        tracer.picked.append(taken)
     else:
         tracer.positions(axis)
 
@@ -231,6 +236,7 @@ def _note_places(tracer, places, x, count, dim=-1, *args, **kwargs):
     axes = [axis for axis in tracer.get(x) if varying(axis) == {dim % x.ndim}]
     if len(axes) == 1:
         tracer.places[storage(places)] = places, core(axes[0]).flatten()
+        tracer.compared.append(core(axes[0]).flatten())
 
 
 def _embedding(tracer, func, out, weight, indices, *args):

@@ -24,7 +24,7 @@ from weight_selection.tracing.operations import follow
 from weight_selection.tracing.tracer import Tracer, Untraceable
 
 # In PyTorch's complaints that a tensor has no values.
-NO_VALUES = r"meta (device type )?tensor|'Meta' backend|Meta kernel"
+NO_VALUES = r"meta (device type )?tensor|'Meta' backend|Meta kernel|register_meta"
 ASKS_IF_CAUSAL = {nn.TransformerEncoder: "is_causal", nn.TransformerDecoder: "tgt_is_causal"}  # a module's option
 
 
@@ -94,6 +94,7 @@ def trace(model: nn.Module, inputs: tuple | dict) -> Trace:
             raise Untraceable(modules.where() + message) from error
         raise RefusedInputs(f"{modules.where()}its forward pass of {_shapes(inputs)} fails ({reason})") from error
     _share_single_keys(tracer)
+    _fix_choices(tracer)
     return Trace(
         dims={key: labelled[id(value)] for key, value in state.items()},
         labels=tracer.labels,
@@ -115,6 +116,12 @@ def _share_single_keys(tracer):
         if values is not None and len(keys) == 1 and find(queries).numpy().tobytes() not in own:
             tracer.labels.join(queries, keys)
             tracer.labels.shared.append(keys.flatten())
+
+
+def _fix_choices(tracer):
+    """Where we do not see what the largest numbers choose, they are positions: a student must have as many."""
+    seen = tracer.labels.roots(tracer.picked)
+    tracer.positions(*(axis for axis in tracer.compared if not seen[tracer.labels.find(axis)].all()))
 
 
 def _in_single(tensor):

@@ -33,6 +33,8 @@ class Tracer:
         uniform: {storage of a tensor that has one value everywhere: the tensor}.
         differing: {storage of a tensor without labels: (it, the dimensions along which its values differ)}.
         places: {storage of integers that say which neurons of an axis are largest: (they, labels (n,) of the axis)}.
+        compared, picked: labels (n,) of the axes of which the largest numbers were taken, and of those of them by whose
+            places something was picked, such as experts.
         assembled: {storage of a new tensor that is written part by part: (the tensor, the labels of its elements)}.
         repetitions: where else tensors without labels have equal values.
     """
@@ -41,7 +43,7 @@ class Tracer:
         self.labels = Labels()
         self.constraints, self.attentions, self.multiplied = [], [], []
         self.heights, self.sums, self.views, self.resized = {}, {}, {}, {}
-        self.met = set()
+        self.compared, self.picked, self.met = [], [], set()
         self.uniform, self.differing, self.places, self.assembled = {}, {}, {}, {}
         self.repetitions = Repetitions(self.differs)
         self._axes = {}  # id of a tensor: (the tensor, which keeps the id its own, its list of AxisLabels)

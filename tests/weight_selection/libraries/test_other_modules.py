@@ -330,6 +330,37 @@ class Masked(MLP):
         return super().forward(x * mask)
 
 
+class Routed(nn.Module):
+    """Experts in a list or in one tensor, and a router of two for each token, which may take those beside them."""
+
+    def __init__(self, experts, width=4, listed=False, shift=0):
+        super().__init__()
+        self.router, self.shift, self.listed = nn.Linear(width, experts), shift, listed
+        each = nn.ModuleList(nn.Linear(width, width) for _ in range(experts))
+        self.experts = each if listed else nn.Parameter(torch.randn(experts, width, width))
+
+    def forward(self, x):
+        weights, places = self.router(x).softmax(-1).topk(2)
+        if self.shift:
+            places.add_(self.shift).remainder_(self.router.out_features)
+        if not self.listed:
+            return x + (weights[..., None] * (x[:, None, None] @ self.experts[places]).squeeze(2)).sum(1)
+        gates = [(weights * (places == number)).sum(-1, keepdim=True) for number in range(len(self.experts))]
+        return x + sum(gate * expert(x) for gate, expert in zip(gates, self.experts, strict=True))
+
+
+def test_experts_are_chosen_with_their_rows_of_the_router_or_not_at_all():
+    teacher = Routed(6)
+    teacher.router.weight.data.copy_(torch.arange(6.0)[:, None].expand(6, 4))
+    teacher.experts.data.copy_(torch.arange(6.0)[:, None, None].expand(6, 4, 4))
+    weights = select_weights(teacher, Routed(3), example_inputs=torch.zeros(2, 4), classifier=())
+    assert weights["router.weight"][:, 0].tolist() == weights["experts"][:, 0, 0].tolist() == [0, 2, 4]
+    for options in ({"listed": True}, {"shift": -1}):  # it cannot be seen which row belongs to which expert
+        pair = Routed(6, **options), Routed(3, **options)
+        with pytest.raises(InputError, match="dimension 0: .*these are positions, not neurons"):
+            select_weights(*pair, example_inputs=torch.zeros(2, 4), classifier=())
+
+
 class Silent:
     """Cannot be copied, and does not say why."""
 

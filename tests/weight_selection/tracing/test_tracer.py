@@ -206,10 +206,20 @@ def overwritten(model, x, y):
     return out
 
 
+def written_in_part_again(model, x, y):
+    out = torch.empty_like(x)
+    out[:, :4] = x[:, :4]
+    out.copy_(y)
+    out[:, 4:] = x[:, 4:]
+    return out
+
+
 @pytest.mark.parametrize(
     ("operation", "reason"),
     [
         (overwritten, "a part of a tensor is written over"),
+        (written_in_part_again, "a part of a tensor is written over"),
+        (lambda model, x, y: torch.add(x, y, out=torch.empty_like(x)), "add.out is no operation"),
         (lambda model, x, y: model.slide(x.mean((2, 3)).unsqueeze(1)), "slides along neurons"),
         (lambda model, x, y: x.cumsum(1), "no operation that neurons can be followed through"),
         (lambda model, x, y: x.view(1, 7), r"its forward pass of \(1, 3, 8, 8\) images fails"),
