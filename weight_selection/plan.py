@@ -266,7 +266,7 @@ def _selected(teacher, student, matching, key, teacher_key, allow_unused):
     different = [dim for dim in common if dim not in neurons and teacher_shape[dim] != shape[dim]]
     if different and key not in student.parameters:
         return PlanEntry(key, shape, "constant")
-    both = (student.neurons, key), (teacher.neurons, teacher_key)
+    both = (student.neurons, key), (teacher.neurons, teacher_key)  # constants of one head come from those of several
     constants = [dim for dim in different if all(one.slices_of(name, dim) for one, name in both)]
     slices = {dim: matching.pairs(key, teacher_key, dim, teacher_shape[dim], shape[dim]) for dim in neurons + constants}
     different = [dim for dim in different if dim not in constants]

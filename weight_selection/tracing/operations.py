@@ -73,7 +73,7 @@ def follow(tracer: Tracer, func, out, args: tuple, kwargs: dict) -> None:
             for tensor, *parts in zip(out, *axes, strict=True):
                 tracer.put(tensor, parts)
         if name == "topk":
-            _note_places(tracer, others[0], *args)
+            _note_places(tracer, others[0], *args, **kwargs)
     elif (name in ALONE or name in KEEP) and tracer.is_uniform(args[0]):
         tracer.uniform[storage(out)] = out
     elif name in ALONE or name in TOGETHER:
