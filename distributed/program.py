@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -92,6 +93,7 @@ def run_program(name: str, main: Callable[[], None]) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+        time.sleep(0.1)  # PyTorch 2.6 waits in the next line for threads that may wait for Python: let them end first
         group.destroy_process_group()
     sys.exit(status)
 
