@@ -62,7 +62,7 @@ class Tracer:
         whole, labels = self.assembled.get(place, (self.uniform.get(place), None))
         if whole is None or len(axes) != 1 or not whole.is_contiguous():
             raise Untraceable("a part of a tensor is written over")
-        labels = self.labels.new(whole.numel()) if labels is None else labels
+        labels = self.labels.new(whole.numel()) if labels is None else labels.clone()  # those in use stay as they are
         labels.as_strided(part.shape, part.stride(), part.storage_offset()).copy_(self.labels.find(axes[0]))
         self.assembled[place] = whole, labels
         self.put(whole, [labels.view(whole.shape)])

@@ -92,6 +92,18 @@ def test_what_does_not_meet_is_not():
     assert not set(found["stem.weight"][0]) & set(found["a.weight"][0])
 
 
+def test_what_was_read_of_a_tensor_keeps_its_neurons_when_that_is_written_again():
+    def operation(model, x, y):
+        out = x.new_empty(len(x), 2 * CHANNELS, *x.shape[2:])
+        out[:, :CHANNELS], out[:, CHANNELS:] = x, x
+        earlier = out[:, :CHANNELS].relu()
+        out[:, :CHANNELS] = y
+        return model.next(earlier).sum() + out.sum()
+
+    found = labels(operation, next=nn.Conv2d(CHANNELS, 5, 1))
+    assert found["next.weight"][1] == found["stem.weight"][0] != found["a.weight"][0]
+
+
 def test_a_product_takes_what_comes_in_and_gives_what_comes_out():
     found = labels(lambda model, x, y: model.fc(x.mean((2, 3))) + y.mean((2, 3)), fc=nn.Linear(CHANNELS, CHANNELS))
     assert found["fc.weight"][1] == found["stem.weight"][0]
