@@ -180,14 +180,16 @@ def _check_blocks(pair, large, small, where, t, s, remedy):
         if n < m:
             raise InputError(f"{sizes}: a teacher must be at least as large in both")
         if n != m and len(large.fixed) == theirs.ndim and large.fixed[number]:
-            reason = f"{n} and {m} are positions, constants or image channels, not neurons, and must be the same"
             if theirs.ndim == 1:
                 reason = (
                     "the forward pass combines these with numbers that are no weights, such as sinusoids of positions; "
                     "keep these in a persistent buffer (register_buffer), which is selected too, or give the student "
                     "the teacher's size"
                 )
-            raise InputError(f"{sizes}: {reason}")
+                raise _refusal(where, t, s, reason)
+            raise InputError(
+                f"{sizes}: {n} and {m} are positions, constants or image channels, not neurons, and must be the same"
+            )
 
 
 def _refusal(where, t, s, reason):

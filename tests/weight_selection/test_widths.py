@@ -59,12 +59,18 @@ LLAMA_30B = {  # of its published config.json
                 "kv_lora_rank": 16,
                 "q_lora_rank": None,
                 "n_routed_experts": 8,
-            }
-            | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+                "moe_intermediate_size": 32,
+                "shared_expert_intermediate_size": 32,
+            },
             HALF,
             None,
-            {"hidden_size": 32, "num_attention_heads": 2, "kv_lora_rank": 8}
-            | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+            {
+                "hidden_size": 32,
+                "num_attention_heads": 2,
+                "kv_lora_rank": 8,
+                "moe_intermediate_size": 16,
+                "shared_expert_intermediate_size": 16,
+            },
         ),
         (  # models inside a model
             {"projection_dim": 512, "text_config": {"hidden_size": 512, "num_attention_heads": 8}, "vision_config": {}},

@@ -102,7 +102,7 @@ class Symmetries:
         return self.modules[key.rpartition(".")[0]]
 
     def slices(self, key: str, dim: int) -> tuple:
-        """The slices of a dimension of a tensor; none if it holds positions."""
+        """The slices of a dimension of a tensor; none if it holds positions that are no constants."""
         return self.neurons.slices_of(key, dim) or ()
 
     def output_dim(self, key: str) -> int:

@@ -40,6 +40,7 @@ OVER_SPACE = _names("""
     replication_pad2d avg_pool3d max_pool3d_with_indices _adaptive_avg_pool3d upsample_nearest1d upsample_nearest3d
     upsample_trilinear3d reflection_pad1d replication_pad1d
 """)  # they change height and width, or the length of a line
+CHOOSES = _names("topk")  # it also says where the largest numbers are
 REDUCTIONS = _names("mean sum amax amin max min linalg_vector_norm var all any")
 # They give one value everywhere.
 UNIFORM = _names("""
@@ -72,7 +73,7 @@ def follow(tracer: Tracer, func, out, args: tuple, kwargs: dict) -> None:
         else:  # several tensors, and of each axis a part for each
             for tensor, *parts in zip(out, *axes, strict=True):
                 tracer.put(tensor, parts)
-        if name == "topk":
+        if name in CHOOSES:
             _note_places(tracer, others[0], *args, **kwargs)
     elif (name in ALONE or name in KEEP) and tracer.is_uniform(args[0]):
         tracer.uniform[storage(out)] = out
@@ -81,9 +82,9 @@ def follow(tracer: Tracer, func, out, args: tuple, kwargs: dict) -> None:
         tracer.differing[storage(out)] = out, frozenset(dims) & varying(out)
     if name.endswith("_"):
         tracer.places.pop(storage(out), None)
-    if name.endswith("_") and (len(tensors) > 1 or name in TURNS):  # written into, or turned
-        tracer.uniform.pop(storage(out), None)
-        tracer.differing.pop(storage(out), None)
+        if len(tensors) > 1 or name in TURNS:  # written into, or turned
+            tracer.uniform.pop(storage(out), None)
+            tracer.differing.pop(storage(out), None)
     if not labelled and (name in MOVES or name in KEEP):
         tracer.repetitions.note_move(func, out, *args, **kwargs)
     elif not labelled and (name in ALONE or name in TOGETHER) and name not in ALONG_LINES:
@@ -335,7 +336,7 @@ RULES = {
     "view_as_complex": _as_complex,
     "view_as_real": _as_real,
     "gather": _gather,
-    "topk": _topk,
+    **dict.fromkeys(CHOOSES, _topk),
     "pixel_shuffle": _pixel_shuffle,
     "embedding": _embedding,
     "glu": _glu,
